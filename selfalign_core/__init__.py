@@ -1,0 +1,1 @@
+"""The PyTorch core of SelfAlign: model, E-Token, losses, buffer, aligner, policy, simulator. Never imports ROS."""

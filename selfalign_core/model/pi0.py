@@ -1,0 +1,594 @@
+"""π0 and π0.5 with E-Token and alignment expert: embeddings, the four losses, and sampling.
+
+Reads top to bottom: inputs → prefix → suffixes → losses → ``sample_actions``. It knows nothing of robots,
+normalisation, optimisers or ROS. Numbers equal openpi's PyTorch model (checked by golden vectors).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from selfalign_core.config import ModelConfig
+from selfalign_core.errors import InputError
+from selfalign_core.model import flow_matching as flow
+from selfalign_core.model.gemma import PrefixCache
+from selfalign_core.model.layout import AlignmentLayout
+from selfalign_core.model.masks import (
+    block_starts,
+    make_att_2d_masks,
+    make_position_ids,
+    suffix_over_prefix_mask,
+)
+from selfalign_core.model.paligemma import ExpertName, PaliGemmaWithExperts
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """One batch of observations as the model reads them.
+
+    ``images``: per camera (B, 3, H, W) float in [-1, 1]; ``image_masks``: per camera (B,) bool, False = absent;
+    ``tokens``, ``token_masks``: (B, L) prompt ids and mask; ``state``: (B, state_dim) normalised, padded.
+    """
+
+    images: Sequence[Tensor]
+    image_masks: Sequence[Tensor]
+    tokens: Tensor
+    token_masks: Tensor
+    state: Tensor
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """What the three self-supervised losses read, besides the prefix.
+
+    ``state``: (B, action_dim) normalised state at t. ``actions``: (B, K, action_dim) normalised executed actions
+    from t to t+k. ``next_obs``: (B, N, text width) from :meth:`Pi0.next_observation_features`.
+    ``next_obs_masks``: (B, N) bool, False for an absent camera. ``action_masks``: (B, K) bool, False for padding.
+    """
+
+    state: Tensor
+    actions: Tensor
+    next_obs: Tensor
+    next_obs_masks: Tensor | None = None
+    action_masks: Tensor | None = None
+
+    def select(self, rows: Tensor) -> Transitions:
+        """The given batch rows (int64)."""
+        return Transitions(*(None if t is None else t[rows] for t in vars(self).values()))
+
+
+@dataclass(frozen=True)
+class AlignmentNoise:
+    """Noise and times of one alignment pass: ``state``, ``next_obs``, ``actions`` like their targets, ``time`` (B,)."""
+
+    state: Tensor
+    next_obs: Tensor
+    actions: Tensor
+    time: Tensor
+
+
+@dataclass(frozen=True)
+class AlignmentLosses:
+    """Mean squared velocity errors per sample, each (B,)."""
+
+    perception: Tensor
+    dynamics: Tensor
+    inverse_dynamics: Tensor
+
+    def weighted(self, lambda_perc: float, lambda_dyn: float, lambda_inv: float) -> Tensor:
+        """(B,) λ_p·L_perc + λ_d·L_dyn + λ_i·L_inv."""
+        return lambda_perc * self.perception + lambda_dyn * self.dynamics + lambda_inv * self.inverse_dynamics
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Scalars of one training pass: ``total`` = action + weighted alignment losses."""
+
+    total: Tensor
+    action: Tensor
+    perception: Tensor
+    dynamics: Tensor
+    inverse_dynamics: Tensor
+
+
+def masked_mean(values: Tensor, *masks: Tensor | None) -> Tensor:
+    """(B,) mean of ``values`` (B, S, D) over S and D where every given mask, broadcastable to values, is True."""
+    weight = torch.ones_like(values)
+    for mask in masks:
+        if mask is not None:
+            weight = weight * mask
+    return (values * weight).flatten(1).sum(1) / weight.flatten(1).sum(1).clamp(min=1)
+
+
+class Pi0(nn.Module):
+    """π0 (``config.pi05`` False: state is a suffix token) or π0.5 (state in the prompt, time through adaRMS)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        width = config.action_expert.width
+        self.paligemma_with_expert = PaliGemmaWithExperts(config)
+        self.action_in_proj = nn.Linear(config.action_dim, width)
+        self.action_out_proj = nn.Linear(width, config.action_dim)
+        if config.pi05:
+            self.time_mlp_in = nn.Linear(width, width)
+            self.time_mlp_out = nn.Linear(width, width)
+        else:
+            self.state_proj = nn.Linear(config.action_dim, width)
+            self.action_time_mlp_in = nn.Linear(2 * width, width)
+            self.action_time_mlp_out = nn.Linear(width, width)
+        if config.use_peft_prefix_token:
+            self._init_e_token()
+        if config.alignment_expert is not None:
+            self._init_alignment()
+
+    # ---------------------------------------------------------------- E-Token
+
+    def _init_e_token(self) -> None:
+        config = self.config
+        shape = (config.peft_num_tokens, config.action_expert.width)
+        self.peft_prefix_token = nn.Parameter(torch.zeros(shape))
+        if config.peft_init == "normal":
+            nn.init.normal_(self.peft_prefix_token)
+        # RMSNorm of an all-zero token has a gradient hundreds of times larger than at unit scale; the learned type
+        # embedding, one per expert, keeps a zero E-Token at unit scale.
+        self.peft_type_action = nn.Parameter(torch.randn(shape))
+        if config.alignment_expert is not None:
+            align_width = config.alignment_expert.width
+            self.peft_type_alignment = nn.Parameter(torch.randn(config.peft_num_tokens, align_width))
+            if align_width != shape[1]:
+                self.peft_alignment_proj = nn.Linear(shape[1], align_width, bias=False)
+
+    @property
+    def num_e_tokens(self) -> int:
+        """Tokens that E adds to each suffix."""
+        return self.config.peft_num_tokens if self.config.use_peft_prefix_token else 0
+
+    def make_peft_token(self, batch: int, *, expert: ExpertName = "action", token: Tensor | None = None) -> Tensor:
+        """The E-Token as an expert's suffix reads it, (batch, peft_num_tokens, expert width).
+
+        ``token`` replaces the shared parameter: (peft_num_tokens, width) for all samples or (batch,
+        peft_num_tokens, width), one per sample, as in training over a bank of bodies.
+        """
+        if not self.config.use_peft_prefix_token:
+            raise InputError("make_peft_token: this model has no E-Token (use_peft_prefix_token is False)")
+        if token is None:
+            token = self.peft_prefix_token
+        expected = tuple(self.peft_prefix_token.shape)
+        if tuple(token.shape) not in (expected, (batch, *expected)):
+            raise InputError(f"E-Token: found shape {tuple(token.shape)}, expected {expected} or {(batch, *expected)}")
+        if expert == "alignment":
+            if hasattr(self, "peft_alignment_proj"):
+                token = self.peft_alignment_proj(token)
+            token = token + self.peft_type_alignment
+        else:
+            token = token + self.peft_type_action
+        return token if token.ndim == 3 else token[None].expand(batch, -1, -1)
+
+    # ---------------------------------------------------------------- prefix
+
+    def embed_images(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """Projected image tokens per camera, each (B, patches, text width)."""
+        return [self.paligemma_with_expert.embed_image(image) for image in images]
+
+    def embed_prefix(self, inputs: ModelInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Prefix embeddings (B, P, width), pad masks (B, P) and block-start flags (B, P), all False."""
+        embs, pad_masks, _ = self.paligemma_with_expert.embed_prefix(
+            self.embed_images(inputs.images), inputs.image_masks, inputs.tokens, inputs.token_masks
+        )
+        return embs, pad_masks, torch.zeros_like(pad_masks)
+
+    def prefix(self, inputs: ModelInputs, *, image_features: Sequence[Tensor] | None = None) -> PrefixCache:
+        """Keys and values of the full prefix. ``image_features`` skips the vision tower if already computed."""
+        self.check_inputs(inputs)
+        features = self.embed_images(inputs.images) if image_features is None else image_features
+        embedded = self.paligemma_with_expert.embed_prefix(
+            features, inputs.image_masks, inputs.tokens, inputs.token_masks
+        )
+        return self.paligemma_with_expert.run_prefix(*embedded)[0]
+
+    def images_only_prefix(self, image_features: Sequence[Tensor], image_masks: Sequence[Tensor]) -> PrefixCache:
+        """Keys and values of a prefix of images alone, which cannot know the prompt or a state written into it."""
+        embedded = self.paligemma_with_expert.embed_prefix(image_features, image_masks, None, None)
+        return self.paligemma_with_expert.run_prefix(*embedded)[0]
+
+    def alignment_prefix(
+        self, prefix: PrefixCache, image_features: Sequence[Tensor], image_masks: Sequence[Tensor]
+    ) -> PrefixCache:
+        """The prefix that the alignment path may read, as ``config.alignment_prefix`` says."""
+        if self.config.alignment_prefix == "full":
+            return prefix
+        if self.config.restrict_image_to_language:
+            return prefix.images_only()
+        return self.images_only_prefix(image_features, image_masks)
+
+    # ---------------------------------------------------------------- suffixes
+
+    def embed_suffix(
+        self, state: Tensor, noisy_actions: Tensor, time: Tensor, *, token: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Action suffix: ``[E] [state] [noisy actions]`` for π0, ``[E] [noisy actions]`` for π0.5.
+
+        Args:
+            state: (B, action_dim), unused by π0.5. noisy_actions: (B, horizon, action_dim). time: (B,).
+            token: E-Token in place of the parameter, see :meth:`make_peft_token`.
+
+        Returns:
+            embeddings (B, S, width), pad masks (B, S), block-start flags (B, S) and the conditioning (B, width) of
+            the adaptive norms, None for π0.
+        """
+        batch, horizon = noisy_actions.shape[:2]
+        actions = self.action_in_proj(noisy_actions)
+        time_emb = flow.time_embedding(time, actions.shape[-1])
+        embs, blocks = [], []
+        if self.config.use_peft_prefix_token:
+            embs.append(self.make_peft_token(batch, token=token))
+            blocks.append(self.config.peft_num_tokens)
+        if self.config.pi05:
+            cond = F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(time_emb))))
+        else:
+            cond = None
+            embs.append(self.state_proj(state)[:, None])
+            blocks.append(1)
+            actions = torch.cat([actions, time_emb[:, None].expand_as(actions)], dim=2)
+            actions = self.action_time_mlp_out(F.silu(self.action_time_mlp_in(actions)))
+        embs.append(actions)
+        blocks.append(horizon)
+        suffix = torch.cat(embs, dim=1)
+        pad_masks = torch.ones(suffix.shape[:2], dtype=torch.bool, device=suffix.device)
+        att_masks = block_starts(*blocks, device=suffix.device)[None].expand(batch, -1)
+        return suffix, pad_masks, att_masks, cond
+
+    def predict_velocity(
+        self, prefix: PrefixCache, state: Tensor, noisy_actions: Tensor, time: Tensor, *, token: Tensor | None = None
+    ) -> Tensor:
+        """One pass of the action expert: velocity (B, horizon, action_dim) of the actions, float32."""
+        return self.action_out_proj(self.run_suffix(prefix, state, noisy_actions, time, token=token))
+
+    denoise_step = predict_velocity
+
+    def run_suffix(
+        self, prefix: PrefixCache, state: Tensor, noisy_actions: Tensor, time: Tensor, *, token: Tensor | None = None
+    ) -> Tensor:
+        """Final-normed hidden states of the action tokens, (B, horizon, width) float32."""
+        embs, pad_masks, att_masks, cond = self.embed_suffix(state, noisy_actions, time, token=token)
+        offset = prefix.pad_masks.sum(dim=1, keepdim=True)
+        hidden = self.paligemma_with_expert.run_expert(
+            "action",
+            embs,
+            offset + make_position_ids(pad_masks),
+            suffix_over_prefix_mask(prefix.pad_masks, pad_masks, make_att_2d_masks(pad_masks, att_masks)),
+            prefix,
+            cond,
+        )
+        return hidden[:, -noisy_actions.shape[1] :].float()
+
+    # ---------------------------------------------------------------- alignment
+
+    def _init_alignment(self) -> None:
+        config = self.config
+        width, features = config.alignment_expert.width, config.text.width
+        self.alignment_in_proj = nn.ModuleDict(
+            {
+                "perception": nn.Linear(config.action_dim, width),
+                "dynamics_actions": nn.Linear(config.action_dim, width),
+                "dynamics_next_obs": nn.Linear(features, width),
+                "inverse_next_obs": nn.Linear(features, width),
+                "inverse_actions": nn.Linear(config.action_dim, width),
+            }
+        )
+        self.alignment_out_proj = nn.ModuleDict(
+            {
+                "perception": nn.Linear(width, config.action_dim),
+                "dynamics": nn.Linear(width, features),
+                "inverse": nn.Linear(width, config.action_dim),
+            }
+        )
+        self.alignment_time_mlp_in = nn.Linear(width if config.pi05 else 2 * width, width)
+        self.alignment_time_mlp_out = nn.Linear(width, width)
+        # Scale of the next-observation features, set by training; flow matching wants targets of about unit scale.
+        self.register_buffer("next_obs_mean", torch.zeros(features))
+        self.register_buffer("next_obs_std", torch.ones(features))
+
+    def pool_features(self, image_features: Sequence[Tensor]) -> Tensor:
+        """Average-pool each camera's (B, patches, width) tokens: (B, cameras * feature_tokens, width), no gradient.
+
+        The grid of pooled tokens is the most square one with ``feature_tokens_per_camera`` cells.
+        """
+        count = self.config.feature_tokens_per_camera
+        rows = max(r for r in range(1, int(count**0.5) + 1) if count % r == 0)
+        pooled = []
+        for tokens in image_features:
+            side = round(tokens.shape[1] ** 0.5)
+            grid = tokens.detach().float().transpose(1, 2).unflatten(2, (side, side))
+            pooled.append(F.adaptive_avg_pool2d(grid, (rows, count // rows)).flatten(2).transpose(1, 2))
+        return torch.cat(pooled, dim=1)
+
+    def next_observation_features(self, image_features: Sequence[Tensor]) -> Tensor:
+        """Targets of the dynamics task: pooled, standardised features of the next images, always detached."""
+        return (self.pool_features(image_features) - self.next_obs_mean) / self.next_obs_std
+
+    def next_observation_masks(self, image_masks: Sequence[Tensor]) -> Tensor:
+        """(B, cameras * feature_tokens) bool from per-camera masks (B,)."""
+        count = self.config.feature_tokens_per_camera
+        return torch.cat([mask[:, None].expand(-1, count) for mask in image_masks], dim=1)
+
+    def alignment_layout(self, transitions: Transitions) -> AlignmentLayout:
+        """Where each segment of the alignment suffix lies, inferred from the inputs."""
+        return AlignmentLayout(self.num_e_tokens, transitions.actions.shape[1], transitions.next_obs.shape[1])
+
+    def embed_alignment_suffix(
+        self, transitions: Transitions, noise: AlignmentNoise, *, token: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Alignment suffix ``[E] [perception] [dynamics] [inverse dynamics]``.
+
+        Perception sees noise in place of the state; dynamics reads clean actions and noisy next-observation
+        features; inverse dynamics reads clean features and noisy actions. One time per sample for all tasks.
+
+        Returns:
+            embeddings (B, S, width), pad masks (B, S), the block mask (S, S) and the conditioning (B, width) of the
+            adaptive norms, None for π0.
+        """
+        layout = self.alignment_layout(transitions)
+        batch, project = transitions.state.shape[0], self.alignment_in_proj
+        time_emb = flow.time_embedding(noise.time, self.alignment_time_mlp_out.out_features)
+        cond = None
+        if self.config.pi05:
+            hidden = F.silu(self.alignment_time_mlp_in(time_emb))
+            cond = F.silu(self.alignment_time_mlp_out(hidden))
+
+        def noisy(emb: Tensor) -> Tensor:
+            if self.config.pi05:
+                return emb
+            fused = torch.cat([emb, time_emb[:, None].expand_as(emb)], dim=2)
+            return self.alignment_time_mlp_out(F.silu(self.alignment_time_mlp_in(fused)))
+
+        def at_time(clean: Tensor, noise_: Tensor) -> Tensor:
+            return flow.add_noise(clean, noise_, noise.time)
+
+        segments = {
+            layout.perception: noisy(project["perception"](at_time(transitions.state, noise.state)[:, None])),
+            layout.dynamics_actions: project["dynamics_actions"](transitions.actions),
+            layout.dynamics_next_obs: noisy(
+                project["dynamics_next_obs"](at_time(transitions.next_obs, noise.next_obs))
+            ),
+            layout.inverse_next_obs: project["inverse_next_obs"](transitions.next_obs),
+            layout.inverse_actions: noisy(project["inverse_actions"](at_time(transitions.actions, noise.actions))),
+        }
+        if layout.e_tokens:
+            segments = {layout.e: self.make_peft_token(batch, expert="alignment", token=token), **segments}
+        suffix = torch.cat(list(segments.values()), dim=1)
+
+        pad_masks = torch.ones(batch, layout.length, dtype=torch.bool, device=suffix.device)
+        if transitions.action_masks is not None:
+            pad_masks[:, layout.dynamics_actions] = transitions.action_masks
+            pad_masks[:, layout.inverse_actions] = transitions.action_masks
+        if transitions.next_obs_masks is not None:
+            pad_masks[:, layout.dynamics_next_obs] = transitions.next_obs_masks
+            pad_masks[:, layout.inverse_next_obs] = transitions.next_obs_masks
+        return suffix, pad_masks, layout.attention_mask(suffix.device), cond
+
+    def predict_alignment(
+        self, prefix: PrefixCache, transitions: Transitions, noise: AlignmentNoise, *, token: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One pass of the alignment expert over a prefix that it may read.
+
+        Returns:
+            velocities of the state (B, 1, action_dim), of the next-observation features (B, N, text width) and of
+            the executed actions (B, K, action_dim), float32.
+        """
+        embs, pad_masks, block_mask, cond = self.embed_alignment_suffix(transitions, noise, token=token)
+        offset = prefix.pad_masks.sum(dim=1, keepdim=True)
+        real = pad_masks[:, None, :] & pad_masks[:, :, None]
+        hidden = self.paligemma_with_expert.run_expert(
+            "alignment",
+            embs,
+            # Positions are slots, so a padded token moves nothing.
+            offset + torch.arange(embs.shape[1], device=embs.device),
+            suffix_over_prefix_mask(prefix.pad_masks, pad_masks, block_mask & real),
+            prefix,
+            cond,
+        ).float()
+        layout, out = self.alignment_layout(transitions), self.alignment_out_proj
+        return (
+            out["perception"](hidden[:, layout.perception]),
+            out["dynamics"](hidden[:, layout.dynamics_next_obs]),
+            out["inverse"](hidden[:, layout.inverse_actions]),
+        )
+
+    def alignment_losses(
+        self,
+        prefix: PrefixCache,
+        transitions: Transitions,
+        noise: AlignmentNoise,
+        *,
+        token: Tensor | None = None,
+        dim_mask: Tensor | None = None,
+    ) -> AlignmentLosses:
+        """The three self-supervised losses per sample. ``dim_mask`` (action_dim,) bool leaves padded dimensions out."""
+        state, next_obs, actions = self.predict_alignment(prefix, transitions, noise, token=token)
+        per_action = None if transitions.action_masks is None else transitions.action_masks[..., None]
+        per_feature = None if transitions.next_obs_masks is None else transitions.next_obs_masks[..., None]
+        return AlignmentLosses(
+            perception=masked_mean(
+                (state - flow.target_velocity(transitions.state, noise.state)[:, None]).square(), dim_mask
+            ),
+            dynamics=masked_mean(
+                (next_obs - flow.target_velocity(transitions.next_obs, noise.next_obs)).square(), per_feature
+            ),
+            inverse_dynamics=masked_mean(
+                (actions - flow.target_velocity(transitions.actions, noise.actions)).square(), per_action, dim_mask
+            ),
+        )
+
+    def draw_alignment_noise(self, transitions: Transitions, generator: torch.Generator) -> AlignmentNoise:
+        """Independent noise per task and one time per sample, from ``generator`` (on its own device)."""
+        device = transitions.state.device
+
+        def normal(like: Tensor) -> Tensor:
+            return torch.randn(like.shape, generator=generator, device=generator.device).to(device)
+
+        return AlignmentNoise(
+            state=normal(transitions.state),
+            next_obs=normal(transitions.next_obs),
+            actions=normal(transitions.actions),
+            time=flow.sample_time(len(transitions.state), generator=generator, device=generator.device).to(device),
+        )
+
+    # ---------------------------------------------------------------- training
+
+    def action_loss(
+        self,
+        prefix: PrefixCache,
+        state: Tensor,
+        actions: Tensor,
+        noise: Tensor,
+        time: Tensor,
+        *,
+        token: Tensor | None = None,
+    ) -> Tensor:
+        """Squared velocity error per element, (B, horizon, action_dim), no reduction (openpi's training loss)."""
+        x_t = flow.add_noise(actions, noise, time)
+        velocity = self.predict_velocity(prefix, state, x_t, time, token=token)
+        return (flow.target_velocity(actions, noise) - velocity).square()
+
+    def forward(
+        self,
+        inputs: ModelInputs,
+        actions: Tensor,
+        *,
+        noise: Tensor,
+        time: Tensor,
+        action_masks: Tensor | None = None,
+        dim_mask: Tensor | None = None,
+        executed: Tensor | None = None,
+        executed_masks: Tensor | None = None,
+        next_images: Sequence[Tensor] | None = None,
+        next_image_masks: Sequence[Tensor] | None = None,
+        alignment_noise: AlignmentNoise | torch.Generator | None = None,
+        token: Tensor | None = None,
+    ) -> Losses:
+        """One joint pass of the three experts.
+
+        Args:
+            inputs: observation at t. actions: (B, horizon, action_dim) clean chunk for the action expert.
+            noise, time: like ``actions``, and (B,).
+            action_masks: (B, horizon) bool, False for padded steps. dim_mask: (action_dim,) bool, False for padding.
+            executed: (B, K, action_dim) actions really executed from t to t+k; with ``next_images`` (per camera,
+                at t+k) it turns the alignment losses on, otherwise they are zero.
+            alignment_noise: the noise, or a generator to draw it from.
+            token: E-Token per sample, see :meth:`make_peft_token`.
+
+        Returns:
+            ``L_total = L_action + λ_p·L_perc + λ_d·L_dyn + λ_i·L_inv`` and each part, scalars.
+        """
+        self.check_inputs(inputs)
+        features = self.embed_images(inputs.images)
+        prefix = self.prefix(inputs, image_features=features)
+        per_step = None if action_masks is None else action_masks[..., None]
+        action = masked_mean(
+            self.action_loss(prefix, inputs.state, actions, noise, time, token=token), per_step, dim_mask
+        ).mean()
+        if executed is None:
+            zero = action.new_zeros(())
+            return Losses(action, action, zero, zero, zero)
+        if next_images is None or alignment_noise is None:
+            raise InputError("forward: found executed actions, expected next_images and alignment_noise with them")
+        with torch.no_grad():
+            next_obs = self.next_observation_features(self.embed_images(next_images))
+        transitions = Transitions(
+            state=inputs.state,
+            actions=executed,
+            next_obs=next_obs,
+            next_obs_masks=None if next_image_masks is None else self.next_observation_masks(next_image_masks),
+            action_masks=executed_masks,
+        )
+        if isinstance(alignment_noise, torch.Generator):
+            alignment_noise = self.draw_alignment_noise(transitions, alignment_noise)
+        losses = self.alignment_losses(
+            self.alignment_prefix(prefix, features, inputs.image_masks),
+            transitions,
+            alignment_noise,
+            token=token,
+            dim_mask=dim_mask,
+        )
+        config = self.config
+        weighted = losses.weighted(config.lambda_perc, config.lambda_dyn, config.lambda_inv).mean()
+        return Losses(
+            action + weighted,
+            action,
+            losses.perception.mean(),
+            losses.dynamics.mean(),
+            losses.inverse_dynamics.mean(),
+        )
+
+    # ---------------------------------------------------------------- inference
+
+    @torch.no_grad()
+    def sample_actions(
+        self, inputs: ModelInputs, noise: Tensor, *, num_steps: int = 10, token: Tensor | None = None
+    ) -> Tensor:
+        """Clean actions (B, horizon, action_dim) by ``num_steps`` Euler steps from ``noise`` of that shape.
+
+        The prefix runs once; each step reads its keys and values.
+        """
+        expected = (len(inputs.state), self.config.action_horizon, self.config.action_dim)
+        if tuple(noise.shape) != expected:
+            raise InputError(f"noise: found shape {tuple(noise.shape)}, expected {expected}")
+        prefix = self.prefix(inputs)
+        dt = torch.tensor(-1.0 / num_steps, dtype=torch.float32, device=noise.device)
+        x_t = noise
+        for time in flow.sampling_times(num_steps):
+            times = torch.full((len(noise),), time, dtype=torch.float32, device=noise.device)
+            x_t = x_t + dt * self.denoise_step(prefix, inputs.state, x_t, times, token=token)
+        return x_t
+
+    # ---------------------------------------------------------------- housekeeping
+
+    def to_precision(self, precision: Literal["float32", "bfloat16"]) -> Pi0:
+        """Cast the transformer stacks; projections in and out, and the E-Token, stay float32 (as openpi)."""
+        self.paligemma_with_expert.to_precision(precision)
+        return self
+
+    def check_inputs(self, inputs: ModelInputs) -> None:
+        """Raise :class:`InputError` naming the input, what was found and what was expected."""
+        config, batch = self.config, inputs.state.shape[0]
+        if not inputs.images:
+            raise InputError("images: found no camera, expected at least one")
+        if len(inputs.images) != len(inputs.image_masks):
+            raise InputError(f"image_masks: found {len(inputs.image_masks)}, expected one per camera ({len(inputs.images)})")
+        for index, (image, mask) in enumerate(zip(inputs.images, inputs.image_masks, strict=True)):
+            if not image.is_floating_point():
+                raise InputError(f"images[{index}]: found dtype {image.dtype}, expected float in [-1, 1]")
+            _check_shape(f"images[{index}]", image, (batch, 3, *config.image_size))
+            _check_shape(f"image_masks[{index}]", mask, (batch,))
+            _check_bool(f"image_masks[{index}]", mask)
+        _check_shape("state", inputs.state, (batch, config.action_dim))
+        if not inputs.state.is_floating_point():
+            raise InputError(f"state: found dtype {inputs.state.dtype}, expected float")
+        _check_bool("token_masks", inputs.token_masks)
+        if inputs.tokens.ndim != 2 or inputs.tokens.shape[0] != batch:
+            raise InputError(f"tokens: found shape {tuple(inputs.tokens.shape)}, expected ({batch}, prompt length)")
+        if inputs.tokens.shape[1] > config.max_token_len:
+            raise InputError(
+                f"tokens: found a prompt of {inputs.tokens.shape[1]} tokens, expected at most {config.max_token_len}"
+            )
+        _check_shape("token_masks", inputs.token_masks, tuple(inputs.tokens.shape))
+        if inputs.tokens.is_floating_point():
+            raise InputError(f"tokens: found dtype {inputs.tokens.dtype}, expected an integer type")
+
+
+def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != expected:
+        raise InputError(f"{name}: found shape {tuple(tensor.shape)}, expected {expected}")
+
+
+def _check_bool(name: str, tensor: Tensor) -> None:
+    if tensor.dtype != torch.bool:
+        raise InputError(f"{name}: found dtype {tensor.dtype}, expected torch.bool")
