@@ -1,0 +1,112 @@
+"""From camera bytes to model input: decode, then one resize. No Python loop over rows or pixels, no ROS.
+
+Messages arrive as a flat byte buffer with a height, a width, a row stride ("step") and an encoding name
+(sensor_msgs/image_encodings). Everything here returns (H, W, 3) uint8 RGB. Anything that cannot be decoded
+exactly is refused by name: a depth image read as colour would look like a picture to nobody but the model.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import cv2
+import numpy as np
+
+from selfalign_core.errors import InputError
+
+BytesLike: TypeAlias = "bytes | bytearray | memoryview | np.ndarray"
+
+# encoding -> (channels, OpenCV conversion to RGB, None where it is RGB already)
+_TO_RGB: dict[str, tuple[int, int | None]] = {
+    "rgb8": (3, None),
+    "bgr8": (3, cv2.COLOR_BGR2RGB),
+    "rgba8": (4, cv2.COLOR_RGBA2RGB),
+    "bgra8": (4, cv2.COLOR_BGRA2RGB),
+    "mono8": (1, cv2.COLOR_GRAY2RGB),
+}
+SUPPORTED_ENCODINGS = tuple(_TO_RGB)
+_DEPTH_ENCODINGS = ("16UC1", "mono16", "32FC1")
+
+
+def decode_image(data: BytesLike, *, height: int, width: int, step: int, encoding: str) -> np.ndarray:
+    """Decode an uncompressed image.
+
+    ``step`` is the length of a row in bytes; rows may be padded at their end. Returns (height, width, 3)
+    uint8 RGB, C-contiguous and owning its memory. Raises ``InputError`` naming the field that does not fit.
+    """
+    if encoding not in _TO_RGB:
+        kind = (
+            "a depth or 16-bit encoding, not a colour image"
+            if encoding in _DEPTH_ENCODINGS
+            else "not supported"
+        )
+        raise InputError(
+            f"encoding: found {encoding!r} ({kind}); expected one of {', '.join(SUPPORTED_ENCODINGS)}"
+        )
+    channels, conversion = _TO_RGB[encoding]
+    if height < 1 or width < 1:
+        raise InputError(f"height, width: found {height} x {width}; expected at least 1 x 1")
+    row_bytes = width * channels
+    if step < row_bytes:
+        raise InputError(
+            f"step: found {step} bytes; expected at least {row_bytes} ({width} pixels of {encoding})"
+        )
+    buffer = np.frombuffer(data, dtype=np.uint8)
+    # The padding after the last row is optional in the wild; everything before it is not.
+    shortest = step * (height - 1) + row_bytes
+    if not shortest <= buffer.size <= step * height:
+        raise InputError(
+            f"data: found {buffer.size} bytes; expected {step * height} (step {step} x height {height})"
+        )
+    strides = (step, channels, 1)
+    pixels = np.lib.stride_tricks.as_strided(buffer, (height, width, channels), strides, writeable=False)
+    if conversion is None:
+        return np.array(pixels, order="C")
+    return cv2.cvtColor(np.ascontiguousarray(pixels), conversion)
+
+
+def decode_compressed(data: BytesLike) -> np.ndarray:
+    """Decode a JPEG or PNG image to (H, W, 3) uint8 RGB. Raises ``InputError`` when it is neither or is
+    damaged.
+
+    16-bit PNG (depth) is refused rather than scaled down.
+    """
+    buffer = np.frombuffer(data, dtype=np.uint8)
+    if buffer.size == 0:
+        raise InputError("data: found 0 bytes; expected a JPEG or PNG image")
+    head = buffer[:8].tobytes()
+    is_jpeg, is_png = head.startswith(b"\xff\xd8\xff"), head == b"\x89PNG\r\n\x1a\n"
+    if not (is_jpeg or is_png):
+        raise InputError(f"data: found bytes starting with {head!r}; expected a JPEG or PNG image")
+    if is_png and buffer.size > 24 and buffer[24] == 16:
+        raise InputError("data: found a 16-bit PNG (a depth image); expected 8 bits per channel")
+    # IMREAD_IGNORE_ORIENTATION: the pixels as the camera made them, whatever an EXIF tag says.
+    image = cv2.imdecode(buffer, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+    if image is None:
+        raise InputError(
+            f"data: found {buffer.size} bytes of damaged {'JPEG' if is_jpeg else 'PNG'}; expected an image"
+        )
+    return image
+
+
+def resize_with_pad(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Fit (H, W, 3) uint8 into (height, width, 3) uint8: keep the aspect ratio, centre it, pad with black.
+
+    The rule openpi's checkpoints were trained with. Shrinks with area averaging, enlarges linearly.
+    """
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise InputError(f"image: found shape {image.shape} {image.dtype}; expected (H, W, 3) uint8")
+    if image.shape[:2] == (height, width):
+        return image
+    source_height, source_width = image.shape[:2]
+    ratio = max(source_width / width, source_height / height)
+    fitted_height = max(1, int(source_height / ratio))
+    fitted_width = max(1, int(source_width / ratio))
+    interpolation = cv2.INTER_AREA if ratio > 1 else cv2.INTER_LINEAR
+    fitted = cv2.resize(image, (fitted_width, fitted_height), interpolation=interpolation)
+    if fitted.shape[:2] == (height, width):
+        return fitted
+    padded = np.zeros((height, width, 3), dtype=np.uint8)
+    top, left = (height - fitted_height) // 2, (width - fitted_width) // 2
+    padded[top : top + fitted_height, left : left + fitted_width] = fitted
+    return padded
