@@ -61,10 +61,10 @@ class CommandPath:
     positions: np.ndarray  # (points, joints) float64
 
     def at(self, now_ns: int) -> np.ndarray:
-        """Commanded position at ``now_ns``, (joints,) float64; held before the first and after the last
-        point.""" offsets = (self.stamps_ns - self.stamps_ns[0]).astype(np.float64) offset = float(now_ns -
-        int(self.stamps_ns[0])) return np.array([np.interp(offset, offsets, column) for column in
-        self.positions.T])
+        """Commanded position at ``now_ns``, (joints,) float64; held before and after the path."""
+        offsets = (self.stamps_ns - self.stamps_ns[0]).astype(np.float64)
+        offset = float(now_ns - int(self.stamps_ns[0]))
+        return np.array([np.interp(offset, offsets, column) for column in self.positions.T])
 
 
 def plan_path(
