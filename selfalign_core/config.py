@@ -40,9 +40,7 @@ class GemmaSize:
                 f"GemmaSize.num_heads: found {self.num_heads}, expected a multiple of num_kv_heads={self.num_kv_heads}"
             )
         if self.head_dim % 2:
-            raise ConfigError(
-                f"GemmaSize.head_dim: found {self.head_dim}, expected an even number (rotary embedding)"
-            )
+            raise ConfigError(f"GemmaSize.head_dim: found {self.head_dim}, expected an even number (rotary embedding)")
 
 
 @dataclass(frozen=True)
@@ -178,8 +176,8 @@ class ModelConfig:
             ("vision", VisionSize), ("text", GemmaSize), ("action_expert", GemmaSize), ("alignment_expert", GemmaSize)
         ):  # fmt: skip
             if isinstance(values.get(name), dict):
-                values[name] = _build(kind, values[name], f"model.{name}")
-        return _build(cls, values, "model")
+                values[name] = build_dataclass(kind, values[name], f"model.{name}")
+        return build_dataclass(cls, values, "model")
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> ModelConfig:
@@ -189,7 +187,8 @@ class ModelConfig:
         return cls(**{**_PRESETS[name], **changes})
 
 
-def _build(kind: type, values: dict[str, Any], where: str) -> Any:
+def build_dataclass(kind: type, values: dict[str, Any], where: str) -> Any:
+    """``kind(**values)``; an unknown or missing key is an error that names it and ``where``."""
     fields = {field.name: field for field in dataclasses.fields(kind)}
     unknown = sorted(set(values) - set(fields))
     if unknown:

@@ -28,24 +28,33 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(width))
 
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """``x`` (B, S, width) → normalised x and no gate; ``cond`` is not used."""
         return (_normalise(x) * (1.0 + self.weight.float())).to(x.dtype), None
 
 
-class AdaRMSNorm(nn.Module):
-    """Adaptive norm of π0.5: scale, shift and gate come from one linear layer of the conditioning vector.
+class ModulationLinear(nn.Linear):
+    """Conditioning (width) → scale, shift, gate (3 * width); starts as scale 0, shift 0, gate 1, a plain layer."""
 
-    Starts as the identity modulation (scale 0, shift 0, gate 1), a plain Gemma layer.
-    """
+    def __init__(self, width: int):
+        super().__init__(width, 3 * width)
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        with torch.no_grad():
+            self.bias.zero_()
+            self.bias[2 * self.in_features :] = 1.0
+
+
+class AdaRMSNorm(nn.Module):
+    """Adaptive norm of π0.5: scale, shift and gate come from one linear layer of the conditioning vector."""
 
     def __init__(self, width: int):
         super().__init__()
-        self.dense = nn.Linear(width, 3 * width)
-        nn.init.zeros_(self.dense.weight)
-        nn.init.zeros_(self.dense.bias)
-        with torch.no_grad():
-            self.dense.bias[2 * width :] = 1.0
+        self.dense = ModulationLinear(width)
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """``x`` (B, S, width), ``cond`` (B, width) → modulated x and the gate (B, 1, width)."""
@@ -108,9 +117,7 @@ class KeyValues:
 
     def then(self, other: KeyValues) -> KeyValues:
         """These tokens followed by ``other``'s."""
-        return KeyValues(
-            torch.cat([self.keys, other.keys], dim=2), torch.cat([self.values, other.values], dim=2)
-        )
+        return KeyValues(torch.cat([self.keys, other.keys], dim=2), torch.cat([self.values, other.values], dim=2))
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,33 @@ class AlignmentLayout:
     def length(self) -> int:
         return self.inverse.stop
 
+    def assemble(
+        self,
+        *,
+        e: Tensor | None,
+        perception: Tensor,
+        dynamics_actions: Tensor,
+        dynamics_next_obs: Tensor,
+        inverse_next_obs: Tensor,
+        inverse_actions: Tensor,
+    ) -> Tensor:
+        """(B, length, width) suffix from its segments, each (B, tokens, width); ``e`` is None without E-Token."""
+        parts = [
+            *([] if e is None else [("e", e)]),
+            ("perception", perception),
+            ("dynamics_actions", dynamics_actions),
+            ("dynamics_next_obs", dynamics_next_obs),
+            ("inverse_next_obs", inverse_next_obs),
+            ("inverse_actions", inverse_actions),
+        ]
+        begin = 0
+        for name, tokens in parts:
+            place = getattr(self, name)
+            if (begin, begin + tokens.shape[1]) != (place.start, place.stop):
+                raise ValueError(f"{name}: found {tokens.shape[1]} tokens at {begin}, expected {place}")
+            begin = place.stop
+        return torch.cat([tokens for _, tokens in parts], dim=1)
+
     def attention_mask(self, device: torch.device | str | None = None) -> Tensor:
         """(length, length) bool, [query, key], the suffix part of design.md's table.
 

@@ -173,9 +173,7 @@ class PaliGemmaWithExperts(nn.Module):
             embeddings (B, P, width), pad masks (B, P) and the number of image tokens.
         """
         embs = list(image_features)
-        pads = [
-            mask[:, None].expand(-1, f.shape[1]) for mask, f in zip(image_masks, image_features, strict=True)
-        ]
+        pads = [mask[:, None].expand(-1, f.shape[1]) for mask, f in zip(image_masks, image_features, strict=True)]
         image_length = sum(f.shape[1] for f in image_features)
         if tokens is not None:
             embs.append(self.embed_language(tokens).to(embs[0].dtype))
@@ -189,9 +187,7 @@ class PaliGemmaWithExperts(nn.Module):
         mask = prefix_att_2d_mask(
             pad_masks, image_length, restrict_image_to_language=self.config.restrict_image_to_language
         )
-        hidden, layers = self.language_model(
-            embs, make_position_ids(pad_masks), mask, output_hidden=output_hidden
-        )
+        hidden, layers = self.language_model(embs, make_position_ids(pad_masks), mask, output_hidden=output_hidden)
         return PrefixCache(layers, pad_masks, image_length), hidden
 
     def run_expert(
@@ -206,7 +202,5 @@ class PaliGemmaWithExperts(nn.Module):
         """Final hidden states (B, S, width) of an expert over a prefix; ``mask`` is (B, S, P + S)."""
         stack = self.expert(name)
         first = self.config.expert_layer_offset
-        hidden, _ = stack(
-            embs, position_ids, mask, cond=cond, prefix=prefix.layers[first : first + len(stack.layers)]
-        )
+        hidden, _ = stack(embs, position_ids, mask, cond=cond, prefix=prefix.layers[first : first + len(stack.layers)])
         return hidden

@@ -6,7 +6,7 @@ normalisation, optimisers or ROS. Numbers equal openpi's PyTorch model (checked 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -133,17 +133,26 @@ class Pi0(nn.Module):
     def _init_e_token(self) -> None:
         config = self.config
         shape = (config.peft_num_tokens, config.action_expert.width)
-        self.peft_prefix_token = nn.Parameter(torch.zeros(shape))
-        if config.peft_init == "normal":
-            nn.init.normal_(self.peft_prefix_token)
+        self.peft_prefix_token = nn.Parameter(torch.empty(shape))
         # RMSNorm of an all-zero token has a gradient hundreds of times larger than at unit scale; the learned type
         # embedding, one per expert, keeps a zero E-Token at unit scale.
-        self.peft_type_action = nn.Parameter(torch.randn(shape))
+        self.peft_type_action = nn.Parameter(torch.empty(shape))
         if config.alignment_expert is not None:
             align_width = config.alignment_expert.width
-            self.peft_type_alignment = nn.Parameter(torch.randn(config.peft_num_tokens, align_width))
+            self.peft_type_alignment = nn.Parameter(torch.empty(config.peft_num_tokens, align_width))
             if align_width != shape[1]:
                 self.peft_alignment_proj = nn.Linear(shape[1], align_width, bias=False)
+        self.reset_e_token()
+
+    def reset_e_token(self, *, only: Collection[str] | None = None, device: str | torch.device | None = None) -> None:
+        """Start E-Token and type embeddings afresh (``only`` those named), on ``device`` if given."""
+        for name in ("peft_prefix_token", "peft_type_action", "peft_type_alignment"):
+            if not hasattr(self, name) or (only is not None and name not in only):
+                continue
+            old = getattr(self, name)
+            zero = name == "peft_prefix_token" and self.config.peft_init == "zeros"
+            value = torch.zeros(old.shape) if zero else torch.randn(old.shape)
+            setattr(self, name, nn.Parameter(value.to(device or old.device)))
 
     @property
     def num_e_tokens(self) -> int:
@@ -246,7 +255,13 @@ class Pi0(nn.Module):
         return suffix, pad_masks, att_masks, cond
 
     def predict_velocity(
-        self, prefix: PrefixCache, state: Tensor, noisy_actions: Tensor, time: Tensor, *, token: Tensor | None = None
+        self,
+        prefix: PrefixCache,
+        state: Tensor,
+        noisy_actions: Tensor,
+        time: Tensor,
+        *,
+        token: Tensor | None = None,
     ) -> Tensor:
         """One pass of the action expert: velocity (B, horizon, action_dim) of the actions, float32."""
         return self.action_out_proj(self.run_suffix(prefix, state, noisy_actions, time, token=token))
@@ -254,7 +269,13 @@ class Pi0(nn.Module):
     denoise_step = predict_velocity
 
     def run_suffix(
-        self, prefix: PrefixCache, state: Tensor, noisy_actions: Tensor, time: Tensor, *, token: Tensor | None = None
+        self,
+        prefix: PrefixCache,
+        state: Tensor,
+        noisy_actions: Tensor,
+        time: Tensor,
+        *,
+        token: Tensor | None = None,
     ) -> Tensor:
         """Final-normed hidden states of the action tokens, (B, horizon, width) float32."""
         embs, pad_masks, att_masks, cond = self.embed_suffix(state, noisy_actions, time, token=token)
@@ -352,19 +373,14 @@ class Pi0(nn.Module):
         def at_time(clean: Tensor, noise_: Tensor) -> Tensor:
             return flow.add_noise(clean, noise_, noise.time)
 
-        segments = {
-            layout.perception: noisy(project["perception"](at_time(transitions.state, noise.state)[:, None])),
-            layout.dynamics_actions: project["dynamics_actions"](transitions.actions),
-            layout.dynamics_next_obs: noisy(
-                project["dynamics_next_obs"](at_time(transitions.next_obs, noise.next_obs))
-            ),
-            layout.inverse_next_obs: project["inverse_next_obs"](transitions.next_obs),
-            layout.inverse_actions: noisy(project["inverse_actions"](at_time(transitions.actions, noise.actions))),
-        }
-        if layout.e_tokens:
-            segments = {layout.e: self.make_peft_token(batch, expert="alignment", token=token), **segments}
-        suffix = torch.cat(list(segments.values()), dim=1)
-
+        suffix = layout.assemble(
+            e=self.make_peft_token(batch, expert="alignment", token=token) if layout.e_tokens else None,
+            perception=noisy(project["perception"](at_time(transitions.state, noise.state)[:, None])),
+            dynamics_actions=project["dynamics_actions"](transitions.actions),
+            dynamics_next_obs=noisy(project["dynamics_next_obs"](at_time(transitions.next_obs, noise.next_obs))),
+            inverse_next_obs=project["inverse_next_obs"](transitions.next_obs),
+            inverse_actions=noisy(project["inverse_actions"](at_time(transitions.actions, noise.actions))),
+        )
         pad_masks = torch.ones(batch, layout.length, dtype=torch.bool, device=suffix.device)
         if transitions.action_masks is not None:
             pad_masks[:, layout.dynamics_actions] = transitions.action_masks
@@ -375,7 +391,12 @@ class Pi0(nn.Module):
         return suffix, pad_masks, layout.attention_mask(suffix.device), cond
 
     def predict_alignment(
-        self, prefix: PrefixCache, transitions: Transitions, noise: AlignmentNoise, *, token: Tensor | None = None
+        self,
+        prefix: PrefixCache,
+        transitions: Transitions,
+        noise: AlignmentNoise,
+        *,
+        token: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One pass of the alignment expert over a prefix that it may read.
 
@@ -423,7 +444,9 @@ class Pi0(nn.Module):
                 (next_obs - flow.target_velocity(transitions.next_obs, noise.next_obs)).square(), per_feature
             ),
             inverse_dynamics=masked_mean(
-                (actions - flow.target_velocity(transitions.actions, noise.actions)).square(), per_action, dim_mask
+                (actions - flow.target_velocity(transitions.actions, noise.actions)).square(),
+                per_action,
+                dim_mask,
             ),
         )
 
@@ -562,7 +585,9 @@ class Pi0(nn.Module):
         if not inputs.images:
             raise InputError("images: found no camera, expected at least one")
         if len(inputs.images) != len(inputs.image_masks):
-            raise InputError(f"image_masks: found {len(inputs.image_masks)}, expected one per camera ({len(inputs.images)})")
+            raise InputError(
+                f"image_masks: found {len(inputs.image_masks)}, expected one per camera ({len(inputs.images)})"
+            )
         for index, (image, mask) in enumerate(zip(inputs.images, inputs.image_masks, strict=True)):
             if not image.is_floating_point():
                 raise InputError(f"images[{index}]: found dtype {image.dtype}, expected float in [-1, 1]")

@@ -1,0 +1,346 @@
+"""Checkpoints and E-Token files, all safetensors: openpi's layout, LeRobot's layout, and SelfAlign's own.
+
+Names are openpi's plus ours. A file that does not fit the model is an error that lists every tensor; nothing is
+loaded then. Nothing here unpickles a file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from selfalign_core.config import GemmaSize, ModelConfig, VisionSize
+from selfalign_core.errors import CheckpointError
+from selfalign_core.model.pi0 import Pi0
+from selfalign_core.types import EToken
+
+E_TOKEN_PARAMETER = "peft_prefix_token"
+OWN_E_TOKEN = ("peft_",)
+OWN_ALIGNMENT = ("alignment_", "next_obs_", "paligemma_with_expert.alignment_expert.")
+_PALI = "paligemma_with_expert.paligemma."
+_EMBED = _PALI + "model.language_model.embed_tokens.weight"
+_LM_HEAD = _PALI + "lm_head.weight"
+_EXPERT = "paligemma_with_expert.gemma_expert.model."
+_VISION = _PALI + "model.vision_tower.vision_model."
+
+
+# ------------------------------------------------------------------------------------------------ tensors of a file
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """Tensors by openpi's names, read on demand."""
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+    read: Callable[[str], Tensor]
+
+
+@contextmanager
+def open_tensors(path: str | Path, *, device: str = "cpu") -> Iterator[TensorFile]:
+    """Open a ``.safetensors`` file, or a directory with one (or a sharded index), under openpi's names.
+
+    Accepts LeRobot's ``model.`` prefix, a token embedding stored once or twice, and the time MLP under the name of
+    the other model family.
+    """
+    path = Path(path)
+    files = _files_of(path)
+    with ExitStack() as stack:
+        where: dict[str, tuple[Any, str]] = {}
+        for file in files:
+            try:
+                handle = stack.enter_context(safe_open(file, framework="pt", device=device))
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{file}: found {error}, expected a safetensors file") from error
+            where.update({name: (handle, name) for name in handle.keys()})  # noqa: SIM118
+        where = _openpi_names(where)
+        yield TensorFile(
+            path,
+            {name: tuple(handle.get_slice(key).get_shape()) for name, (handle, key) in where.items()},
+            lambda name: where[name][0].get_tensor(where[name][1]),
+        )
+
+
+def _files_of(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        return [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    file = path / "model.safetensors"
+    if not file.is_file():
+        raise CheckpointError(f"{path}: found neither model.safetensors nor its index, expected a checkpoint directory")
+    return [file]
+
+
+def _openpi_names(where: dict[str, Any]) -> dict[str, Any]:
+    if where and all(name.startswith("model.") for name in where):
+        where = {name.removeprefix("model."): value for name, value in where.items()}
+    if _LM_HEAD in where:  # the head is the embedding; where a file has both, the head counts (LeRobot's rule)
+        where[_EMBED] = where[_LM_HEAD]
+    elif _EMBED in where:
+        where[_LM_HEAD] = where[_EMBED]
+    pi05 = _is_pi05(where)
+    wrong, right = ("action_time_mlp_", "time_mlp_") if pi05 else ("time_mlp_", "action_time_mlp_")
+    where = {
+        right + name.removeprefix(wrong) if name.startswith(wrong) else name: value for name, value in where.items()
+    }
+    if pi05:  # π0.5 has no state token; LeRobot's loader drops the projection too
+        where = {name: value for name, value in where.items() if not name.startswith("state_proj.")}
+    return where
+
+
+def _is_pi05(names: Any) -> bool:
+    """π0.5 is known by the adaptive norms of its action expert."""
+    return any(name.startswith(_EXPERT) and name.endswith("norm.dense.weight") for name in names)
+
+
+# ------------------------------------------------------------------------------------------------ sizes from tensors
+
+
+def infer_model_config(tensors: TensorFile, **overrides: Any) -> ModelConfig:
+    """The configuration that the tensors' shapes imply.
+
+    Head sizes are not in the shapes: one key/value head is assumed for Gemma (true of every public π0 and π0.5) and
+    72 channels per vision head (So400m); ``overrides`` replaces whole fields of :class:`ModelConfig`.
+    """
+    shapes = tensors.shapes
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in shapes:
+            raise CheckpointError(f"{tensors.path}: missing tensor {name}")
+        return shapes[name]
+
+    def depth(prefix: str) -> int:
+        found = {int(m.group(1)) for name in shapes if (m := re.match(re.escape(prefix) + r"layers\.(\d+)\.", name))}
+        return max(found, default=-1) + 1
+
+    def stack(prefix: str) -> GemmaSize:
+        mlp, width = shape(prefix + "layers.0.mlp.up_proj.weight")
+        head_dim = shape(prefix + "layers.0.self_attn.k_proj.weight")[0]
+        heads = shape(prefix + "layers.0.self_attn.q_proj.weight")[0] // head_dim
+        return GemmaSize(width, depth(prefix), mlp, heads, 1, head_dim)
+
+    def vision() -> VisionSize:
+        width, _, patch, _ = shape(_VISION + "embeddings.patch_embedding.weight")
+        positions = shape(_VISION + "embeddings.position_embedding.weight")[0]
+        return VisionSize(
+            width,
+            depth(_VISION + "encoder."),
+            shape(_VISION + "encoder.layers.0.mlp.fc1.weight")[0],
+            max(width // 72, 1),
+            round(positions**0.5) * patch,
+            patch,
+        )
+
+    values: dict[str, Any] = dict(overrides)
+    values.setdefault("pi05", _is_pi05(shapes))
+    for name, read in (
+        ("vision", vision),
+        ("text", lambda: stack(_PALI + "model.language_model.")),
+        ("action_expert", lambda: stack(_EXPERT)),
+        ("vocab_size", lambda: shape(_LM_HEAD)[0]),
+        ("action_dim", lambda: shape("action_in_proj.weight")[1]),
+    ):
+        if name not in values:
+            values[name] = read()
+    alignment = "paligemma_with_expert.alignment_expert.model."
+    if "alignment_expert" not in values and depth(alignment):
+        values["alignment_expert"] = stack(alignment)
+    values.setdefault("use_peft_prefix_token", E_TOKEN_PARAMETER in shapes)
+    if E_TOKEN_PARAMETER in shapes:
+        values.setdefault("peft_num_tokens", shapes[E_TOKEN_PARAMETER][0])
+    return ModelConfig(**values)
+
+
+# ------------------------------------------------------------------------------------------------ loading and saving
+
+
+def load_model(
+    path: str | Path,
+    config: ModelConfig | None = None,
+    *,
+    device: str = "cpu",
+    initialise: tuple[str, ...] = (),
+    seed: int = 0,
+    **overrides: Any,
+) -> Pi0:
+    """Load weights into a new model; tensors go straight from the file to ``device``, one copy in all.
+
+    Args:
+        config: sizes; inferred from the tensors if None (with ``overrides``).
+        initialise: parts that the file may lack and that start fresh, of ``"e_token"`` and ``"alignment"``.
+        seed: for the parts that start fresh.
+
+    Raises:
+        CheckpointError: lists every missing, surplus and misshapen tensor.
+    """
+    with open_tensors(path, device=device) as tensors:
+        if config is None:
+            config = infer_model_config(tensors, **overrides)
+        with torch.device("meta"):
+            model = Pi0(config)
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        fresh = _fresh_names(expected, tensors.shapes, initialise)
+        _check_names(tensors, expected, fresh)
+        state = {name: tensors.read(name) for name in expected if name not in fresh}
+        model.load_state_dict(state, strict=False, assign=True)
+    _materialise(model, fresh, device, seed)
+    language = model.paligemma_with_expert.paligemma
+    language.lm_head.weight = language.model.language_model.embed_tokens.weight
+    return model.eval()
+
+
+def _fresh_names(expected: dict, found: dict, initialise: tuple[str, ...]) -> set[str]:
+    groups = {"e_token": OWN_E_TOKEN, "alignment": OWN_ALIGNMENT}
+    unknown = set(initialise) - set(groups)
+    if unknown:
+        raise CheckpointError(f"initialise: found {sorted(unknown)}, expected some of {sorted(groups)}")
+    prefixes = tuple(p for part in initialise for p in groups[part])
+    if "alignment" in initialise:
+        prefixes += ("peft_type_alignment", "peft_alignment_proj")
+    return {name for name in expected if name not in found and prefixes and name.startswith(prefixes)}
+
+
+def _check_names(tensors: TensorFile, expected: dict[str, tuple[int, ...]], fresh: set[str]) -> None:
+    found = tensors.shapes
+    problems = [f"missing {name} {expected[name]}" for name in expected if name not in found and name not in fresh]
+    problems += [f"surplus {name} {found[name]}" for name in found if name not in expected]
+    problems += [
+        f"misshapen {name}: found {found[name]}, expected {expected[name]}"
+        for name in expected
+        if name in found and found[name] != expected[name]
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{tensors.path}: {len(problems)} tensor(s) do not fit the model:\n  " + "\n  ".join(sorted(problems))
+        )
+
+
+def _materialise(model: Pi0, fresh: set[str], device: str, seed: int) -> None:
+    """Give storage to what was built on the meta device and is not in the file: fresh parts, constant buffers."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for prefix, module in model.named_modules():
+            own = [f"{prefix}.{n}" if prefix else n for n, _ in module.named_parameters(recurse=False)]
+            if not prefix or not any(name in fresh for name in own):
+                continue
+            module.to_empty(device=device, recurse=False)
+            module.reset_parameters()
+        if any(name.startswith(OWN_E_TOKEN) for name in fresh):
+            model.reset_e_token(device=device, only=fresh)
+    if "next_obs_mean" in fresh:
+        model.next_obs_mean = torch.zeros(model.next_obs_mean.shape, device=device)
+        model.next_obs_std = torch.ones(model.next_obs_std.shape, device=device)
+    embeddings = model.paligemma_with_expert.paligemma.model.vision_tower.vision_model.embeddings
+    embeddings.position_ids = torch.arange(embeddings.num_positions, device=device).expand((1, -1))
+    left = [name for name, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
+    if left:
+        raise CheckpointError(f"checkpoint: {len(left)} tensor(s) were left without a value: {left[:5]}")
+
+
+def model_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's tensors as they are saved: the token embedding once, under openpi's name for it."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state.pop(_EMBED, None)
+    return state
+
+
+def save_model(model: Pi0, path: str | Path) -> None:
+    """Write ``model.safetensors`` under openpi's names (plus ours), atomically."""
+    write_atomically(Path(path), lambda temporary: save_file(model_state(model), temporary))
+
+
+def write_atomically(path: Path, write: Callable[[str], None]) -> None:
+    """Write to a temporary file beside ``path``, sync it, rename it: a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def model_digest(model: Pi0) -> str:
+    """Hex SHA-256 over every weight but the E-Token itself: the identity of the model that a token belongs to."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if name == E_TOKEN_PARAMETER or name == _LM_HEAD:
+            continue
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------ E-Token files
+
+
+def save_e_token(path: str | Path, token: EToken, *, losses: dict[str, float] | None = None) -> None:
+    """Write a token as safetensors with its metadata, atomically."""
+    metadata = {
+        "format": "selfalign-e-token-1",
+        "model_digest": token.model_digest,
+        "embodiment": token.embodiment,
+        "version": str(token.version),
+        "losses": json.dumps(losses or {}),
+    }
+    data = torch.from_numpy(np.array(token.data, np.float32))
+    write_atomically(Path(path), lambda temporary: save_file({E_TOKEN_PARAMETER: data}, temporary, metadata))
+
+
+def load_e_token(path: str | Path, *, model_digest: str, shape: tuple[int, int]) -> EToken:
+    """Read a token and check that it belongs to this model.
+
+    Raises:
+        CheckpointError: the file is not a token, is damaged, or is of another model, shape or holds NaN.
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata, names = file.metadata() or {}, list(file.keys())
+            if metadata.get("format") != "selfalign-e-token-1" or names != [E_TOKEN_PARAMETER]:
+                raise CheckpointError(f"{path}: found tensors {names}, expected an E-Token file ({E_TOKEN_PARAMETER})")
+            data = file.get_tensor(E_TOKEN_PARAMETER).float().numpy()
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: found {error}, expected an E-Token file") from error
+    if metadata["model_digest"] != model_digest:
+        raise CheckpointError(
+            f"{path}: found a token of model {metadata['model_digest'][:12]}, expected model {model_digest[:12]}"
+        )
+    if data.shape != tuple(shape):
+        raise CheckpointError(f"{path}: found a token of shape {data.shape}, expected {tuple(shape)}")
+    if not np.isfinite(data).all():
+        raise CheckpointError(f"{path}: found NaN or infinity in the token")
+    try:
+        version = int(metadata["version"])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}: found version {metadata.get('version')!r}, expected an integer") from error
+    return replace(
+        EToken(data, version, metadata.get("embodiment", ""), model_digest),
+    )

@@ -1,0 +1,109 @@
+"""What a checkpoint says about itself besides its weights: model sizes, cameras, normalisation, action space.
+
+Imports neither torch nor ROS, so a node that only needs image size and horizon starts at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from selfalign_core.config import ModelConfig, build_dataclass
+from selfalign_core.errors import CheckpointError, ConfigError
+from selfalign_core.transforms import NormMode
+
+FORMAT = "selfalign-policy-1"
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """Everything around the model that turns an observation into actions.
+
+    ``cameras``: camera name per image slot of the model; None marks a slot that is fed black and masked out.
+    ``delta_mask``: per action dimension, True if the model predicts it relative to the state.
+    ``state_dim``, ``action_dim``: the robot's own, before padding to the model's. ``num_steps``: Euler steps.
+    """
+
+    model: ModelConfig
+    cameras: tuple[str | None, ...]
+    state_dim: int
+    action_dim: int
+    state_norm: NormMode = "identity"
+    action_norm: NormMode = "identity"
+    delta_mask: tuple[bool, ...] | None = None
+    num_steps: int = 10
+    embodiment: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cameras", tuple(self.cameras))
+        if self.delta_mask is not None:
+            object.__setattr__(self, "delta_mask", tuple(bool(v) for v in self.delta_mask))
+            if len(self.delta_mask) != self.action_dim:
+                raise ConfigError(
+                    f"PolicyConfig.delta_mask: found {len(self.delta_mask)} values, expected action_dim={self.action_dim}"
+                )
+        if not [camera for camera in self.cameras if camera is not None]:
+            raise ConfigError(f"PolicyConfig.cameras: found {self.cameras}, expected at least one camera")
+        for name in ("state_dim", "action_dim"):
+            value = getattr(self, name)
+            if not 1 <= value <= self.model.action_dim:
+                raise ConfigError(
+                    f"PolicyConfig.{name}: found {value}, expected 1..{self.model.action_dim} (the model's action_dim)"
+                )
+        if self.num_steps < 1:
+            raise ConfigError(f"PolicyConfig.num_steps: found {self.num_steps}, expected >= 1")
+        if self.delta_mask and any(self.delta_mask) and self.state_dim != self.action_dim:
+            raise ConfigError(
+                f"PolicyConfig.delta_mask: found delta actions with state_dim={self.state_dim} and "
+                f"action_dim={self.action_dim}, expected them equal"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"format": FORMAT, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PolicyConfig:
+        values = dict(values)
+        found = values.pop("format", None)
+        if found != FORMAT:
+            raise ConfigError(f"policy config: found format {found!r}, expected {FORMAT!r}")
+        values["model"] = ModelConfig.from_dict(values.get("model", {}))
+        return build_dataclass(cls, values, "policy")
+
+    @classmethod
+    def load(cls, checkpoint: str | Path) -> PolicyConfig:
+        """Read ``config.json`` of a SelfAlign checkpoint directory."""
+        file = Path(checkpoint) / "config.json"
+        if not file.is_file():
+            raise CheckpointError(f"{file}: found no such file, expected a checkpoint directory with config.json")
+        try:
+            values = json.loads(file.read_text())
+        except json.JSONDecodeError as error:
+            raise CheckpointError(f"{file}: found invalid JSON ({error})") from error
+        try:
+            return cls.from_dict(values)
+        except ConfigError as error:
+            raise CheckpointError(f"{file}: {error}") from error
+
+
+def is_untrained(checkpoint: str) -> bool:
+    """True for the names of the built-in tiny model with random weights."""
+    return checkpoint in ("", "tiny")
+
+
+def model_config_of(checkpoint: str) -> ModelConfig:
+    """The model configuration behind a ``checkpoint`` parameter, without loading weights."""
+    return ModelConfig.preset("tiny") if is_untrained(checkpoint) else PolicyConfig.load(checkpoint).model
+
+
+def image_size_of(checkpoint: str) -> tuple[int, int]:
+    """(H, W) in pixels of the images the model reads."""
+    return model_config_of(checkpoint).image_size
+
+
+def transition_horizon_of(checkpoint: str) -> int:
+    """Executed actions per transition."""
+    return model_config_of(checkpoint).transition_horizon

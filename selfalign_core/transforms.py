@@ -1,0 +1,142 @@
+"""From robot numbers to model numbers and back: normalisation, delta actions, padding. Imports neither torch nor ROS.
+
+Order as in openpi: raw → delta → normalise → pad → model → cut → un-normalise → absolute.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from selfalign_core.errors import CheckpointError, InputError
+
+NormMode = Literal["identity", "z_score", "quantile"]
+EPSILON = 1e-6  # openpi and LeRobot
+
+
+@dataclass(frozen=True)
+class NormStats:
+    """Statistics of one vector, each (dim,) float32; ``q01`` and ``q99`` are the 1 % and 99 % quantiles."""
+
+    mean: np.ndarray
+    std: np.ndarray
+    q01: np.ndarray | None = None
+    q99: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std", "q01", "q99"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            array = np.asarray(value, np.float32)
+            if array.ndim != 1 or not np.isfinite(array).all():
+                raise InputError(f"NormStats.{name}: found {value!r}, expected a vector of finite numbers")
+            if array.shape != np.shape(self.mean):
+                raise InputError(f"NormStats.{name}: found {array.shape}, expected mean's {np.shape(self.mean)}")
+            object.__setattr__(self, name, array)
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> NormStats:
+        """Statistics of ``values`` (N, dim)."""
+        values = np.asarray(values, np.float64)
+        q01, q99 = np.quantile(values, [0.01, 0.99], axis=0)
+        return cls(values.mean(0), values.std(0), q01, q99)
+
+    def to_dict(self) -> dict[str, list[float]]:
+        return {k: v.tolist() for k, v in vars(self).items() if v is not None}
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """``z_score``: (x - mean) / std; ``quantile``: q01..q99 → -1..1; ``identity``. Works on the last axis."""
+
+    stats: NormStats | None
+    mode: NormMode
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("identity", "z_score", "quantile"):
+            raise InputError(f"normalisation mode: found {self.mode!r}, expected identity, z_score or quantile")
+        if self.mode != "identity" and self.stats is None:
+            raise InputError(f"normalisation {self.mode}: found no statistics, expected mean and std (and q01, q99)")
+        if self.mode == "quantile" and (self.stats.q01 is None or self.stats.q99 is None):
+            raise InputError("normalisation quantile: found statistics without q01 and q99, expected both")
+
+    def _offset_scale(self, dim: int) -> tuple[np.ndarray, np.ndarray]:
+        if self.mode == "identity":
+            return np.zeros(dim, np.float32), np.ones(dim, np.float32)
+        if dim != len(self.stats.mean):
+            raise InputError(f"normalisation: found a vector of {dim}, expected {len(self.stats.mean)} (statistics)")
+        if self.mode == "z_score":
+            return self.stats.mean, self.stats.std + EPSILON
+        half = (self.stats.q99 - self.stats.q01 + EPSILON) / 2
+        return self.stats.q01 + half, half
+
+    def normalize(self, x: np.ndarray) -> np.ndarray:
+        """Robot units → model units, float32."""
+        offset, scale = self._offset_scale(x.shape[-1])
+        return ((x - offset) / scale).astype(np.float32)
+
+    def unnormalize(self, x: np.ndarray) -> np.ndarray:
+        """Model units → robot units, float32."""
+        offset, scale = self._offset_scale(x.shape[-1])
+        return (x * scale + offset).astype(np.float32)
+
+
+def pad_to_dim(x: np.ndarray, dim: int) -> np.ndarray:
+    """Zero-pad the last axis to ``dim``; a longer vector is an error."""
+    if x.shape[-1] > dim:
+        raise InputError(f"padding: found a vector of {x.shape[-1]}, expected at most the model's {dim}")
+    return np.concatenate([x, np.zeros((*x.shape[:-1], dim - x.shape[-1]), x.dtype)], axis=-1)
+
+
+def to_delta(actions: np.ndarray, state: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Absolute (..., K, A) → relative to ``state`` (..., A) in the dimensions where ``mask`` (A,) is True."""
+    return actions - np.where(mask, state, 0)[..., None, :].astype(actions.dtype)
+
+
+def to_absolute(actions: np.ndarray, state: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Inverse of :func:`to_delta`."""
+    return actions + np.where(mask, state, 0)[..., None, :].astype(actions.dtype)
+
+
+def load_norm_stats(path: Path) -> dict[str, NormStats]:
+    """``state`` and ``actions`` statistics from openpi's norm_stats.json or LeRobot's stats JSON or safetensors.
+
+    Raises:
+        CheckpointError: naming the file and what it lacks.
+    """
+    if path.suffix == ".safetensors":
+        from safetensors.numpy import load_file
+
+        flat = load_file(path)
+        raw: dict[str, dict[str, Any]] = {}
+        for key, value in flat.items():
+            feature, _, statistic = key.rpartition(".")
+            raw.setdefault(feature, {})[statistic] = value
+    else:
+        try:
+            raw = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise CheckpointError(f"{path}: found invalid JSON ({error}), expected normalisation statistics") from error
+        raw = raw.get("norm_stats", raw)
+    stats = {}
+    for name, keys in (("state", ("state", "observation.state")), ("actions", ("actions", "action"))):
+        found = next((raw[key] for key in keys if key in raw), None)
+        if found is None:
+            raise CheckpointError(f"{path}: found statistics of {sorted(raw)}, expected one of {keys}")
+        missing = [k for k in ("mean", "std") if k not in found]
+        if missing:
+            raise CheckpointError(f"{path}: statistics of {name}: missing {missing}")
+        stats[name] = NormStats(
+            **{k: np.ravel(found[k]) for k in ("mean", "std", "q01", "q99") if found.get(k) is not None}
+        )
+    return stats
+
+
+def save_norm_stats(path: Path, stats: dict[str, NormStats]) -> None:
+    """Write openpi's norm_stats.json."""
+    path.write_text(json.dumps({"norm_stats": {k: v.to_dict() for k, v in stats.items()}}, indent=2))
