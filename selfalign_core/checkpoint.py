@@ -13,7 +13,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -290,7 +290,7 @@ def model_digest(model: Pi0) -> str:
     """Hex SHA-256 over every weight but the E-Token itself: the identity of the model that a token belongs to."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        if name == E_TOKEN_PARAMETER or name == _LM_HEAD:
+        if name in (E_TOKEN_PARAMETER, _LM_HEAD):
             continue
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         flat = tensor.detach().cpu().contiguous().flatten()
@@ -341,6 +341,4 @@ def load_e_token(path: str | Path, *, model_digest: str, shape: tuple[int, int])
         version = int(metadata["version"])
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: found version {metadata.get('version')!r}, expected an integer") from error
-    return replace(
-        EToken(data, version, metadata.get("embodiment", ""), model_digest),
-    )
+    return EToken(data, version, metadata.get("embodiment", ""), model_digest)

@@ -43,7 +43,8 @@ class PolicyConfig:
             object.__setattr__(self, "delta_mask", tuple(bool(v) for v in self.delta_mask))
             if len(self.delta_mask) != self.action_dim:
                 raise ConfigError(
-                    f"PolicyConfig.delta_mask: found {len(self.delta_mask)} values, expected action_dim={self.action_dim}"
+                    f"PolicyConfig.delta_mask: found {len(self.delta_mask)} values, "
+                    f"expected action_dim={self.action_dim}"
                 )
         if not [camera for camera in self.cameras if camera is not None]:
             raise ConfigError(f"PolicyConfig.cameras: found {self.cameras}, expected at least one camera")
