@@ -19,10 +19,11 @@ from torch import Tensor
 from selfalign_core.checkpoint import load_model, model_digest, save_model, write_atomically
 from selfalign_core.config import ModelConfig
 from selfalign_core.contract import RobotContract
-from selfalign_core.errors import ConfigError, InputError
+from selfalign_core.errors import CheckpointError, ConfigError, InputError
+from selfalign_core.foreign_checkpoints import fit_to_robot, read_foreign
 from selfalign_core.images import resize_with_pad
 from selfalign_core.model.pi0 import ModelInputs, Pi0
-from selfalign_core.policy_config import PolicyConfig, is_untrained
+from selfalign_core.policy_config import PolicyConfig, is_foreign, is_untrained
 from selfalign_core.tokenizer import PromptTokenizer, load_tokenizer, word_tokenizer
 from selfalign_core.transforms import (
     Normalizer,
@@ -83,14 +84,23 @@ class Policy:
         """The policy behind a ``checkpoint`` parameter, for the robot of ``contract``.
 
         ``""`` or ``"tiny"`` is the tiny model with seeded random weights (``trained`` is False); anything else is a
-        checkpoint directory.
+        checkpoint directory. One of openpi's or LeRobot's runs as it is: without E-Token, its cameras matched to the
+        contract's by name.
 
         Raises:
             CheckpointError, ConfigError: what is wrong with the files, or how they do not fit the contract.
         """
         if is_untrained(checkpoint):
             return cls.untrained(contract, device=device)
-        policy = cls.from_checkpoint(checkpoint, device=device, dt=contract.dt)
+        path = Path(checkpoint)
+        if not path.is_dir():
+            raise CheckpointError(f"checkpoint: found no directory {path}, expected one, or '' for the tiny model")
+        if is_foreign(path):
+            foreign = fit_to_robot(
+                read_foreign(path, embodiment=contract.embodiment), len(contract.joints), contract.camera_names
+            )
+            return cls.from_checkpoint(path, dt=contract.dt, config=foreign.config, stats=foreign.stats, device=device)
+        policy = cls.from_checkpoint(path, device=device, dt=contract.dt)
         policy.check_contract(contract)
         return policy
 
@@ -125,32 +135,40 @@ class Policy:
         *,
         dt: float,
         config: PolicyConfig | None = None,
+        stats: dict[str, NormStats] | None = None,
         tokenizer: str | Path | None = None,
-        norm_stats: str | Path | None = None,
         device: str = "cpu",
         precision: str | None = None,
         initialise: Sequence[str] = (),
+        **foreign: Any,
     ) -> Policy:
-        """Load a checkpoint directory.
+        """Load a checkpoint directory: SelfAlign's own, openpi's (PyTorch) or LeRobot's.
 
-        A SelfAlign directory holds everything. For openpi's and LeRobot's, whose files say little about the robot,
-        give ``config`` (see :func:`selfalign_core.checkpoint.infer_model_config`), and ``tokenizer`` and
-        ``norm_stats`` where they lie elsewhere.
+        A SelfAlign directory holds everything. For the others ``foreign`` goes to
+        :func:`selfalign_core.foreign_checkpoints.read_foreign` (cameras, delta actions, model options), unless
+        ``config`` and ``stats`` are given.
 
         Args:
             dt: seconds between two actions.
+            tokenizer: ``tokenizer.json`` or its directory, where it is not in ``path``.
             precision: ``float32`` or ``bfloat16``; as in the file if None.
             initialise: parts to start fresh if the file lacks them: ``"e_token"``, ``"alignment"``.
         """
         path = Path(path)
-        config = PolicyConfig.load(path) if config is None else config
+        if config is None:
+            if is_foreign(path):
+                read = read_foreign(path, **foreign)
+                config, stats = read.config, read.stats
+            else:
+                config = PolicyConfig.load(path)
+        if stats is None:
+            normalised = {config.state_norm, config.action_norm} != {"identity"}
+            stats = load_norm_stats(path / "norm_stats.json") if normalised else {}
+        text = load_tokenizer(tokenizer or path)
         model = load_model(path, config.model, device=device, initialise=tuple(initialise))
         if precision is not None:
             model.to_precision(precision)
-        stats: dict[str, NormStats] = {}
-        if config.state_norm != "identity" or config.action_norm != "identity":
-            stats = load_norm_stats(Path(norm_stats) if norm_stats else path / "norm_stats.json")
-        return cls(model, config, load_tokenizer(tokenizer or path), stats, dt=dt)
+        return cls(model, config, text, stats, dt=dt)
 
     def save(self, path: str | Path) -> None:
         """Write a SelfAlign checkpoint directory: weights, config, statistics and tokenizer."""

@@ -81,13 +81,26 @@ class PolicyConfig:
         if not file.is_file():
             raise CheckpointError(f"{file}: found no such file, expected a checkpoint directory with config.json")
         try:
-            values = json.loads(file.read_text())
-        except json.JSONDecodeError as error:
-            raise CheckpointError(f"{file}: found invalid JSON ({error})") from error
-        try:
-            return cls.from_dict(values)
+            return cls.from_dict(read_json(file))
         except ConfigError as error:
             raise CheckpointError(f"{file}: {error}") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in ``file``."""
+    try:
+        values = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{file}: found invalid JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file}: found {type(values).__name__}, expected a JSON object")
+    return values
+
+
+def is_foreign(checkpoint: str | Path) -> bool:
+    """True if a checkpoint directory was not written by SelfAlign (openpi's, LeRobot's)."""
+    file = Path(checkpoint) / "config.json"
+    return not file.is_file() or read_json(file).get("format") != FORMAT
 
 
 def is_untrained(checkpoint: str) -> bool:
@@ -97,7 +110,16 @@ def is_untrained(checkpoint: str) -> bool:
 
 def model_config_of(checkpoint: str) -> ModelConfig:
     """The model configuration behind a ``checkpoint`` parameter, without loading weights."""
-    return ModelConfig.preset("tiny") if is_untrained(checkpoint) else PolicyConfig.load(checkpoint).model
+    if is_untrained(checkpoint):
+        return ModelConfig.preset("tiny")
+    path = Path(checkpoint)
+    if not path.is_dir():
+        raise CheckpointError(f"checkpoint: found no directory {path}, expected one, or '' for the tiny model")
+    if is_foreign(path):
+        from selfalign_core.foreign_checkpoints import read_foreign  # reads tensors, so it needs torch
+
+        return read_foreign(path).config.model
+    return PolicyConfig.load(path).model
 
 
 def image_size_of(checkpoint: str) -> tuple[int, int]:

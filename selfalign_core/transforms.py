@@ -16,6 +16,7 @@ from selfalign_core.errors import CheckpointError, InputError
 
 NormMode = Literal["identity", "z_score", "quantile"]
 EPSILON = 1e-6  # openpi and LeRobot
+STATISTICS = ("mean", "std", "q01", "q99", "min", "max")
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,11 @@ class NormStats:
     std: np.ndarray
     q01: np.ndarray | None = None
     q99: np.ndarray | None = None
+    min: np.ndarray | None = None
+    max: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        for name in ("mean", "std", "q01", "q99"):
+        for name in STATISTICS:
             value = getattr(self, name)
             if value is None:
                 continue
@@ -44,7 +47,13 @@ class NormStats:
         """Statistics of ``values`` (N, dim)."""
         values = np.asarray(values, np.float64)
         q01, q99 = np.quantile(values, [0.01, 0.99], axis=0)
-        return cls(values.mean(0), values.std(0), q01, q99)
+        return cls(values.mean(0), values.std(0), q01, q99, values.min(0), values.max(0))
+
+    def over_range(self, source: object) -> NormStats:
+        """The same with minimum and maximum in place of the quantiles (LeRobot's MIN_MAX)."""
+        if self.min is None or self.max is None:
+            raise CheckpointError(f"{source}: found MIN_MAX normalisation without min and max, expected both")
+        return NormStats(self.mean, self.std, self.min, self.max)
 
     def to_dict(self) -> dict[str, list[float]]:
         return {k: v.tolist() for k, v in vars(self).items() if v is not None}
@@ -131,9 +140,7 @@ def load_norm_stats(path: Path) -> dict[str, NormStats]:
         missing = [k for k in ("mean", "std") if k not in found]
         if missing:
             raise CheckpointError(f"{path}: statistics of {name}: missing {missing}")
-        stats[name] = NormStats(
-            **{k: np.ravel(found[k]) for k in ("mean", "std", "q01", "q99") if found.get(k) is not None}
-        )
+        stats[name] = NormStats(**{k: np.ravel(found[k]) for k in STATISTICS if found.get(k) is not None})
     return stats
 
 

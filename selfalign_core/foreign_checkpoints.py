@@ -1,0 +1,176 @@
+"""What openpi's and LeRobot's checkpoint directories say about the policy around their weights.
+
+LeRobot's ``config.json`` names cameras, dimensions and normalisation; openpi keeps most of that in its training
+configuration, so the robot's cameras (and delta actions) come from the caller. Reads files, loads no weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from selfalign_core.checkpoint import infer_model_config, open_tensors
+from selfalign_core.errors import CheckpointError, ConfigError
+from selfalign_core.policy_config import PolicyConfig, read_json
+from selfalign_core.transforms import NormStats, load_norm_stats
+
+OPENPI_CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+_IMAGES = "observation.images."
+_EMPTY = _IMAGES + "empty_camera_"
+
+
+@dataclass(frozen=True)
+class ForeignCheckpoint:
+    """Configuration and statistics read from a directory that SelfAlign did not write."""
+
+    config: PolicyConfig
+    stats: dict[str, NormStats]
+
+
+def read_foreign(
+    path: Path,
+    *,
+    cameras: Sequence[str | None] | None = None,
+    delta_mask: Sequence[bool] | None = None,
+    norm_stats: Path | None = None,
+    embodiment: str = "",
+    **model_overrides: Any,
+) -> ForeignCheckpoint:
+    """Read an openpi (PyTorch) or LeRobot π0 / π0.5 directory.
+
+    Args:
+        cameras: camera name per image slot, None for an empty slot; by default the checkpoint's own names.
+        delta_mask: per action dimension, True if the checkpoint predicts it relative to the state; by default what
+            LeRobot's config says, absolute for openpi (whose files do not say).
+        norm_stats: statistics file; by default searched for in the directory.
+        model_overrides: fields of :class:`ModelConfig` in place of what the tensors imply.
+
+    Raises:
+        CheckpointError: naming the file and what it lacks.
+    """
+    values = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    lerobot = values.get("type") in ("pi0", "pi05")
+    horizon = values.get("chunk_size" if lerobot else "action_horizon")
+    if horizon is not None:
+        model_overrides.setdefault("action_horizon", horizon)
+    if lerobot and "tokenizer_max_length" in values:
+        model_overrides.setdefault("max_token_len", values["tokenizer_max_length"])
+    with open_tensors(path) as tensors:
+        model = infer_model_config(tensors, **model_overrides)
+    stats_file = norm_stats or _find_stats(path)
+    stats = {} if stats_file is None else load_norm_stats(stats_file)
+    if lerobot:
+        return _lerobot(path, values, model, stats, cameras, delta_mask, embodiment)
+    if not stats:
+        raise CheckpointError(f"{path}: found no norm_stats.json (looked in it and in assets/), expected openpi's")
+    mode = "quantile" if model.pi05 else "z_score"  # openpi: use_quantile_norm = model_type != PI0
+    config = PolicyConfig(
+        model=model,
+        cameras=tuple(cameras or OPENPI_CAMERAS),
+        state_dim=len(stats["state"].mean),
+        action_dim=len(stats["actions"].mean),
+        state_norm=mode,
+        action_norm=mode,
+        delta_mask=None if delta_mask is None else tuple(delta_mask),
+        embodiment=embodiment,
+    )
+    return ForeignCheckpoint(config, stats)
+
+
+def fit_to_robot(foreign: ForeignCheckpoint, joints: int, camera_names: Sequence[str]) -> ForeignCheckpoint:
+    """Cut statistics to the robot's ``joints`` (openpi pads some to 32) and empty the slots of cameras it lacks.
+
+    Raises:
+        ConfigError: the robot has none of the checkpoint's cameras, or more joints than the statistics cover.
+    """
+    config = foreign.config
+    cameras = tuple(name if name in camera_names else None for name in config.cameras)
+    if not any(cameras):
+        raise ConfigError(
+            f"contract: found cameras {list(camera_names)}, expected at least one of the checkpoint's "
+            f"{[c for c in config.cameras if c]} (cameras are matched by name)"
+        )
+    changes: dict[str, Any] = {"cameras": cameras}
+    stats = {}
+    for name, field in (("state", "state_dim"), ("actions", "action_dim")):
+        if getattr(config, field) < joints:
+            raise ConfigError(
+                f"contract: found {joints} joints, expected at most the checkpoint's {field}={getattr(config, field)}"
+            )
+        changes[field] = joints
+        if name in foreign.stats:
+            kept = {k: v[:joints] for k, v in vars(foreign.stats[name]).items() if v is not None}
+            stats[name] = NormStats(**kept)
+    if config.delta_mask is not None:
+        changes["delta_mask"] = config.delta_mask[:joints]
+    return ForeignCheckpoint(replace(config, **changes), stats)
+
+
+def _lerobot(
+    path: Path,
+    values: dict[str, Any],
+    model: Any,
+    stats: dict[str, NormStats],
+    cameras: Sequence[str | None] | None,
+    delta_mask: Sequence[bool] | None,
+    embodiment: str,
+) -> ForeignCheckpoint:
+    file = path / "config.json"
+    inputs, outputs = values.get("input_features", {}), values.get("output_features", {})
+    for name, features in (("observation.state", inputs), ("action", outputs)):
+        if name not in features:
+            raise CheckpointError(f"{file}: found features {sorted(features)}, expected {name!r}")
+    state_dim, action_dim = inputs["observation.state"]["shape"][0], outputs["action"]["shape"][0]
+    if cameras is None:
+        cameras = [
+            None if key.startswith(_EMPTY) else key.removeprefix(_IMAGES) for key in inputs if key.startswith(_IMAGES)
+        ]
+    if delta_mask is None and values.get("use_relative_actions"):
+        names = values.get("action_feature_names") or [""] * action_dim
+        excluded = values.get("relative_exclude_joints", [])
+        delta_mask = [not any(part in name for part in excluded) for name in names]
+    modes, converted = {}, {}
+    for name, kind in (("state", "STATE"), ("actions", "ACTION")):
+        mapping = values.get("normalization_mapping", {}).get(kind, "IDENTITY")
+        if mapping not in ("IDENTITY", "MEAN_STD", "QUANTILES", "MIN_MAX"):
+            raise CheckpointError(
+                f"{file}: found normalization_mapping.{kind}={mapping!r}, "
+                "expected IDENTITY, MEAN_STD, QUANTILES or MIN_MAX"
+            )
+        if mapping != "IDENTITY" and name not in stats:
+            raise CheckpointError(f"{path}: found no statistics of {name}, expected them (normalisation {mapping})")
+        modes[name] = {"IDENTITY": "identity", "MEAN_STD": "z_score"}.get(mapping, "quantile")
+        if mapping == "MIN_MAX":
+            converted[name] = stats[name].over_range(file)
+        elif name in stats:
+            converted[name] = stats[name]
+    config = PolicyConfig(
+        model=model,
+        cameras=tuple(cameras),
+        state_dim=state_dim,
+        action_dim=action_dim,
+        state_norm=modes["state"],
+        action_norm=modes["actions"],
+        delta_mask=None if delta_mask is None else tuple(delta_mask),
+        num_steps=values.get("num_inference_steps", 10),
+        embodiment=embodiment,
+    )
+    return ForeignCheckpoint(config, converted)
+
+
+def _find_stats(path: Path) -> Path | None:
+    patterns = (
+        "norm_stats.json",
+        "assets/**/norm_stats.json",
+        "policy_preprocessor*normalizer*.safetensors",
+        "stats.json",
+    )
+    for pattern in patterns:
+        found = sorted(path.glob(pattern))
+        if len(found) > 1:
+            raise CheckpointError(f"{path}: found {len(found)} statistics files ({found}), expected one; name it")
+        if found:
+            return found[0]
+    return None

@@ -1,0 +1,156 @@
+"""openpi's and LeRobot's checkpoint directories load by their path and give the same actions."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from selfalign_core.checkpoint import model_state
+from selfalign_core.config import GemmaSize, ModelConfig, VisionSize
+from selfalign_core.errors import CheckpointError, ConfigError
+from selfalign_core.foreign_checkpoints import fit_to_robot, read_foreign
+from selfalign_core.model.pi0 import Pi0
+from selfalign_core.policy import Policy
+from selfalign_core.policy_config import image_size_of, is_foreign
+from selfalign_core.tokenizer import word_tokenizer
+from selfalign_core.types import Observation
+
+STATE_DIM, ACTION_DIM, HORIZON = 4, 3, 5
+CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+PREFIX = "paligemma_with_expert.paligemma."
+
+
+def small_model(pi05: bool) -> Pi0:
+    torch.manual_seed(0)
+    expert = GemmaSize(width=16, depth=2, mlp_dim=32, num_heads=2, num_kv_heads=1, head_dim=8)
+    text = GemmaSize(width=24, depth=2, mlp_dim=32, num_heads=2, num_kv_heads=1, head_dim=8)
+    vision = VisionSize(width=72, depth=1, mlp_dim=32, num_heads=1, image_size=28, patch_size=14)
+    return Pi0(
+        ModelConfig(
+            pi05=pi05, vision=vision, text=text, action_expert=expert, vocab_size=600, action_dim=8,
+            action_horizon=HORIZON, use_peft_prefix_token=False, max_token_len=200 if pi05 else 48,
+        )
+    )  # fmt: skip
+
+
+def statistics(dim: int, offset: float) -> dict[str, list[float]]:
+    base = np.arange(dim) + offset
+    return {
+        "mean": base.tolist(), "std": (base + 1).tolist(), "q01": (-base - 1).tolist(), "q99": (base + 2).tolist()
+    }  # fmt: skip
+
+
+@pytest.fixture(params=[False, True], ids=["pi0", "pi05"])
+def pi05(request) -> bool:
+    return request.param
+
+
+def tokenizer_into(path, pi05: bool) -> None:
+    words = ["pick", "up", "Task:", "pick,", "State:", "Action:", ";\nAction:", "up,"]
+    numbers = [str(n) for n in range(-1, 256)] + [f"{n};\nAction:" for n in range(-1, 256)]
+    word_tokenizer(words + (numbers if pi05 else [])).save(str(path / "tokenizer.json"))
+
+
+@pytest.fixture
+def weights(pi05):
+    torch.manual_seed(1)
+    return model_state(small_model(pi05))
+
+
+def openpi_directory(path, state, pi05):
+    (path / "assets" / "robot").mkdir(parents=True)
+    save_file(state, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps({"action_dim": 8, "action_horizon": HORIZON, "precision": "float32"}))
+    stats = {"norm_stats": {"state": statistics(STATE_DIM, 0.5), "actions": statistics(ACTION_DIM, 1.0)}}
+    (path / "assets" / "robot" / "norm_stats.json").write_text(json.dumps(stats))
+    tokenizer_into(path, pi05)
+    return path
+
+
+def lerobot_directory(path, state, pi05):
+    path.mkdir()
+    both = {**state, PREFIX + "model.language_model.embed_tokens.weight": state[PREFIX + "lm_head.weight"].clone()}
+    save_file({"model." + name: tensor for name, tensor in both.items()}, path / "model.safetensors")
+    mode = "QUANTILES" if pi05 else "MEAN_STD"
+    config = {
+        "type": "pi05" if pi05 else "pi0",
+        "chunk_size": HORIZON,
+        "tokenizer_max_length": 200 if pi05 else 48,
+        "input_features": {
+            **{f"observation.images.{c}": {"type": "VISUAL", "shape": [3, 28, 28]} for c in CAMERAS},
+            "observation.state": {"type": "STATE", "shape": [STATE_DIM]},
+        },
+        "output_features": {"action": {"type": "ACTION", "shape": [ACTION_DIM]}},
+        "normalization_mapping": {"VISUAL": "IDENTITY", "STATE": mode, "ACTION": mode},
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    flat = {}
+    for feature, stats in (("observation.state", statistics(STATE_DIM, 0.5)), ("action", statistics(ACTION_DIM, 1.0))):
+        flat.update({f"{feature}.{k}": torch.tensor(v, dtype=torch.float32) for k, v in stats.items()})
+    save_file(flat, path / "policy_preprocessor_step_5_normalizer_processor.safetensors")
+    tokenizer_into(path, pi05)
+    return path
+
+
+def observation() -> Observation:
+    rng = np.random.default_rng(0)
+    images = {c: rng.integers(0, 256, (40, 60, 3)).astype(np.uint8) for c in CAMERAS}
+    return Observation(images, rng.uniform(0, 1, STATE_DIM).astype(np.float32), "pick up", stamp_ns=7)
+
+
+def test_both_layouts_load_by_path_alone_and_act_alike(tmp_path, weights, pi05):
+    directories = [
+        openpi_directory(tmp_path / "any_name", weights, pi05),
+        lerobot_directory(tmp_path / "other_name", weights, pi05),
+    ]
+    chunks = []
+    for directory in directories:
+        assert is_foreign(directory)
+        assert image_size_of(str(directory)) == (28, 28)
+        policy = Policy.from_checkpoint(directory, dt=0.05)
+        assert policy.config.model.pi05 is pi05
+        assert policy.e_token is None
+        chunks.append(policy.infer(observation()).actions)
+        assert chunks[-1].shape == (HORIZON, ACTION_DIM)
+    np.testing.assert_array_equal(*chunks)
+
+
+def test_e_token_and_alignment_start_fresh_only_when_asked(tmp_path, weights, pi05):
+    directory = openpi_directory(tmp_path / "c", weights, pi05)
+    expert = small_model(pi05).config.action_expert
+    options = {"use_peft_prefix_token": True, "alignment_expert": expert}
+    with pytest.raises(CheckpointError, match="missing peft_prefix_token"):
+        Policy.from_checkpoint(directory, dt=0.05, **options)
+    policy = Policy.from_checkpoint(directory, dt=0.05, initialise=("e_token", "alignment"), **options)
+    assert all(torch.isfinite(p).all() for p in policy.model.parameters())
+    again = Policy.from_checkpoint(directory, dt=0.05, initialise=("e_token", "alignment"), **options)
+    assert policy.digest == again.digest
+
+
+def test_saved_as_selfalign_checkpoint_it_acts_the_same(tmp_path, weights, pi05):
+    policy = Policy.from_checkpoint(openpi_directory(tmp_path / "c", weights, pi05), dt=0.05)
+    policy.save(tmp_path / "own")
+    own = Policy.from_checkpoint(tmp_path / "own", dt=0.05)
+    assert own.digest == policy.digest
+    np.testing.assert_array_equal(own.infer(observation()).actions, policy.infer(observation()).actions)
+
+
+def test_statistics_are_cut_to_the_robot_and_absent_cameras_are_masked(tmp_path, weights, pi05):
+    foreign = read_foreign(openpi_directory(tmp_path / "c", weights, pi05))
+    fitted = fit_to_robot(foreign, 2, ["left_wrist_0_rgb", "chest"])
+    assert fitted.config.cameras == (None, "left_wrist_0_rgb", None)
+    assert (fitted.config.state_dim, fitted.config.action_dim) == (2, 2)
+    assert len(fitted.stats["state"].mean) == 2
+    with pytest.raises(ConfigError, match="expected at least one of the checkpoint's"):
+        fit_to_robot(foreign, 2, ["chest"])
+    with pytest.raises(ConfigError, match="found 9 joints"):
+        fit_to_robot(foreign, 9, list(CAMERAS))
+
+
+def test_missing_statistics_are_named(tmp_path, weights, pi05):
+    directory = openpi_directory(tmp_path / "c", weights, pi05)
+    (directory / "assets" / "robot" / "norm_stats.json").unlink()
+    with pytest.raises(CheckpointError, match="found no norm_stats"):
+        read_foreign(directory)
