@@ -1,0 +1,259 @@
+"""Between ROS messages and the core's records. Bad messages are refused with a name, never repaired.
+
+No maths and no state: every function takes one thing and returns its counterpart. Big fields travel as
+``array`` buffers; a Python list of a million integers would take longer than an inference.
+"""
+
+from __future__ import annotations
+
+import array
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from builtin_interfaces.msg import Time
+from sensor_msgs.msg import CompressedImage, Image, JointState
+from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
+
+from selfalign.msg import ActionChunk as ActionChunkMsg
+from selfalign.msg import AlignLosses as AlignLossesMsg
+from selfalign.msg import AlignReport as AlignReportMsg
+from selfalign.msg import EToken as ETokenMsg
+from selfalign_core.commands import CommandPath
+from selfalign_core.contract import Camera, RobotContract
+from selfalign_core.errors import InputError
+from selfalign_core.images import decode_compressed, decode_image
+from selfalign_core.types import ActionChunk, EToken, TransitionBatch
+
+if TYPE_CHECKING:
+    from selfalign_core.aligner import AlignLosses, AlignResult
+
+NS_PER_S = 1_000_000_000
+
+
+def to_ns(stamp: Time) -> int:
+    """A message's stamp in nanoseconds."""
+    return stamp.sec * NS_PER_S + stamp.nanosec
+
+
+def to_stamp(ns: int) -> Time:
+    """Nanoseconds as a message's stamp."""
+    return Time(sec=int(ns // NS_PER_S), nanosec=int(ns % NS_PER_S))
+
+
+def fill(typecode: str, values: np.ndarray) -> array.array:
+    """A flat message field from an array, in one copy. ``typecode`` is the field's: B, f, d, I, q."""
+    dtype = np.dtype(typecode if typecode != "B" else np.uint8)
+    field = array.array(typecode)
+    field.frombytes(np.ascontiguousarray(values, dtype).data.cast("B") if values.size else b"")
+    return field
+
+
+# --- images and joints ---
+
+
+def decode(camera: Camera, message: Image | CompressedImage) -> np.ndarray:
+    """The image of one camera, (H, W, 3) uint8 RGB. Raises ``InputError`` naming camera and topic."""
+    try:
+        if isinstance(message, CompressedImage):
+            image = decode_compressed(message.data)
+        else:
+            image = decode_image(
+                message.data,
+                height=message.height,
+                width=message.width,
+                step=message.step,
+                encoding=message.encoding,
+            )
+        if image.shape[:2] != (camera.height, camera.width):
+            raise InputError(f"size: found {image.shape[1]}x{image.shape[0]}; expected {camera.width}x{camera.height}")
+    except InputError as error:
+        raise InputError(f"camera {camera.name} ({camera.topic}): {error}") from None
+    return image
+
+
+def image_message(rgb: np.ndarray, stamp: Time, frame_id: str) -> Image:
+    """(H, W, 3) uint8 RGB as an ``rgb8`` image."""
+    message = Image(height=rgb.shape[0], width=rgb.shape[1], step=rgb.shape[1] * 3, encoding="rgb8")
+    message.header.stamp, message.header.frame_id = stamp, frame_id
+    message.data = fill("B", rgb)
+    return message
+
+
+def positions_in_order(message: JointState, joint_names: Sequence[str], topic: str) -> np.ndarray:
+    """Joint positions in contract order, (joints,) float64. Other joints in the message are ignored.
+
+    Raises ``InputError`` naming the topic and the joint that is missing, doubled or not finite.
+    """
+    if len(message.position) != len(message.name):
+        raise InputError(
+            f"{topic}: found {len(message.position)} positions for {len(message.name)} names; expected as many"
+        )
+    position = dict(zip(message.name, message.position, strict=True))
+    if len(position) != len(message.name):
+        doubled = sorted({name for name in message.name if list(message.name).count(name) > 1})
+        raise InputError(f"{topic}: found joints {doubled} more than once; expected each once")
+    if missing := [name for name in joint_names if name not in position]:
+        raise InputError(f"{topic}: found joints {list(message.name)}; expected also {missing}")
+    if bad := [name for name in joint_names if not math.isfinite(position[name])]:
+        raise InputError(f"{topic}: found {position[bad[0]]} for joint {bad[0]}; expected a finite position")
+    return np.array([position[name] for name in joint_names])
+
+
+def joint_state_message(names: Sequence[str], positions: np.ndarray, stamp_ns: int) -> JointState:
+    """Positions in the order of ``names``."""
+    message = JointState(name=list(names), position=fill("d", positions))
+    message.header.stamp = to_stamp(stamp_ns)
+    return message
+
+
+def trajectory_message(names: Sequence[str], path: CommandPath, stamp_ns: int) -> JointTrajectory:
+    """The points of a path after its start, timed from ``stamp_ns`` (header.stamp)."""
+    message = JointTrajectory(joint_names=list(names))
+    message.header.stamp = to_stamp(stamp_ns)
+    for due_ns, position in zip(path.stamps_ns[1:], path.positions[1:], strict=True):
+        point = JointTrajectoryPoint(positions=position.tolist())
+        offset = int(due_ns) - stamp_ns
+        point.time_from_start.sec, point.time_from_start.nanosec = divmod(offset, NS_PER_S)
+        message.points.append(point)
+    return message
+
+
+# --- E-Token, chunks, reports ---
+
+
+def e_token_from_message(message: ETokenMsg) -> EToken:
+    """Raises ``InputError`` when shape and data disagree; whether it fits the model is the policy's to
+    judge.
+    """
+    shape = tuple(int(n) for n in message.shape)
+    if len(message.data) != math.prod(shape):
+        raise InputError(f"e_token.data: found {len(message.data)} values; expected {shape[0]} x {shape[1]}")
+    data = np.array(message.data, np.float32).reshape(shape)
+    return EToken(data, int(message.version), message.embodiment, message.model_digest)
+
+
+def e_token_message(token: EToken, stamp: Time) -> ETokenMsg:
+    """An E-Token, committed at ``stamp``."""
+    message = ETokenMsg(
+        embodiment=token.embodiment,
+        version=token.version,
+        shape=[int(n) for n in token.data.shape],
+        data=fill("f", token.data),
+        model_digest=token.model_digest,
+    )
+    message.header.stamp = stamp
+    return message
+
+
+def chunk_message(chunk: ActionChunk, joint_names: Sequence[str], *, duration_s: float, age_s: float) -> ActionChunkMsg:
+    """A chunk as it is published; ``age_s`` is the observation's age when inference started."""
+    horizon, dim = chunk.actions.shape
+    message = ActionChunkMsg(
+        e_token_version=chunk.e_token_version,
+        dt=chunk.dt,
+        horizon=horizon,
+        dim=dim,
+        joint_names=list(joint_names),
+        data=fill("f", chunk.actions),
+        inference_duration=duration_s,
+        observation_age=age_s,
+    )
+    message.header.stamp = to_stamp(chunk.stamp_ns)
+    return message
+
+
+def losses_message(losses: AlignLosses) -> AlignLossesMsg:
+    return AlignLossesMsg(
+        perception=float(losses.perception),
+        dynamics=float(losses.dynamics),
+        inverse_dynamics=float(losses.inverse_dynamics),
+        total=float(losses.total),
+    )
+
+
+def report_message(
+    result: AlignResult,
+    *,
+    stamp: Time,
+    embodiment: str,
+    version_before: int,
+    version_after: int,
+    fit_count: int,
+    holdout_count: int,
+) -> AlignReportMsg:
+    """The outcome of one align call."""
+    message = AlignReportMsg(
+        embodiment=embodiment,
+        version_before=version_before,
+        version_after=version_after,
+        steps=int(result.steps),
+        fit_count=fit_count,
+        holdout_count=holdout_count,
+        fit_before=losses_message(result.fit_before),
+        fit_after=losses_message(result.fit_after),
+        holdout_before=losses_message(result.holdout_before),
+        holdout_after=losses_message(result.holdout_after),
+        holdout_difference_mean=float(result.difference_mean),
+        holdout_difference_stderr=float(result.difference_stderr),
+        e_token_norm=float(result.e_token_norm),
+        gradient_norm=float(result.gradient_norm),
+        learning_rate=float(result.learning_rate),
+        duration=float(result.duration_s),
+        accepted=bool(result.accepted),
+        reason=result.reason,
+    )
+    message.header.stamp = stamp
+    return message
+
+
+# --- transitions ---
+
+
+def fill_transitions(response: Any, fit: TransitionBatch, holdout: TransitionBatch) -> None:
+    """Write both batches into a SampleTransitions response; each keeps its own frames, fit ones first."""
+    frames = np.concatenate([fit.frames, holdout.frames])
+    _, _, height, width, _ = frames.shape
+    response.success = True
+    response.cameras = list(fit.cameras)
+    response.height, response.width = height, width
+    response.state_dim = fit.frame_states.shape[1]
+    response.horizon, response.action_dim = fit.actions.shape[1:]
+    response.frames = fill("B", frames)
+    response.frame_states = fill("f", np.concatenate([fit.frame_states, holdout.frame_states]))
+    response.frame_stamps = fill("q", np.concatenate([fit.frame_stamps, holdout.frame_stamps]))
+    response.obs_index = fill("I", np.concatenate([fit.obs_index, holdout.obs_index + len(fit.frames)]))
+    response.next_index = fill("I", np.concatenate([fit.next_index, holdout.next_index + len(fit.frames)]))
+    response.actions = fill("f", np.concatenate([fit.actions, holdout.actions]))
+    response.fit_count = len(fit)
+
+
+def read_transitions(response: Any, contract: RobotContract) -> tuple[TransitionBatch, TransitionBatch]:
+    """The fit and the hold-out batch of a SampleTransitions response. Raises ``InputError`` naming the
+    field.
+    """
+    if tuple(response.cameras) != contract.camera_names:
+        raise InputError(f"transitions.cameras: found {list(response.cameras)}; expected {list(contract.camera_names)}")
+    count, batch = len(response.frame_stamps), len(response.obs_index)
+    joints, cameras = len(contract.joints), len(contract.cameras)
+
+    def field(name: str, dtype: Any, *shape: int) -> np.ndarray:
+        values = np.frombuffer(getattr(response, name), dtype=dtype)
+        if values.size != math.prod(shape):
+            raise InputError(f"transitions.{name}: found {values.size} values; expected {shape}")
+        return values.reshape(shape)
+
+    whole = TransitionBatch(
+        cameras=contract.camera_names,
+        frames=field("frames", np.uint8, count, cameras, response.height, response.width, 3),
+        frame_states=field("frame_states", np.float32, count, joints),
+        frame_stamps=field("frame_stamps", np.int64, count),
+        obs_index=field("obs_index", np.uint32, batch).astype(np.int64),
+        next_index=field("next_index", np.uint32, batch).astype(np.int64),
+        actions=field("actions", np.float32, batch, response.horizon, joints),
+    )
+    fit_count = response.fit_count
+    if not 0 < fit_count < batch:
+        raise InputError(f"transitions.fit_count: found {fit_count}; expected between 1 and {batch - 1}")
+    return whole.select(slice(0, fit_count)), whole.select(slice(fit_count, batch))

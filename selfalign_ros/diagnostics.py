@@ -1,0 +1,104 @@
+"""/diagnostics: what a node is doing and why it is not doing more, once per second.
+
+Plain counting; what the numbers mean is decided by the nodes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from rclpy.clock import Clock, ClockType
+from rclpy.node import Node
+
+OK, WARN, ERROR = DiagnosticStatus.OK, DiagnosticStatus.WARN, DiagnosticStatus.ERROR
+
+
+@dataclass
+class Status:
+    """One line of diagnostics: a name within the node, a level, a sentence, and named values."""
+
+    name: str
+    level: bytes
+    message: str
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+class Diagnostics:
+    """Publishes what ``collect`` returns every second, on a steady clock so that it works while time stands
+    still.
+    """
+
+    def __init__(self, node: Node, hardware_id: str, collect: Callable[[], Iterable[Status]]) -> None:
+        self._node, self._hardware_id, self._collect = node, hardware_id, collect
+        self._publisher = node.create_publisher(DiagnosticArray, "/diagnostics", 10)
+        node.create_timer(1.0, self.publish, clock=Clock(clock_type=ClockType.STEADY_TIME))
+
+    def publish(self) -> None:
+        """Publish now."""
+        prefix = self._node.get_fully_qualified_name().lstrip("/")
+        message = DiagnosticArray()
+        message.header.stamp = self._node.get_clock().now().to_msg()
+        for status in self._collect():
+            message.status.append(
+                DiagnosticStatus(
+                    level=status.level,
+                    name=f"{prefix}: {status.name}",
+                    message=status.message,
+                    hardware_id=self._hardware_id,
+                    values=[KeyValue(key=key, value=_shown(value)) for key, value in status.values.items()],
+                )
+            )
+        self._publisher.publish(message)
+
+
+class Rate:
+    """Events per second over the last few seconds."""
+
+    def __init__(self, window_s: float = 3.0) -> None:
+        self._window_s = window_s
+        self._times: deque[float] = deque()
+        self.count = 0
+
+    def tick(self) -> None:
+        now = time.monotonic()
+        self.count += 1
+        self._times.append(now)
+        self._forget(now)
+
+    @property
+    def hz(self) -> float:
+        now = time.monotonic()
+        self._forget(now)
+        # Measured from the oldest event, so that the first seconds do not read as a slow stream.
+        if len(self._times) < 2:
+            return 0.0
+        return len(self._times) / max(now - self._times[0], 1e-9)
+
+    def _forget(self, now: float) -> None:
+        while self._times and self._times[0] < now - self._window_s:
+            self._times.popleft()
+
+
+class Complaint:
+    """Logs a reason when it changes and then every few seconds, so that a log stays readable."""
+
+    def __init__(self, log: Callable[[str], Any], repeat_s: float = 5.0) -> None:
+        self._log, self._repeat_s = log, repeat_s
+        self._last, self._time = "", 0.0
+
+    def say(self, reason: str) -> None:
+        """``reason`` stands; "" means there is nothing to complain about any more."""
+        now = time.monotonic()
+        if reason and (reason != self._last or now - self._time >= self._repeat_s):
+            self._log(reason)
+            self._time = now
+        self._last = reason
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

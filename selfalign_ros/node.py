@@ -1,0 +1,230 @@
+"""What the nodes have in common: start, parameters, contract, worker, lock-step, diagnostics, clean stop.
+
+A node's life: the constructor declares and checks (it raises ``ConfigError`` on anything a restart would
+not cure),
+``activate`` starts the work, ``deactivate`` stops it and leaves the robot holding, ``close`` ends the
+threads. All callbacks run in one single-threaded executor; long work runs in the node's ``worker`` and its
+outcome comes back to the executor. ``run`` is the main function of every node.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, TypeVar
+
+import rclpy
+from rclpy.callback_groups import MutuallyExclusiveCallbackGroup, ReentrantCallbackGroup
+from rclpy.clock import Clock, ClockType
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.node import Node
+from rclpy.signals import SignalHandlerOptions
+from rclpy.task import Future
+
+from selfalign.srv import Step
+from selfalign_core.contract import RobotContract
+from selfalign_core.errors import SelfAlignError
+from selfalign_ros.conversions import to_ns
+from selfalign_ros.diagnostics import Diagnostics, Status
+from selfalign_ros.parameters import Parameters
+from selfalign_ros.resources import config_file
+from selfalign_ros.worker import Outcome, Worker
+
+Result = TypeVar("Result")
+
+EXIT_CONFIGURATION = 2  # a restart would fail in the same way
+_SPIN_TIMEOUT_S = 0.2  # how late a signal may be noticed when nothing else happens
+_WORKER_JOIN_S = 5.0
+
+
+class SelfAlignNode(Node):
+    """Base of the nodes. Subclasses fill in ``activate``, ``deactivate``, ``statuses`` and, for replay,
+    ``step``.
+    """
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(kind)
+        self.parameters = Parameters(self, kind)
+        if self.parameters.values.get("niceness"):
+            os.setpriority(os.PRIO_PROCESS, 0, self.parameters["niceness"])
+        self.contract = RobotContract.from_yaml(config_file(self.parameters["contract"]))
+        self.lockstep: bool = self.parameters.values.get("lockstep", False)
+        self._mailbox: deque[Callable[[], None]] = deque()
+        self._mail = self.create_guard_condition(self._open_mail, ReentrantCallbackGroup())
+        self.worker = Worker(f"{kind}-worker", self._post)
+        self._waiting: list[tuple[Callable[[], bool], Future]] = []
+        self._received: dict[str, int] = {}
+        self.diagnostics = Diagnostics(self, self.contract.name, self.statuses)
+        self.parameters.on_change(self.parameters_changed, self.check_parameters)
+        if self.lockstep:
+            # A group of its own: while a step waits, messages must still arrive.
+            group = MutuallyExclusiveCallbackGroup()
+            self.create_service(Step, "~/step", self._on_step, callback_group=group)
+
+    # --- to be filled in ---
+
+    def activate(self) -> None:
+        """Start working."""
+
+    def deactivate(self) -> None:
+        """Stop working; whatever moves is left holding its position."""
+
+    def statuses(self) -> Iterable[Status]:
+        """What diagnostics shall say now."""
+        return ()
+
+    def parameters_changed(self, names: set[str]) -> None:
+        """Parameters have new values."""
+
+    def check_parameters(self, values: dict[str, Any]) -> str | None:
+        """A reason to refuse these values as a whole, or None."""
+        return None
+
+    async def step(self, request: Step.Request) -> bool:
+        """Do all the work due at ``request.stamp`` (lock-step only). True if a chunk was made or an align
+        call ran.
+        """
+        raise NotImplementedError
+
+    # --- time ---
+
+    def now_ns(self) -> int:
+        """The node's clock: system time, or simulated time with ``use_sim_time``."""
+        return self.get_clock().now().nanoseconds
+
+    def create_steady_timer(self, period_s: float, callback: Callable[[], None]) -> None:
+        """A timer that runs while simulated time stands still."""
+        self.create_timer(period_s, callback, clock=Clock(clock_type=ClockType.STEADY_TIME))
+
+    # --- waiting without blocking the executor ---
+
+    def call_worker(self, job: Callable[[], Result]) -> Awaitable[Result]:
+        """Await this in a coroutine callback to run ``job`` in the worker."""
+        future: Future = Future()
+
+        def done(outcome: Outcome[Result]) -> None:
+            if outcome.error is not None:
+                future.set_exception(outcome.error)
+            else:
+                future.set_result(outcome.value)
+
+        self.worker.submit(job, done)
+        return future
+
+    def until(self, condition: Callable[[], bool]) -> Awaitable[None]:
+        """Await this in a coroutine callback; ``notify`` looks at the condition again."""
+        future: Future = Future()
+        self._waiting.append((condition, future))
+        self.notify()
+        return future
+
+    def notify(self) -> None:
+        """Something has changed that a coroutine may be waiting for."""
+        still_waiting = []
+        for condition, future in self._waiting:
+            if condition():
+                future.set_result(None)
+            else:
+                still_waiting.append((condition, future))
+        self._waiting = still_waiting
+
+    def arrived(self, topic: str) -> None:
+        """Count a message of an input topic; lock-step steps wait for these counts."""
+        name = self.resolve_topic_name(topic)
+        self._received[name] = self._received.get(name, 0) + 1
+        self.notify()
+
+    def counts_inputs(self, *topics: str) -> None:
+        """Name the topics this node reads, so that a step waits for them even before their first message."""
+        for topic in topics:
+            self._received.setdefault(self.resolve_topic_name(topic), 0)
+
+    async def _on_step(self, request: Step.Request, response: Step.Response) -> Step.Response:
+        expected = {
+            self.resolve_topic_name(topic): int(count)
+            for topic, count in zip(request.topics, request.counts, strict=False)
+        }
+        try:
+            await self.until(lambda: self._has_received(expected))
+            response.acted = await self.step(request)
+            response.success = True
+        except SelfAlignError as error:
+            response.message = f"{self.get_name()} at {to_ns(request.stamp)} ns: {error}"
+            self.get_logger().error(response.message)
+        return response
+
+    def _has_received(self, expected: dict[str, int]) -> bool:
+        return all(self._received.get(topic, count) >= count for topic, count in expected.items())
+
+    # --- from the worker back to the executor ---
+
+    def _post(self, deliver: Callable[[], None]) -> None:
+        self._mailbox.append(deliver)
+        self._mail.trigger()
+
+    def _open_mail(self) -> None:
+        while self._mailbox:
+            self._mailbox.popleft()()
+        self.notify()
+
+    def close(self) -> bool:
+        """End the worker. False if a job could not be ended."""
+        return self.worker.close(_WORKER_JOIN_S)
+
+
+def run(make_node: Callable[[], SelfAlignNode], args: list[str] | None = None) -> int:
+    """Run one node until SIGINT or SIGTERM; returns the exit code.
+
+    0 after a signal, 2 if the configuration is wrong (a restart would not help), 1 after a crash.
+    """
+    stop = False
+
+    def on_signal(number: int, frame: object) -> None:
+        nonlocal stop
+        stop = True
+
+    # Own handlers: rclpy's would invalidate the context before the robot can be told to hold.
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
+    rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
+    executor = SingleThreadedExecutor()
+    node: SelfAlignNode | None = None
+    ended = True
+    try:
+        node = make_node()
+        executor.add_node(node)
+        node.activate()
+        while not stop:
+            executor.spin_once(timeout_sec=_SPIN_TIMEOUT_S)
+        code = 0
+    except SelfAlignError as error:
+        _say(node, str(error))
+        code = EXIT_CONFIGURATION
+    except Exception:
+        _say(node, f"crashed:\n{traceback.format_exc()}")
+        code = 1
+    finally:
+        if node is not None:
+            node.deactivate()
+            ended = node.close()
+            executor.shutdown(timeout_sec=1.0)
+            node.destroy_node()
+        rclpy.try_shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if not ended:
+        # A job that cannot be interrupted is still using the interpreter; tearing it down under the job
+        # crashes.
+        os._exit(code)
+    return code
+
+
+def _say(node: Node | None, text: str) -> None:
+    if node is not None:
+        node.get_logger().fatal(text)
+    else:
+        print(f"[FATAL] {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,378 @@
+"""The policy node: camera images and joint states in, limited commands out.
+
+Every control step it asks one question, "may the robot move now?", and answers it with the action that is
+in force by its time stamp, or by holding and saying why. Inference runs in the worker while the current
+chunk is executed. The E-Token changes only between two inferences, because both are jobs of that one
+worker.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from sensor_msgs.msg import JointState
+from std_msgs.msg import Float64MultiArray, String
+from trajectory_msgs.msg import JointTrajectory
+
+from selfalign.msg import ActionChunk as ActionChunkMsg
+from selfalign.msg import EToken as ETokenMsg
+from selfalign.srv import Step
+from selfalign_core.commands import CommandLimiter, CommandPath, plan_path, step_in_force
+from selfalign_core.errors import InputError
+from selfalign_core.types import ActionChunk, EToken, Observation
+from selfalign_ros import qos
+from selfalign_ros.conversions import (
+    NS_PER_S,
+    chunk_message,
+    e_token_from_message,
+    e_token_message,
+    fill,
+    joint_state_message,
+    to_ns,
+    trajectory_message,
+)
+from selfalign_ros.diagnostics import ERROR, OK, WARN, Complaint, Rate, Status
+from selfalign_ros.inputs import Selection, SensorInputs
+from selfalign_ros.node import SelfAlignNode, run
+from selfalign_ros.worker import Outcome
+
+if TYPE_CHECKING:
+    from selfalign_core.policy import Policy
+
+_STARTING = "starting: the model is being loaded"
+_FIRST_CHUNK = "waiting for the first chunk"
+
+
+@dataclass(frozen=True)
+class Inference:
+    """One chunk and what it took."""
+
+    chunk: ActionChunk
+    age_s: float
+    duration_s: float
+
+
+class PolicyNode(SelfAlignNode):
+    """See the module."""
+
+    def __init__(self) -> None:
+        super().__init__("policy")
+        contract = self.contract
+        self._limiter = CommandLimiter.from_contract(contract)
+        self._policy: Policy | None = None  # used in the worker only
+        self._loaded = False
+        self._prompt: str = self.parameters["prompt"]
+
+        self._token_version = 0
+        self._token_refused_version = -1
+        self._token_refusal = ""
+
+        self._chunk: ActionChunk | None = None
+        self._path: CommandPath | None = None  # what a trajectory controller is following
+        self._commanded: np.ndarray | None = None  # what a forward controller was told last
+        self._inferring = False
+        self._due_ns: int | None = None
+        self._hold_reason = _STARTING
+        self._last_tick_ns: int | None = None
+
+        self._late_chunks = 0
+        self._chunk_rate, self._command_rate = Rate(), Rate()
+        self._last_inference: Inference | None = None
+        self._complaint = Complaint(self.get_logger().warning)
+
+        sensor = qos.LOCKSTEP if self.lockstep else qos.SENSOR
+        latched = qos.LOCKSTEP_LATCHED if self.lockstep else qos.LATCHED
+        self.inputs = SensorInputs(self, contract, sensor, self.arrived)
+        self.create_subscription(ETokenMsg, "e_token", self._on_e_token, latched)
+        self.create_subscription(String, "prompt", self._on_prompt, latched)
+        self.counts_inputs(*(stream.topic for stream in self.inputs.streams), "e_token", "prompt")
+        self._chunk_publisher = self.create_publisher(ActionChunkMsg, "action_chunk", qos.EVENTS)
+        self._in_use_publisher = self.create_publisher(ETokenMsg, "policy/e_token_in_use", qos.LATCHED)
+        if not self.lockstep:
+            self._executed_publisher = self.create_publisher(JointState, "executed_action", qos.EVENTS)
+            trajectory = contract.action.interface == "joint_trajectory"
+            message_type = JointTrajectory if trajectory else Float64MultiArray
+            self._command_publisher = self.create_publisher(message_type, contract.action.topic, qos.COMMAND)
+
+    # --- life ---
+
+    def activate(self) -> None:
+        parameters, prompt = dict(self.parameters.values), self._prompt
+        self.worker.submit(lambda: self._load(parameters, prompt), self._on_loaded)
+        if not self.lockstep:
+            self.create_timer(1.0 / self.contract.rate_hz, self._control)
+
+    def deactivate(self) -> None:
+        if not self.lockstep:
+            self._hold("stopping")
+
+    def parameters_changed(self, names: set[str]) -> None:
+        if "prompt" in names:
+            self._prompt = self.parameters["prompt"]
+
+    def _load(self, parameters: dict[str, Any], prompt: str) -> EToken | None:
+        import torch
+
+        torch.set_num_threads(parameters["torch_threads"])
+        from selfalign_core.policy import Policy
+
+        started = time.perf_counter()
+        policy = Policy.load(parameters["checkpoint"], contract=self.contract, device=parameters["device"])
+        # The first inference pays for lazy initialisation; the robot shall not wait for it.
+        height, width = policy.image_size
+        blank = {name: np.zeros((height, width, 3), np.uint8) for name in self.contract.camera_names}
+        policy.infer(Observation(blank, self.contract.home.astype(np.float32), prompt, 0))
+        self._policy = policy
+        kind = "" if policy.trained else " (untrained: random weights)"
+        self.get_logger().info(f"model {policy.digest[:12]}{kind} ready in {time.perf_counter() - started:.1f} s")
+        return policy.e_token
+
+    def _on_loaded(self, outcome: Outcome[EToken | None]) -> None:
+        token = outcome.result()
+        self._loaded = True
+        self._hold_reason = _FIRST_CHUNK
+        if token is not None and self._token_version == 0:
+            self._in_use_publisher.publish(e_token_message(token, self.get_clock().now().to_msg()))
+
+    # --- E-Token ---
+
+    def _on_e_token(self, message: ETokenMsg) -> None:
+        def swap() -> EToken | None:
+            policy = self._policy
+            if policy is None:
+                return None
+            token = e_token_from_message(message)
+            current = policy.e_token
+            if current is not None and token.version <= current.version:
+                if token.version == current.version and np.array_equal(token.data, current.data):
+                    return None
+                raise InputError(f"version: found {token.version}; expected above {current.version}")
+            if token.embodiment != self.contract.embodiment:
+                raise InputError(f"embodiment: found {token.embodiment!r}; expected {self.contract.embodiment!r}")
+            policy.set_e_token(token)
+            return token
+
+        def swapped(outcome: Outcome[EToken | None]) -> None:
+            if isinstance(outcome.error, InputError):
+                self._token_refused_version = int(message.version)
+                self._token_refusal = f"E-Token version {message.version} refused: {outcome.error}"
+                self.get_logger().error(self._token_refusal)
+            elif (token := outcome.result()) is not None:
+                self._token_version, self._token_refusal = token.version, ""
+                self._in_use_publisher.publish(e_token_message(token, message.header.stamp))
+            self.arrived("e_token")
+
+        self.worker.submit(swap, swapped)
+
+    def _on_prompt(self, message: String) -> None:
+        self._prompt = message.data
+        self.arrived("prompt")
+
+    # --- inference ---
+
+    def _infer(self, selection: Selection, prompt: str, seed: int, now_ns: int) -> Inference:
+        started = time.perf_counter()
+        assert self._policy is not None
+        observation = Observation(
+            images=selection.decode(self.contract),
+            state=selection.state.astype(np.float32),
+            prompt=prompt,
+            stamp_ns=selection.stamp_ns,
+        )
+        chunk = self._policy.infer(observation, seed=seed)
+        if not np.isfinite(chunk.actions).all():
+            raise InputError("model output: found actions that are not finite; expected finite positions")
+        age_s = (now_ns - selection.stamp_ns) / NS_PER_S
+        return Inference(chunk, age_s, time.perf_counter() - started)
+
+    def _start_inference(self, now_ns: int) -> None:
+        selection = self.inputs.select(now_ns)
+        prompt, seed = self._prompt, self.parameters["seed"]
+        self._inferring = True
+        self._due_ns = now_ns + self._replan_ns()
+        self.worker.submit(lambda: self._infer(selection, prompt, seed, now_ns), self._on_inference)
+
+    def _on_inference(self, outcome: Outcome[Inference]) -> None:
+        self._inferring = False
+        if outcome.error is not None:
+            if not isinstance(outcome.error, InputError):
+                text = "".join(traceback.format_exception(outcome.error))
+                self.get_logger().error(f"inference failed:\n{text}")
+            self._hold(f"inference failed: {outcome.error}")
+            return
+        inference = outcome.result()
+        self._publish_chunk(inference)
+        now_ns = self.now_ns()
+        if reason := self._why_not(now_ns):
+            self._hold(reason)
+        elif not self._adopt(inference.chunk, now_ns):
+            self._late_chunks += 1
+            self._hold(
+                f"late chunk: found its {len(inference.chunk.actions)} actions past when it was ready, "
+                f"{(now_ns - inference.chunk.stamp_ns) / NS_PER_S:.3f} s after its observation"
+            )
+
+    def _publish_chunk(self, inference: Inference) -> None:
+        self._last_inference = inference
+        self._chunk_rate.tick()
+        message = chunk_message(
+            inference.chunk,
+            self.contract.joint_names,
+            duration_s=inference.duration_s,
+            age_s=inference.age_s,
+        )
+        self._chunk_publisher.publish(message)
+
+    def _replan_ns(self) -> int:
+        return (self.parameters["replan_steps"] or self.contract.replan_steps) * self.contract.dt_ns
+
+    # --- control ---
+
+    def _control(self) -> None:
+        """One control step."""
+        now_ns = self.now_ns()
+        if self._last_tick_ns is not None and now_ns < self._last_tick_ns:
+            self._reset_time()
+        self._last_tick_ns = now_ns
+        if reason := self._why_not(now_ns):
+            self._hold(reason)
+            return
+        if not self._inferring and (self._chunk is None or self._due_ns is None or now_ns >= self._due_ns):
+            self._start_inference(now_ns)
+        if self._chunk is None:
+            if not self._hold_reason:
+                self._hold(_FIRST_CHUNK)
+            return
+        self._execute(self._chunk, now_ns)
+
+    def _why_not(self, now_ns: int) -> str:
+        """Why the robot may not move; "" if it may."""
+        if not self._loaded:
+            return _STARTING
+        if not self.parameters["enable"]:
+            return "disabled: the parameter enable is false"
+        return self.inputs.fault(now_ns)
+
+    def _adopt(self, chunk: ActionChunk, now_ns: int) -> bool:
+        """Make ``chunk`` the one that is executed. False if all of it is past."""
+        reference = self._reference(now_ns)
+        path = plan_path(
+            chunk.actions,
+            stamp_ns=chunk.stamp_ns,
+            dt_ns=self.contract.dt_ns,
+            now_ns=now_ns,
+            reference=reference,
+            limiter=self._limiter,
+        )
+        if path is None:
+            return False
+        self._chunk, self._hold_reason = chunk, ""
+        if self.contract.action.interface == "joint_trajectory":
+            self._path = path
+            self._command_publisher.publish(trajectory_message(self.contract.joint_names, path, chunk.stamp_ns))
+        self._complaint.say("")
+        return True
+
+    def _reference(self, now_ns: int) -> np.ndarray:
+        """Where the robot has been told to be now; where it is, if it has not been told since it last held."""
+        if self._path is not None:
+            return self._path.at(now_ns)
+        if self._commanded is not None:
+            return self._commanded
+        return self.inputs.newest_positions()
+
+    def _execute(self, chunk: ActionChunk, now_ns: int) -> None:
+        step = step_in_force(
+            stamp_ns=chunk.stamp_ns, dt_ns=self.contract.dt_ns, horizon=len(chunk.actions), now_ns=now_ns
+        )
+        if step is None:
+            self._hold("late chunk: found the end of its horizon before the next chunk was ready")
+            self._late_chunks += 1
+            return
+        if self._path is not None:
+            command = self._path.at(now_ns)
+        else:
+            command = self._limiter.limit(chunk.actions[step], self._reference(now_ns), self.contract.dt)
+            self._commanded = command
+            self._command_publisher.publish(Float64MultiArray(data=fill("d", command)))
+        self._command_rate.tick()
+        self._executed_publisher.publish(joint_state_message(self.contract.joint_names, command, now_ns))
+
+    def _hold(self, reason: str) -> None:
+        """Stop where the robot has been told to be. A robot that has not been told anything is told
+        nothing.
+        """
+        if self._path is not None:
+            now_ns = self.now_ns()
+            here = self._path.at(now_ns)
+            stamps = np.array([now_ns, now_ns + self.contract.dt_ns], np.int64)
+            stop = CommandPath(stamps, np.stack([here, here]))
+            self._command_publisher.publish(trajectory_message(self.contract.joint_names, stop, now_ns))
+        self._path = self._chunk = self._commanded = None
+        self._hold_reason = reason
+        self._complaint.say("" if reason in (_STARTING, _FIRST_CHUNK) else f"holding: {reason}")
+
+    def _reset_time(self) -> None:
+        self._hold("time jumped back")
+        self.inputs.clear()
+        self._due_ns = None
+
+    # --- lock-step ---
+
+    async def step(self, request: Step.Request) -> bool:
+        now_ns = to_ns(request.stamp)
+        await self.until(lambda: self._loaded)
+        wanted = int(request.e_token_version)
+        await self.until(lambda: self._token_version >= wanted or self._token_refused_version >= wanted > 0)
+        if self._token_version < wanted:
+            raise InputError(self._token_refusal)
+        if self._due_ns is not None and now_ns < self._due_ns:
+            return False
+        if reason := self.inputs.fault(now_ns):
+            self._hold_reason = reason
+            return False
+        self._hold_reason = ""
+        selection = self.inputs.select(now_ns)
+        prompt, seed = self._prompt, self.parameters["seed"]
+        inference = await self.call_worker(lambda: self._infer(selection, prompt, seed, now_ns))
+        self._due_ns = now_ns + self._replan_ns()
+        self._publish_chunk(inference)
+        return True
+
+    # --- diagnostics ---
+
+    def statuses(self) -> Iterable[Status]:
+        now_ns = self.now_ns()
+        yield self.inputs.status(now_ns)
+        level = OK
+        if self._hold_reason:
+            level = WARN if self._hold_reason in (_STARTING, _FIRST_CHUNK) else ERROR
+            level = WARN if not self.parameters["enable"] else level
+        values: dict[str, object] = {
+            "chunks": self._chunk_rate.count,
+            "chunk rate [Hz]": self._chunk_rate.hz,
+            "commands": self._command_rate.count,
+            "late chunks": self._late_chunks,
+            "prompt": self._prompt,
+        }
+        if self._last_inference is not None:
+            values["inference duration [s]"] = self._last_inference.duration_s
+            values["observation age [s]"] = self._last_inference.age_s
+        yield Status("chunks", level, f"holding: {self._hold_reason}" if self._hold_reason else "moving", values)
+        refusal = self._token_refusal
+        in_use = f"version {self._token_version} in use"
+        yield Status("e_token", WARN if refusal else OK, refusal or in_use, {"version": self._token_version})
+
+
+def main(args: list[str] | None = None) -> int:
+    return run(PolicyNode, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
