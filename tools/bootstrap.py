@@ -413,7 +413,8 @@ def prepare_ros() -> dict[str, str]:
 def install_missing(system: str, missing: list[str]) -> None:
     """Installs Python packages that the system lacks into a .venv on top of it.
 
-    NumPy stays the system's if it has one: the message packages of ROS 2 are compiled against it.
+    NumPy stays the system's if it has one: the message packages of ROS 2 are compiled against it. The pytest
+    plugins of ROS 2 Jazzy's launch_testing need pytest before 8.4.
     """
     if STAMP.exists():
         raise BootstrapError(
@@ -421,15 +422,17 @@ def install_missing(system: str, missing: list[str]) -> None:
             f"terminal without ROS 2"
         )
     make_venv(system, system_site_packages=True)
+    wanted = ["pytest<8.4" if line.startswith("pytest==") else line for line in missing]
     command = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check",
-               "--progress-bar", "off", *missing]
+               "--progress-bar", "off", *wanted]
+    constraints = VENV / "constraints.txt"
+    constraints.write_text("pytest<8.4\n")
     version = subprocess.run(
         [system, "-c", "import numpy; print(numpy.__version__)"], capture_output=True, text=True, check=False
     )
     if version.returncode == 0:
-        constraint = VENV / "numpy-constraint.txt"
-        constraint.write_text(f"numpy=={version.stdout.strip()}\n")
-        command += ["-c", str(constraint)]
+        constraints.write_text(f"pytest<8.4\nnumpy=={version.stdout.strip()}\n")
+    command += ["-c", str(constraints)]
     names = ", ".join(line.split("==")[0] for line in missing)
     run_step(f"installing what the system's Python lacks into {VENV.name}: {names}", command,
              log=VENV / "log" / "pip.log")
