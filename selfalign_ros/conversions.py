@@ -9,11 +9,13 @@ from __future__ import annotations
 import array
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from builtin_interfaces.msg import Time
+from builtin_interfaces.msg import Duration, Time
 from sensor_msgs.msg import CompressedImage, Image, JointState
+from std_msgs.msg import Float64MultiArray
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 from selfalign.msg import ActionChunk as ActionChunkMsg
@@ -32,8 +34,8 @@ if TYPE_CHECKING:
 NS_PER_S = 1_000_000_000
 
 
-def to_ns(stamp: Time) -> int:
-    """A message's stamp in nanoseconds."""
+def to_ns(stamp: Time | Duration) -> int:
+    """A message's stamp or duration in nanoseconds."""
     return stamp.sec * NS_PER_S + stamp.nanosec
 
 
@@ -118,6 +120,42 @@ def trajectory_message(names: Sequence[str], path: CommandPath, stamp_ns: int) -
         point.time_from_start.sec, point.time_from_start.nanosec = divmod(offset, NS_PER_S)
         message.points.append(point)
     return message
+
+
+@dataclass(frozen=True)
+class TrajectoryTimes:
+    """When the points of a trajectory are due. ``start_ns`` 0 means "as soon as it arrives"."""
+
+    start_ns: int
+    offsets_ns: np.ndarray  # (points,) int64, rising
+
+
+def trajectory_points(message: JointTrajectory, joint_names: Sequence[str]) -> tuple[TrajectoryTimes, np.ndarray]:
+    """Times and positions, (points, joints) float64 in contract order. Raises ``InputError`` naming what is wrong."""
+    if sorted(message.joint_names) != sorted(joint_names):
+        raise InputError(f"joint trajectory: found joints {list(message.joint_names)}; expected {list(joint_names)}")
+    if not message.points:
+        raise InputError("joint trajectory: found no points; expected at least one")
+    order = [list(message.joint_names).index(name) for name in joint_names]
+    for i, point in enumerate(message.points):
+        if len(point.positions) != len(order) or not all(map(math.isfinite, point.positions)):
+            raise InputError(
+                f"joint trajectory: points[{i}].positions: found {list(point.positions)}; "
+                f"expected {len(order)} finite positions"
+            )
+    offsets = np.array([to_ns(point.time_from_start) for point in message.points], np.int64)
+    if (np.diff(offsets) <= 0).any():
+        raise InputError("joint trajectory: found points whose time_from_start does not rise; expected rising times")
+    positions = np.array([point.positions for point in message.points], np.float64)[:, order]
+    return TrajectoryTimes(to_ns(message.header.stamp), offsets), positions
+
+
+def positions_from_command(message: Float64MultiArray, joints: int) -> np.ndarray:
+    """A forward command, (joints,) float64. Raises ``InputError``."""
+    position = np.array(message.data, np.float64)
+    if position.shape != (joints,) or not np.isfinite(position).all():
+        raise InputError(f"forward command: found {position.tolist()}; expected {joints} finite positions")
+    return position
 
 
 # --- E-Token, chunks, reports ---

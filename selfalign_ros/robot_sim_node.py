@@ -1,0 +1,283 @@
+"""The simulated robot as a node: cameras, joint states and a command topic, in real time, as the contract says.
+
+It behaves like a robot behind ros2_control: a joint trajectory controller that interpolates, or a forward command
+controller; both hold their last position when nothing is commanded, and refuse a malformed command with a reason. The
+simulation runs in the worker, the only thread that touches physics and OpenGL; callbacks leave the newest command.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+from rosgraph_msgs.msg import Clock as ClockMsg
+from sensor_msgs.msg import CompressedImage, Image, JointState
+from std_msgs.msg import Float64, Float64MultiArray, String
+from std_srvs.srv import Trigger
+from trajectory_msgs.msg import JointTrajectory
+
+from selfalign_core.commands import CommandPath
+from selfalign_core.contract import Camera
+from selfalign_core.errors import ConfigError, InputError
+from selfalign_ros import qos
+from selfalign_ros.conversions import (
+    NS_PER_S,
+    fill,
+    image_message,
+    joint_state_message,
+    positions_from_command,
+    to_stamp,
+    trajectory_points,
+)
+from selfalign_ros.diagnostics import ERROR, OK, WARN, Complaint, Rate, Status
+from selfalign_ros.node import SelfAlignNode, run
+from selfalign_ros.resources import config_file
+from selfalign_ros.worker import Outcome
+
+if TYPE_CHECKING:
+    from selfalign_core.sim import ArmSim
+
+_SUBSTEP_S = 0.005  # how often the commanded position is interpolated
+_CLOCK_HZ = 100.0
+_DISTANCE_HZ = 20.0
+_SLIP_S = 0.1  # lag behind the wall clock beyond which the simulation stops trying to catch up
+
+
+@dataclass
+class Repeating:
+    """Something that happens ``hz`` times per simulated second."""
+
+    hz: float
+    action: Callable[[], None]
+    due_s: float = 0.0
+
+
+class RobotSimNode(SelfAlignNode):
+    """See the module."""
+
+    def __init__(self) -> None:
+        super().__init__("robot_sim")
+        from selfalign_core.sim import CAMERAS, JOINTS, BodyConfig
+
+        contract = self.contract
+        for i, camera in enumerate(contract.cameras):
+            if camera.name not in CAMERAS:
+                raise ConfigError(
+                    f"contract cameras[{i}].name: found {camera.name!r}; expected one of {', '.join(CAMERAS)}"
+                )
+        if set(contract.joint_names) != set(JOINTS):
+            raise ConfigError(f"contract joints: found {contract.joint_names}; expected {JOINTS}")
+        self._order = [contract.joint_names.index(name) for name in JOINTS]  # contract -> simulator
+        self._body = BodyConfig.from_yaml(config_file(self.parameters["body"]))
+
+        # Written by callbacks, read by the simulation; each a single reference, replaced as a whole.
+        self._settings: dict[str, Any] = dict(self.parameters.values)
+        self._new_command: Callable[[np.ndarray, int], CommandPath] | None = None
+        self._reset_target = False
+
+        self._real_time = 1.0
+        self._slips = self._commands = self._refused = 0
+        self._problem = ""
+        self._camera_rate, self._joint_rate = Rate(), Rate()
+        self._complaint = Complaint(self.get_logger().error)
+
+        self._images = {
+            camera.name: self.create_publisher(
+                CompressedImage if camera.encoding == "compressed" else Image, camera.topic, qos.SENSOR
+            )
+            for camera in contract.cameras
+        }
+        self._joint_states = self.create_publisher(JointState, contract.joint_state_topic, qos.SENSOR)
+        self._distance = self.create_publisher(Float64, "distance_to_target", 10)
+        self._prompt = self.create_publisher(String, "prompt", qos.LATCHED)
+        self._clock_publisher = (
+            self.create_publisher(ClockMsg, "/clock", 10) if self.parameters["publish_clock"] else None
+        )
+        if contract.action.interface == "joint_trajectory":
+            self.create_subscription(JointTrajectory, contract.action.topic, self._on_trajectory, qos.COMMAND)
+        else:
+            self.create_subscription(Float64MultiArray, contract.action.topic, self._on_positions, qos.COMMAND)
+        self.create_service(Trigger, "robot_sim/reset_target", self._on_reset_target)
+
+    def activate(self) -> None:
+        self.worker.submit(self._simulate, self._on_end)
+
+    def parameters_changed(self, names: set[str]) -> None:
+        self._settings = dict(self.parameters.values)
+
+    def _on_end(self, outcome: Outcome[None]) -> None:
+        outcome.result()
+
+    # --- commands ---
+
+    def _on_trajectory(self, message: JointTrajectory) -> None:
+        try:
+            times, positions = trajectory_points(message, self.contract.joint_names)
+        except InputError as error:
+            self._refuse(str(error))
+            return
+
+        def follow(commanded: np.ndarray, now_ns: int) -> CommandPath:
+            start = times.start_ns or now_ns
+            due = start + times.offsets_ns
+            ahead = due > now_ns
+            if not ahead.any():
+                raise InputError(
+                    f"joint trajectory: found its last point {(now_ns - due[-1]) / NS_PER_S:.3f} s in the past; "
+                    "expected points to come"
+                )
+            return CommandPath(
+                np.concatenate([[now_ns], due[ahead]]), np.concatenate([commanded[None], positions[ahead]])
+            )
+
+        self._accept(follow)
+
+    def _on_positions(self, message: Float64MultiArray) -> None:
+        try:
+            position = positions_from_command(message, len(self.contract.joints))
+        except InputError as error:
+            self._refuse(str(error))
+            return
+        self._accept(lambda commanded, now_ns: CommandPath(np.array([now_ns]), position[None]))
+
+    def _accept(self, command: Callable[[np.ndarray, int], CommandPath]) -> None:
+        self._commands += 1
+        self._new_command = command
+        self._problem = ""
+
+    def _refuse(self, reason: str) -> None:
+        self._refused += 1
+        self._problem = f"command refused: {reason}"
+        self._complaint.say(self._problem)
+
+    def _on_reset_target(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        self._reset_target = True
+        response.success = True
+        return response
+
+    # --- simulation, in the worker ---
+
+    def _simulate(self) -> None:
+        from selfalign_core.sim import ArmSim
+
+        seed = self._settings["seed"]
+        sim = ArmSim(self._body, seed=seed)
+        try:
+            self._run_in_real_time(sim, seed)
+        finally:
+            sim.close()
+
+    def _run_in_real_time(self, sim: ArmSim, seed: int) -> None:
+        to_contract = np.argsort(self._order)
+        origin_ns, wall_s = time.time_ns(), time.monotonic()
+        path = CommandPath(np.array([origin_ns]), sim.setpoint()[to_contract][None])
+        episode = 0
+        now_ns = origin_ns
+
+        def publish_cameras() -> None:
+            for camera in self.contract.cameras:
+                rgb = sim.render(camera.name, camera.height, camera.width)
+                self._images[camera.name].publish(self._image_message(camera, rgb, now_ns))
+            self._camera_rate.tick()
+
+        def publish_joints() -> None:
+            state = sim.joint_state()
+            message = joint_state_message(self.contract.joint_names, state.position[to_contract], now_ns)
+            message.velocity = fill("d", state.velocity[to_contract])
+            message.effort = fill("d", state.effort[to_contract])
+            self._joint_states.publish(message)
+            self._joint_rate.tick()
+
+        def publish_distance() -> None:
+            self._distance.publish(Float64(data=sim.distance()))
+
+        cameras = Repeating(self._settings["camera_rate"], publish_cameras)
+        joints = Repeating(self._settings["joint_state_rate"], publish_joints)
+        repeating = [joints, cameras, Repeating(_DISTANCE_HZ, publish_distance)]
+        if self._clock_publisher is not None:
+            clock = self._clock_publisher
+            repeating.insert(0, Repeating(_CLOCK_HZ, lambda: clock.publish(ClockMsg(clock=to_stamp(now_ns)))))
+        next_episode_s = self._settings["episode_seconds"]
+        self._prompt.publish(String(data=sim.prompt))
+        self.get_logger().info(f"simulated arm ready, body {self.parameters['body']}, {sim.prompt!r}")
+        while not self.worker.should_stop():
+            cameras.hz, joints.hz = self._settings["camera_rate"], self._settings["joint_state_rate"]
+            if self._reset_target or sim.time >= next_episode_s:
+                episode, self._reset_target = episode + 1, False
+                next_episode_s = sim.time + self._settings["episode_seconds"]
+                sim.reset_targets(np.random.default_rng([seed, episode]))
+                self._prompt.publish(String(data=sim.prompt))
+            for item in repeating:
+                if item.due_s <= sim.time + 1e-9:
+                    item.action()
+                    # Late ones are not made up for: a camera does not deliver two images at once.
+                    item.due_s = max(item.due_s + 1.0 / item.hz, sim.time)
+            if (command := self._new_command) is not None:
+                self._new_command = None
+                path = self._start(command, path, now_ns)
+            span_s = min(_SUBSTEP_S, max(min(item.due_s for item in repeating) - sim.time, 1e-4))
+            sim.command(path.at(now_ns)[self._order])
+            sim.step(span_s)
+            now_ns = origin_ns + round(sim.time * NS_PER_S)
+            ahead_s = (now_ns - origin_ns) / NS_PER_S - (time.monotonic() - wall_s)
+            if ahead_s > 0:
+                time.sleep(ahead_s)
+            elif ahead_s < -_SLIP_S:
+                # Too slow for this machine: go on from here instead of racing to make up for what was lost.
+                self._slips += 1
+                slip_ns = round(-ahead_s * NS_PER_S)
+                origin_ns, wall_s, now_ns = origin_ns + slip_ns, wall_s - ahead_s, now_ns + slip_ns
+
+    def _start(self, command: Callable[[np.ndarray, int], CommandPath], path: CommandPath, now_ns: int) -> CommandPath:
+        try:
+            return command(path.at(now_ns), now_ns)
+        except InputError as error:
+            self._refuse(str(error))
+            return path
+
+    def _image_message(self, camera: Camera, rgb: np.ndarray, stamp_ns: int) -> Image | CompressedImage:
+        stamp, frame_id = to_stamp(stamp_ns), f"{camera.name}_optical_frame"
+        if camera.encoding == "raw":
+            return image_message(rgb, stamp, frame_id)
+        quality = [cv2.IMWRITE_JPEG_QUALITY, self._settings["jpeg_quality"]]
+        _, jpeg = cv2.imencode(".jpg", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), quality)
+        message = CompressedImage(format="jpeg", data=fill("B", jpeg))
+        message.header.stamp, message.header.frame_id = stamp, frame_id
+        return message
+
+    # --- diagnostics ---
+
+    def statuses(self) -> Iterable[Status]:
+        cameras, joints = self._settings["camera_rate"], self._settings["joint_state_rate"]
+        values = {
+            "camera rate [Hz]": self._camera_rate.hz,
+            "joint state rate [Hz]": self._joint_rate.hz,
+            "fell behind real time": self._slips,
+            "commands": self._commands,
+            "commands refused": self._refused,
+        }
+        level, message = OK, "running in real time"
+        if self._joint_rate.count == 0:
+            level, message = WARN, "starting"
+        elif self._camera_rate.hz < 0.8 * cameras or self._joint_rate.hz < 0.8 * joints:
+            level = WARN
+            message = (
+                f"slower than real time: found cameras at {self._camera_rate.hz:.1f} Hz, joint states at "
+                f"{self._joint_rate.hz:.1f} Hz; expected {cameras:g} and {joints:g}"
+            )
+        if self._problem:
+            level, message = ERROR, self._problem
+        yield Status("simulation", level, message, values)
+
+
+def main(args: list[str] | None = None) -> int:
+    return run(RobotSimNode, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
