@@ -1,7 +1,7 @@
 """``python -m selfalign_ros.bringup``: start the graph under the supervisor, for machines without ``ros2 launch``.
 
-Arguments are those of ``launch/bringup.launch.py`` (``name:=value``); ``--duration`` and ``--report`` are short for
-two of them. Only the command line is handled here.
+Arguments are those of ``launch/bringup.launch.py``, written ``name:=value`` or ``--name value``. Only the command line
+is handled here.
 """
 
 from __future__ import annotations
@@ -10,58 +10,56 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from selfalign_ros.graph import BRINGUP, Graph, GraphDeclaration, GraphError
+from selfalign_ros.graph import BRINGUP, GraphDeclaration, GraphError
 from selfalign_ros.supervisor import Supervisor
 
 
-def split_arguments(texts: Sequence[str]) -> dict[str, str]:
-    """``name:=value`` texts as a mapping. Raises ``GraphError`` naming a text of another form."""
-    values = {}
-    for text in texts:
+def graph_parser(declaration: GraphDeclaration, command: str) -> argparse.ArgumentParser:
+    """A parser with one option for each launch argument, which may be given as ``name:=value`` as well."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {command}", description=declaration.description, allow_abbrev=False
+    )
+    parser.add_argument("arguments", nargs="*", metavar="name:=value", help="launch arguments, as for ros2 launch")
+    parser.add_argument("--show-args", action="store_true", help="list the launch arguments as ros2 launch does")
+    for argument in declaration.arguments:
+        names = [f"--{argument.name.replace('_', '-')}"]
+        names += ["--params"] if argument.name == "params_file" else []
+        text = f"{argument.description} (default: {argument.default!r})".replace("%", "%%")
+        parser.add_argument(*names, dest=argument.name, metavar="VALUE", help=text)
+    return parser
+
+
+def given_arguments(options: argparse.Namespace, declaration: GraphDeclaration) -> dict[str, str]:
+    """What was given on the command line, name -> text. Raises ``GraphError`` naming a text of another form."""
+    given = {}
+    for text in options.arguments:
         name, separator, value = text.partition(":=")
         if not separator or not name:
             raise GraphError(f"argument {text!r}: expected the form name:=value")
-        values[name] = value
-    return values
+        given[name] = value
+    for argument in declaration.arguments:
+        if (value := getattr(options, argument.name)) is not None:
+            given[argument.name] = value
+    return given
 
 
-def add_graph_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments every graph command has."""
-    parser.add_argument("arguments", nargs="*", metavar="name:=value", help="launch arguments, see --show-args")
-    parser.add_argument("--show-args", action="store_true", help="list the launch arguments and end")
-
-
-def run(declaration: GraphDeclaration, given: dict[str, str]) -> int:
-    """Assemble and run a graph; a bad argument is printed and gives exit code 2."""
+def run(declaration: GraphDeclaration, command: str, argv: Sequence[str] | None) -> int:
+    """Read the command line and run the graph. Returns its exit code; 2 when an argument cannot be used."""
+    parser = graph_parser(declaration, command)
+    options = parser.parse_intermixed_args(argv)
+    if options.show_args:
+        print(declaration.show_arguments())
+        return 0
     try:
-        graph: Graph = declaration(given)
-        return Supervisor(graph).run()
+        return Supervisor(declaration(given_arguments(options, declaration))).run()
     except GraphError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def given_options(options: argparse.Namespace, *names: str) -> dict[str, str]:
-    """The options of these names that were given, as launch arguments beside ``options.arguments``."""
-    named = {name: str(getattr(options, name)) for name in names if getattr(options, name) is not None}
-    return split_arguments(options.arguments) | named
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code of the graph."""
-    parser = argparse.ArgumentParser(prog="python -m selfalign_ros.bringup", description=BRINGUP.description)
-    parser.add_argument("--duration", help="seconds after which everything stops by itself")
-    parser.add_argument("--report", help="JSON file for the run report; a PNG is written beside it")
-    add_graph_arguments(parser)
-    options = parser.parse_args(argv)
-    if options.show_args:
-        print(BRINGUP.show_arguments())
-        return 0
-    try:
-        given = given_options(options, "duration", "report")
-    except GraphError as error:
-        parser.error(str(error))
-    return run(BRINGUP, given)
+    return run(BRINGUP, "selfalign_ros.bringup", argv)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def default_command(node: NodeProcess) -> list[str]:
     return [sys.executable, "-m", node.module, *node.ros_arguments()]
 
 
-def node_environment(graph: Graph, *, colour: bool, base: Mapping[str, str] | None = None) -> dict[str, str]:
+def node_environment(graph: Graph, *, is_tty: bool, base: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment of every node of ``graph``.
 
     This interpreter already went through the start-up step of the ROS 2 wheels, so its variables are handed on and
@@ -69,8 +69,8 @@ def node_environment(graph: Graph, *, colour: bool, base: Mapping[str, str] | No
     if source_root not in paths:
         environment["PYTHONPATH"] = os.pathsep.join([source_root, *paths])
     environment["PYTHONUNBUFFERED"] = "1"
-    environment["RCUTILS_COLORIZED_OUTPUT"] = "1" if colour else "0"
-    environment[STATUS_LINE_ENVIRONMENT] = "1"
+    environment["RCUTILS_COLORIZED_OUTPUT"] = "1" if is_tty else "0"
+    environment[STATUS_LINE_ENVIRONMENT] = "1" if is_tty else "0"
     return environment | dict(graph.environment)
 
 
@@ -114,7 +114,7 @@ class Supervisor:
         self._graph = graph
         self._respawn = respawn or RespawnPolicy()
         self._terminal = _Terminal(output or sys.stdout)
-        self._environment = node_environment(graph, colour=self._terminal.is_tty)
+        self._environment = node_environment(graph, is_tty=self._terminal.is_tty)
         self._processes = [
             _Process(node, f"{node.name}-{number}", command(node)) for number, node in enumerate(graph.nodes, 1)
         ]
@@ -191,12 +191,15 @@ class Supervisor:
     def _read(self, process: _Process) -> None:
         for line, is_status in process.read_lines():
             self._terminal.write(process, line, is_status)
+        if process.output_ended and process.pipe in self._selector.get_map():
+            self._selector.unregister(process.pipe)
 
     def _advance(self, process: _Process) -> None:
         if process.is_running and process.poll() is not None:
             self._read(process)
             self._selector.unregister(process.pidfd)
-            self._selector.unregister(process.pipe)
+            if process.pipe in self._selector.get_map():
+                self._selector.unregister(process.pipe)
             process.collect()
             self._on_exit(process)
         elif process.is_running and process.escalate_at is not None and time.monotonic() >= process.escalate_at:
@@ -287,6 +290,7 @@ class _Process:
         self.pidfd = self.pipe = -1
         self.exit_code = 0
         self.is_finished = False
+        self.output_ended = False
         self._popen: subprocess.Popen[bytes] | None = None
         self._started_at = 0.0
         self._attempts = 0
@@ -303,6 +307,7 @@ class _Process:
 
     def start(self, environment: Mapping[str, str]) -> None:
         self.restart_at = None
+        self.output_ended = False
         self._popen = subprocess.Popen(
             self.command,
             stdin=subprocess.DEVNULL,
@@ -341,6 +346,7 @@ class _Process:
             except BlockingIOError:
                 break
             if not data:
+                self.output_ended = True
                 break
             self._pending += data
             if len(data) < 65536:

@@ -1,0 +1,16 @@
+"""A bag played through policy, buffer and aligner in lock-step: the same outputs every time, however slow the machine.
+
+    ros2 launch selfalign replay.launch.py bag:=my_bag report:=replay.json
+
+The graph itself is declared in ``selfalign_ros.graph``, for this file and
+for ``python -m selfalign_ros.replay`` alike.
+"""
+
+from launch import LaunchDescription
+
+from selfalign_ros.graph import REPLAY
+from selfalign_ros.launch_description import launch_description
+
+
+def generate_launch_description() -> LaunchDescription:
+    return launch_description(REPLAY)

@@ -1,0 +1,399 @@
+"""What a run was like, in numbers and in one picture: from records of what was received to the run report.
+
+Pure functions over plain records; this module must not know ROS. The report is one JSON object:
+
+==================== ==================================================================================================
+key                  content
+==================== ==================================================================================================
+schema, version      ``"selfalign/run_report"``, 1
+ok, reason           whether the run made chunks, and why not
+duration_s           how long was listened; all ``t`` below are seconds since then started
+contract             name of the robot contract
+chunks               count, rate_hz, first_t, horizon, dim
+latency_s            inference time per chunk, statistics ``all``, ``while_aligning``, ``while_not_aligning`` and
+                     ``ratio`` (while_aligning over while_not_aligning, for p50, p95 and p99)
+observation_age_s    age of the observation when inference started, statistics
+frames               per camera topic: received, dropped (gaps in the stamps), rate_hz
+e_token              first_version, last_version, norm (of the last)
+align                calls, accepted, refused, duration_s (statistics)
+distance_to_target_m first, last, mean, minimum
+diagnostics          last status of each name: level (ok, warn, error, stale), message, values
+series               rows over time: chunks, align, e_token, distance_to_target, each with its ``columns`` and ``rows``
+==================== ==================================================================================================
+
+Statistics are ``count, mean, p50, p95, p99, max``, the last five null when count is 0. A number that was not finite is
+null.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SCHEMA = "selfalign/run_report"
+SCHEMA_VERSION = 1
+LOSSES = ("perception", "dynamics", "inverse_dynamics", "total")
+SETS = ("fit_before", "fit_after", "holdout_before", "holdout_after")
+LEVELS = {0: "ok", 1: "warn", 2: "error", 3: "stale"}
+
+
+@dataclass(frozen=True)
+class ChunkRecord:
+    """One action chunk. Times in seconds; ``stamp`` is that of its observation."""
+
+    stamp: float
+    observation_age: float
+    latency: float
+    e_token_version: int
+    horizon: int
+    dim: int
+
+    @property
+    def inference(self) -> tuple[float, float]:
+        """Start and end of the inference."""
+        start = self.stamp + self.observation_age
+        return start, start + self.latency
+
+
+@dataclass(frozen=True)
+class AlignRecord:
+    """One align call that ended at ``end`` [s]. ``losses[set][loss]`` for the names in ``SETS`` and ``LOSSES``."""
+
+    end: float
+    duration: float
+    version_before: int
+    version_after: int
+    steps: int
+    fit_count: int
+    holdout_count: int
+    losses: Mapping[str, Mapping[str, float]]
+    difference_mean: float
+    difference_stderr: float
+    e_token_norm: float
+    gradient_norm: float
+    learning_rate: float
+    accepted: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class TokenRecord:
+    """One E-Token as it was published."""
+
+    stamp: float
+    version: int
+    norm: float
+
+
+@dataclass(frozen=True)
+class StatusRecord:
+    """The last diagnostic status of one name."""
+
+    level: int
+    message: str
+    values: Mapping[str, str]
+
+
+@dataclass
+class RunRecords:
+    """Everything received in one run, in the order of arrival. ``start`` and all stamps: seconds on one clock."""
+
+    contract: str
+    start: float
+    duration: float = 0.0
+    chunks: list[ChunkRecord] = field(default_factory=list)
+    aligns: list[AlignRecord] = field(default_factory=list)
+    tokens: list[TokenRecord] = field(default_factory=list)
+    frames: dict[str, list[float]] = field(default_factory=dict)  # camera topic -> header stamps
+    distances: list[tuple[float, float]] = field(default_factory=list)  # (time of arrival, metres)
+    statuses: dict[str, StatusRecord] = field(default_factory=dict)
+
+
+def statistics(values: Sequence[float]) -> dict[str, float | int | None]:
+    """Count, mean, percentiles (linear between samples) and maximum; null where there are no values."""
+    if not values:
+        return {"count": 0, "mean": None, "p50": None, "p95": None, "p99": None, "max": None}
+    array = np.asarray(values, np.float64)
+    p50, p95, p99 = np.percentile(array, (50, 95, 99))
+    numbers = {"mean": array.mean(), "p50": p50, "p95": p95, "p99": p99, "max": array.max()}
+    return {"count": len(values)} | {name: float(value) for name, value in numbers.items()}
+
+
+def split_by_align(
+    chunks: Sequence[ChunkRecord], aligns: Sequence[AlignRecord]
+) -> tuple[list[ChunkRecord], list[ChunkRecord]]:
+    """The chunks whose inference overlapped an align call, and the others."""
+    calls = [(call.end - call.duration, call.end) for call in aligns]
+    during: list[ChunkRecord] = []
+    apart: list[ChunkRecord] = []
+    for chunk in chunks:
+        start, end = chunk.inference
+        overlaps = any(start < call_end and call_start < end for call_start, call_end in calls)
+        (during if overlaps else apart).append(chunk)
+    return during, apart
+
+
+def frame_counts(stamps: Sequence[float]) -> dict[str, float | int | None]:
+    """Frames received and dropped, from header stamps alone.
+
+    The camera's period is the median distance of two stamps; a gap of n periods is n - 1 frames dropped.
+    """
+    gaps = np.diff(np.unique(np.asarray(stamps, np.float64)))
+    if gaps.size == 0:
+        return {"received": len(stamps), "dropped": 0, "rate_hz": None}
+    period = float(np.median(gaps))
+    dropped = int(np.maximum(np.rint(gaps / period) - 1, 0).sum())
+    return {"received": len(stamps), "dropped": dropped, "rate_hz": 1.0 / period}
+
+
+def summarise(records: RunRecords) -> dict[str, Any]:
+    """The run report (see the module)."""
+    chunks = records.chunks
+    during, apart = split_by_align(chunks, records.aligns)
+    latency = {
+        "all": statistics([chunk.latency for chunk in chunks]),
+        "while_aligning": statistics([chunk.latency for chunk in during]),
+        "while_not_aligning": statistics([chunk.latency for chunk in apart]),
+    }
+    latency["ratio"] = {
+        name: _ratio(latency["while_aligning"][name], latency["while_not_aligning"][name])
+        for name in ("p50", "p95", "p99")
+    }
+    reason = why_no_chunk(records)
+    accepted = sum(call.accepted for call in records.aligns)
+    versions = [token.version for token in records.tokens]
+    return {
+        "schema": SCHEMA,
+        "version": SCHEMA_VERSION,
+        "ok": not reason,
+        "reason": reason,
+        "contract": records.contract,
+        "duration_s": records.duration,
+        "chunks": {
+            "count": len(chunks),
+            "rate_hz": _rate([chunk.stamp for chunk in chunks]),
+            "first_t": chunks[0].stamp - records.start if chunks else None,
+            "horizon": chunks[-1].horizon if chunks else None,
+            "dim": chunks[-1].dim if chunks else None,
+        },
+        "latency_s": latency,
+        "observation_age_s": statistics([chunk.observation_age for chunk in chunks]),
+        "frames": {topic: frame_counts(stamps) for topic, stamps in records.frames.items()},
+        "e_token": {
+            "first_version": versions[0] if versions else None,
+            "last_version": versions[-1] if versions else None,
+            "norm": records.tokens[-1].norm if versions else None,
+        },
+        "align": {
+            "calls": len(records.aligns),
+            "accepted": accepted,
+            "refused": len(records.aligns) - accepted,
+            "duration_s": statistics([call.duration for call in records.aligns]),
+        },
+        "distance_to_target_m": _distance_summary([distance for _, distance in records.distances]),
+        "diagnostics": {
+            name: {"level": LEVELS.get(status.level, "?"), "message": status.message, "values": dict(status.values)}
+            for name, status in sorted(records.statuses.items())
+        },
+        "series": _series(records),
+    }
+
+
+def why_no_chunk(records: RunRecords) -> str:
+    """Empty if chunks were made; otherwise one sentence with what the nodes themselves complain about."""
+    if records.chunks:
+        return ""
+    said = [f"{name}: {status.message}" for name, status in sorted(records.statuses.items()) if status.level > 0]
+    if not records.statuses:
+        said = ["no node published diagnostics"]
+    elif not said:
+        said = ["no node complains"]
+    return f"no action chunk was made in {records.duration:.1f} s ({'; '.join(said)})"
+
+
+def progress_line(records: RunRecords, elapsed: float, total: float) -> str:
+    """One line about the run so far; ``total`` 0 means it has no set end. Times in seconds."""
+    parts = [f"{elapsed:.0f}/{total:.0f} s" if total else f"{elapsed:.0f} s"]
+    latency = statistics([chunk.latency for chunk in records.chunks])
+    parts.append(f"{len(records.chunks)} chunks")
+    if records.chunks:
+        parts[-1] += f" ({latency['p50'] * 1e3:.0f} ms, p99 {latency['p99'] * 1e3:.0f} ms)"
+    accepted = sum(call.accepted for call in records.aligns)
+    parts.append(f"{len(records.aligns)} align calls ({accepted} accepted)")
+    if records.tokens:
+        parts.append(f"E-Token v{records.tokens[-1].version}")
+    if records.distances:
+        parts.append(f"{records.distances[-1][1] * 100:.1f} cm to target")
+    if not records.chunks:
+        worst = max(records.statuses.items(), key=lambda item: item[1].level, default=None)
+        if worst is not None and worst[1].level > 0:
+            parts.append(f"{worst[0]}: {worst[1].message}")
+    return "  ·  ".join(parts)
+
+
+def finite(value: Any) -> Any:
+    """``value`` with every number that is not finite replaced by None: JSON knows no NaN."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _ratio(above: float | None, below: float | None) -> float | None:
+    return above / below if above is not None and below else None
+
+
+def _rate(stamps: Sequence[float]) -> float | None:
+    span = stamps[-1] - stamps[0] if len(stamps) > 1 else 0.0
+    return (len(stamps) - 1) / span if span > 0 else None
+
+
+def _distance_summary(distances: Sequence[float]) -> dict[str, float | None]:
+    if not distances:
+        return {"first": None, "last": None, "mean": None, "minimum": None}
+    mean = math.fsum(distances) / len(distances)
+    return {"first": distances[0], "last": distances[-1], "mean": mean, "minimum": min(distances)}
+
+
+def _series(records: RunRecords) -> dict[str, dict[str, list[Any]]]:
+    start = records.start
+    align_columns = [
+        "t", "duration_s", "version_before", "version_after", "steps", "fit_count", "holdout_count", "accepted",
+        "reason", "difference_mean", "difference_stderr", "e_token_norm", "gradient_norm", "learning_rate",
+        *(f"{name}.{loss}" for name in SETS for loss in LOSSES),
+    ]  # fmt: skip
+    align_rows = [
+        [
+            call.end - start, call.duration, call.version_before, call.version_after, call.steps, call.fit_count,
+            call.holdout_count, call.accepted, call.reason, call.difference_mean, call.difference_stderr,
+            call.e_token_norm, call.gradient_norm, call.learning_rate,
+            *(call.losses[name][loss] for name in SETS for loss in LOSSES),
+        ]
+        for call in records.aligns
+    ]  # fmt: skip
+    return {
+        "chunks": {
+            "columns": ["t", "latency_s", "observation_age_s", "e_token_version"],
+            "rows": [
+                [chunk.stamp - start, chunk.latency, chunk.observation_age, chunk.e_token_version]
+                for chunk in records.chunks
+            ],
+        },
+        "align": {"columns": align_columns, "rows": align_rows},
+        "e_token": {
+            "columns": ["t", "version", "norm"],
+            "rows": [[token.stamp - start, token.version, token.norm] for token in records.tokens],
+        },
+        "distance_to_target": {
+            "columns": ["t", "metres"],
+            "rows": [[stamp - start, distance] for stamp, distance in records.distances],
+        },
+    }
+
+
+# --- the picture ---
+
+
+def draw(report: Mapping[str, Any], path: Path) -> None:
+    """Draw a run report: six panels over one time axis, written to ``path`` (PNG)."""
+    import matplotlib  # late: it takes a second to import, and a robot's run may need no picture
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    series = {name: _columns(table) for name, table in report["series"].items()}
+    chunks, aligns, tokens, distance = (series[name] for name in ("chunks", "align", "e_token", "distance_to_target"))
+    figure, axes = plt.subplots(6, 1, figsize=(11, 14), sharex=True, layout="constrained")
+    figure.suptitle(_headline(report), fontsize=11)
+    latency_axis, age_axis, loss_axis, difference_axis, token_axis, distance_axis = axes
+
+    for index, (t, duration) in enumerate(zip(aligns["t"], aligns["duration_s"], strict=True)):
+        for axis in axes:
+            label = "align call" if index == 0 and axis is latency_axis else None
+            axis.axvspan(t - duration, t, color="0.88", lw=0, label=label)
+
+    latency_axis.plot(chunks["t"], _scaled(chunks["latency_s"], 1e3), ".-", ms=4, lw=0.7, label="inference")
+    for name, style in (("p50", ":"), ("p99", "--")):
+        if (value := report["latency_s"]["all"][name]) is not None:
+            latency_axis.axhline(value * 1e3, color="0.4", lw=0.9, ls=style, label=f"{name} {value * 1e3:.1f} ms")
+    latency_axis.set_ylabel("chunk latency [ms]")
+
+    age_axis.plot(chunks["t"], _scaled(chunks["observation_age_s"], 1e3), ".-", ms=4, lw=0.7, color="C4")
+    age_axis.set_ylabel("observation age [ms]")
+
+    for colour, loss in zip(("C0", "C1", "C2"), LOSSES, strict=False):
+        name = loss.replace("_", " ")
+        loss_axis.plot(aligns["t"], aligns[f"holdout_before.{loss}"], "-", marker="o", ms=3, color=colour, label=name)
+        loss_axis.plot(aligns["t"], aligns[f"holdout_after.{loss}"], ":", marker="x", ms=4, color=colour)
+    loss_axis.plot([], [], "-o", color="0.4", ms=3, label="current token")
+    loss_axis.plot([], [], ":x", color="0.4", ms=4, label="shadow token")
+    loss_axis.set_ylabel("hold-out loss")
+
+    times, means, errors = (np.array(aligns[name]) for name in ("t", "difference_mean", "difference_stderr"))
+    verdicts = np.array(aligns["accepted"], bool)
+    for mask, colour, name in ((verdicts, "C2", "accepted"), (~verdicts, "C3", "refused")):
+        if mask.any():
+            difference_axis.errorbar(
+                times[mask], means[mask], 2 * errors[mask], fmt="o", ms=4, capsize=2, color=colour, label=name
+            )
+    difference_axis.axhline(0.0, color="0.4", lw=0.8)
+    difference_axis.set_ylabel("shadow − current\n(hold-out total, ± 2 s.e.)")
+
+    token_axis.step(chunks["t"], chunks["e_token_version"], where="post", color="C0", label="version used by chunks")
+    token_axis.plot(tokens["t"], tokens["version"], "o", ms=4, color="C1", label="version published")
+    token_axis.set_ylabel("E-Token version")
+    token_axis.yaxis.get_major_locator().set_params(integer=True)
+    norm_axis = token_axis.twinx()
+    norm_axis.plot(aligns["t"], aligns["e_token_norm"], "-", color="C3", lw=0.9, label="norm of E")
+    norm_axis.set_ylabel("norm of E", color="C3")
+
+    distance_axis.plot(distance["t"], _scaled(distance["metres"], 100), color="C5", lw=1)
+    distance_axis.set_ylabel("distance to target [cm]")
+    distance_axis.set_xlabel("time [s]")
+    distance_axis.set_xlim(0, max(report["duration_s"], 1e-3))
+    for axis in (latency_axis, age_axis, distance_axis):
+        axis.set_ylim(bottom=0)
+
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        handles, labels = axis.get_legend_handles_labels()
+        if axis is token_axis:
+            more_handles, more_labels = norm_axis.get_legend_handles_labels()
+            handles, labels = handles + more_handles, labels + more_labels
+        if handles:
+            axis.legend(handles, labels, fontsize=8, ncols=len(labels), loc="upper right")
+        if not any(line.get_xdata().size for line in axis.get_lines() if hasattr(line.get_xdata(), "size")):
+            axis.text(0.5, 0.5, "nothing received", transform=axis.transAxes, ha="center", va="center", color="0.5")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _headline(report: Mapping[str, Any]) -> str:
+    if not report["ok"]:
+        return f"{report['contract']}: {report['reason']}"
+    align, latency, token = report["align"], report["latency_s"], report["e_token"]
+    text = (
+        f"{report['contract']}, {report['duration_s']:.0f} s: {report['chunks']['count']} chunks, "
+        f"latency p50 {latency['all']['p50'] * 1e3:.1f} ms, p99 {latency['all']['p99'] * 1e3:.1f} ms; "
+        f"{align['calls']} align calls, {align['accepted']} accepted; E-Token {token['first_version']} → "
+        f"{token['last_version']}"
+    )
+    ratio = latency["ratio"]["p99"]
+    dropped = sum(camera["dropped"] for camera in report["frames"].values())
+    text += f"\nframes dropped: {dropped}"
+    return text + (f"; p99 while aligning / otherwise: {ratio:.2f}" if ratio is not None else "")
+
+
+def _columns(table: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    rows = table["rows"]
+    return {name: [row[index] for row in rows] for index, name in enumerate(table["columns"])}
+
+
+def _scaled(values: Sequence[float], factor: float) -> list[float]:
+    return [value * factor for value in values]

@@ -1,0 +1,92 @@
+"""Nodes that end by themselves: the run report, the recorder and the replay player.
+
+What they share is start, parameters, signals and exit code; a node that runs until it is told to stop is in
+``selfalign_ros.node``.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable
+
+import rclpy
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.node import Node
+from rclpy.signals import SignalHandlerOptions
+
+from selfalign_core.contract import RobotContract
+from selfalign_core.errors import SelfAlignError
+from selfalign_ros.graph import EXIT_CONFIGURATION
+from selfalign_ros.parameters import Parameters
+from selfalign_ros.resources import config_file
+
+_SPIN_TIMEOUT_S = 0.1
+
+
+class ToolNode(Node):
+    """A node with ``parameters`` and ``contract`` that works until it is due to end.
+
+    Subclasses overwrite ``finish``; it runs once, after the last callback, and returns the exit code.
+    """
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(kind)
+        self.parameters = Parameters(self, kind)
+        self.contract = RobotContract.from_yaml(config_file(self.parameters["contract"]))
+        self.is_interrupted: Callable[[], bool] = lambda: False
+        self.executor_thread: SingleThreadedExecutor | None = None
+
+    def work(self) -> None:
+        """Everything between start and end; by default: callbacks, until ``stop_at`` or a signal."""
+        stop_at = self.parameters["stop_at"]
+        while not self.is_interrupted() and not 0.0 < stop_at <= time.monotonic():
+            self.spin_once(_SPIN_TIMEOUT_S)
+
+    def spin_once(self, timeout_s: float) -> None:
+        """Run the callbacks that are due, for at most about ``timeout_s``."""
+        assert self.executor_thread is not None
+        self.executor_thread.spin_once(timeout_sec=timeout_s)
+
+    def finish(self) -> int:
+        """Write what there is to write; the exit code."""
+        return 0
+
+    def abort(self) -> None:
+        """Give up what was begun: ``work`` raised."""
+
+
+def run_tool(make_node: Callable[[], ToolNode], args: list[str] | None = None) -> int:
+    """Run one such node. Returns its exit code; 2 when what it was given cannot be used."""
+    interrupted = False
+
+    def on_signal(number: int, frame: object) -> None:
+        nonlocal interrupted
+        interrupted = True
+
+    # Only noted: what has been collected is still to be written.
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
+    rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
+    node: ToolNode | None = None
+    executor = SingleThreadedExecutor()
+    try:
+        node = make_node()
+        node.is_interrupted = lambda: interrupted
+        node.executor_thread = executor
+        executor.add_node(node)
+        try:
+            node.work()
+        except BaseException:
+            node.abort()
+            raise
+        return node.finish()
+    except SelfAlignError as error:
+        print(f"[FATAL] {error}", file=sys.stderr, flush=True)
+        return EXIT_CONFIGURATION
+    finally:
+        executor.shutdown(timeout_sec=1.0)
+        if node is not None:
+            node.destroy_node()
+        rclpy.try_shutdown()
