@@ -24,6 +24,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 STAMP = VENV / "selfalign-stamp.json"
 COLCON_STAMP = ROOT / "build" / "selfalign-stamp.json"
+INSTALLING = VENV / "selfalign-installing"  # there while pip runs: a package may be half installed
 LOCK = ROOT / ".bootstrap.lock"
 
 PYTHON_VERSIONS = ((3, 11), (3, 12), (3, 13))  # those the ROS 2 wheels and NumPy both exist for
@@ -228,12 +230,12 @@ def find_python() -> str:
 
 
 def make_venv(python: str, *, system_site_packages: bool) -> None:
-    """Makes .venv; one of the other kind, or that cannot run pip (interrupted), is replaced."""
+    """Makes .venv; one of the other kind, or one that an interrupted step left behind, is replaced."""
     config = VENV / "pyvenv.cfg"
     same_kind = config.exists() and (
         f"include-system-site-packages = {str(system_site_packages).lower()}" in config.read_text()
     )
-    if same_kind and succeeds(str(VENV / "bin" / "python"), "-m", "pip", "--version"):
+    if same_kind and not INSTALLING.exists() and succeeds(str(VENV / "bin" / "python"), "-m", "pip", "--version"):
         return
     if VENV.exists():
         say(f"{VENV} is not complete or of another kind: making it again")
@@ -246,6 +248,19 @@ def make_venv(python: str, *, system_site_packages: bool) -> None:
     except BaseException:
         shutil.rmtree(VENV, ignore_errors=True)
         raise
+
+
+def pip_install(title: str, arguments: list[str]) -> None:
+    """Installs into .venv; marks it as unfinished in case this is interrupted."""
+    INSTALLING.touch()
+    command = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check"]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    try:
+        run_step(title, [*command, "--progress-bar", "off", *arguments], log=VENV / "log" / "pip.log", env=env)
+    except BootstrapError:  # pip gave up by itself and took back what it had begun
+        INSTALLING.unlink()
+        raise
+    INSTALLING.unlink()
 
 
 def wheel_environment(stamp: dict[str, str]) -> dict[str, str]:
@@ -290,12 +305,9 @@ def prepare_wheels() -> dict[str, str]:
         STAMP.unlink(missing_ok=True)
         stamp = {}
         make_venv(base, system_site_packages=False)
-        run_step(
+        pip_install(
             f"installing Python packages and the ROS 2 wheels into {VENV.name} (some minutes the first time)",
-            [python, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off",
-             "-r", "requirements-ros.txt", "-c", "constraints.txt"],
-            log=VENV / "log" / "pip.log",
-            env={name: value for name, value in os.environ.items() if not name.startswith("PYTHON")},
+            ["-r", "requirements-ros.txt", "-c", "constraints.txt"],
         )
         stamp["install"] = install
         write_stamp(STAMP, stamp)
@@ -423,8 +435,6 @@ def install_missing(system: str, missing: list[str]) -> None:
         )
     make_venv(system, system_site_packages=True)
     wanted = ["pytest<8.4" if line.startswith("pytest==") else line for line in missing]
-    command = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check",
-               "--progress-bar", "off", *wanted]
     constraints = VENV / "constraints.txt"
     constraints.write_text("pytest<8.4\n")
     version = subprocess.run(
@@ -432,10 +442,10 @@ def install_missing(system: str, missing: list[str]) -> None:
     )
     if version.returncode == 0:
         constraints.write_text(f"pytest<8.4\nnumpy=={version.stdout.strip()}\n")
-    command += ["-c", str(constraints)]
     names = ", ".join(line.split("==")[0] for line in missing)
-    run_step(f"installing what the system's Python lacks into {VENV.name}: {names}", command,
-             log=VENV / "log" / "pip.log")
+    pip_install(
+        f"installing what the system's Python lacks into {VENV.name}: {names}", [*wanted, "-c", str(constraints)]
+    )
 
 
 def ros_environment(stamp: dict[str, str]) -> dict[str, str]:
@@ -491,6 +501,7 @@ def main(arguments: list[str]) -> int:
     if command not in ("prepare", "run", "launch", "env") or (command in ("run", "launch") and not rest):
         print(__doc__, file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the step under way, as Ctrl-C does
     try:
         env = prepare()
         if command == "env":
@@ -504,6 +515,7 @@ def main(arguments: list[str]) -> int:
             program = shutil.which(words[0], path=env["PATH"])
             if program is None:
                 raise BootstrapError(f"no command {words[0]!r} in the environment")
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             sys.stdout.flush()
             os.execve(program, words, env)
     except BootstrapError as error:
