@@ -3,6 +3,7 @@
 from .arm import VIEWS, ArmSim, JointState
 from .body import CAMERAS, FAMILIES, JOINTS, BodyConfig, BodyRanges, CameraBody, JointBody, LightBody, LinkBody
 from .env import ReachEnv
+from .expert import PlayPolicy, ReachExpert
 from .model import TARGET_NAMES, prompt_for
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "JointState",
     "LightBody",
     "LinkBody",
+    "PlayPolicy",
     "ReachEnv",
+    "ReachExpert",
     "prompt_for",
 ]

@@ -69,7 +69,7 @@ class JointBody:
     sign: int = 1  # 1 or -1
     gain: float = 1.0  # kinematic rad per motor rad, in [0.25, 4]
     offset: float = 0.0  # kinematic rad, in [-1, 1]
-    strength: float = 1.0  # multiple of the nominal position gain, velocity gain and torque limit, in [0.05, 5]
+    strength: float = 1.0  # multiple of the nominal position gain and torque limit, in [0.05, 5]
     damping: float = 1.0  # multiple of the nominal passive damping, in [0, 20]
 
     def __post_init__(self) -> None:
@@ -216,7 +216,9 @@ class BodyConfig:
         """
         path = Path(path)
         try:
-            tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+            tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: not readable as YAML: {error}") from error
         try:
@@ -336,6 +338,18 @@ class BodyConfig:
             light=on("light", light, LightBody()),
             **cameras,
         )
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML would silently let the second of two equal keys win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise ConfigError(f"{key.value}: found twice, expected once (line {key.start_mark.line + 1})")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _names(cls: type) -> tuple[str, ...]:

@@ -69,7 +69,7 @@ TARGET_NAMES = tuple(o.name for o in TARGETS)
 # view [deg]
 _CAMERA_MOUNTS = {
     "scene": ((0.72, 0.38, 0.36), (0.12, 0.0, 0.10), (0.0, 0.0, 1.0), 38.0),
-    "overhead": ((0.56, 0.0, 0.60), (0.165, 0.0, 0.05), (0.0, 0.0, 1.0), 46.0),
+    "overhead": ((0.56, 0.0, 0.60), (0.14, 0.0, 0.05), (0.0, 0.0, 1.0), 45.0),
     "wrist": ((0.085, 0.0, 0.02), (0.018, 0.0, -0.10), (1.0, 0.0, 0.0), 72.0),
 }
 
@@ -90,7 +90,7 @@ def build_mjcf(body: BodyConfig) -> str:
     ambient = 0.36 * light.ambient
     payload = ""
     if body.payload > 0.0:
-        radius = 0.024 + 0.02 * body.payload ** (1 / 3)
+        radius = 0.023 + 0.012 * body.payload ** (1 / 3)
         payload = (
             f'<geom name="payload" type="cylinder" size="{radius:.6g} 0.012" pos="0 0 {-0.35 * tip_down:.6g}" '
             f'mass="{body.payload:.9g}" rgba="{_STEEL}"/>'
@@ -209,7 +209,7 @@ def _servo(body: BodyConfig, name: str) -> str:
     spec, strength = JOINT_SPECS[name], body.joint(name).strength
     torque = spec.torque * strength
     return (
-        f'<position name="{name}" joint="{name}" kp="{spec.kp * strength:.9g}" kv="{spec.kv * strength:.9g}" '
+        f'<position name="{name}" joint="{name}" kp="{spec.kp * strength:.9g}" kv="{spec.kv}" '
         f'forcerange="{-torque:.9g} {torque:.9g}"/>'
     )
 
