@@ -12,7 +12,7 @@ Uses the standard library only, and knows nothing of what the package does.
     tools/bootstrap.py                              prepare only
     tools/bootstrap.py run COMMAND...               prepare, then run a command in the environment
     tools/bootstrap.py launch NAME [KEY:=VALUE...]  prepare, then `ros2 launch selfalign NAME.launch.py` or,
-                                                    without it, `python -m selfalign_ros.NAME --key value`
+                                                    without it, `python3 -m selfalign_ros.NAME --key value`
     tools/bootstrap.py env                          prepare, then print the environment as shell exports
 """
 
@@ -492,7 +492,7 @@ def launch_command(env: dict[str, str], name: str, arguments: list[str]) -> list
     if shutil.which("ros2", path=env["PATH"]) and succeeds("ros2", "launch", "--help", env=env):
         return ["ros2", "launch", "selfalign", f"{name}.launch.py", *arguments]
     options = [text for key, value in pairs for text in (f"--{key.replace('_', '-')}", value)]
-    return ["python", "-m", f"selfalign_ros.{name}", *options]
+    return ["python3", "-m", f"selfalign_ros.{name}", *options]
 
 
 def main(arguments: list[str]) -> int:
