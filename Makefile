@@ -22,14 +22,14 @@ help:  ## show this text
 	@echo "  REPORT=out.json   where bringup or replay writes its report (a .png goes next to it)"
 	@echo "  PARAMS=my.yaml    parameter file to use instead of config/parameters.yaml"
 	@echo "  BAG=directory     bag to record or to replay"
-	@echo "  ARGS='...'        more arguments: KEY:=VALUE for bringup, options for the others"
+	@echo "  ARGS='...'        more arguments: NAME:=VALUE for bringup, options for the others"
 
 build:  ## prepare the environment and build the interfaces
 	@$(BOOTSTRAP)
 
 bringup:  ## start the robot simulation and the three nodes
 	@$(BOOTSTRAP) launch bringup $(if $(DURATION),duration:=$(DURATION)) $(if $(REPORT),report:=$(REPORT)) \
-	  $(if $(PARAMS),params:=$(PARAMS)) $(ARGS)
+	  $(if $(PARAMS),params_file:=$(PARAMS)) $(ARGS)
 
 record:  ## record a run as a bag: BAG=directory DURATION=20
 	@$(if $(BAG),,$(error make record needs BAG=directory))$(BOOTSTRAP) run python3 -m selfalign_ros.record \

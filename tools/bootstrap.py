@@ -12,7 +12,7 @@ Uses the standard library only, and knows nothing of what the package does.
     tools/bootstrap.py                              prepare only
     tools/bootstrap.py run COMMAND...               prepare, then run a command in the environment
     tools/bootstrap.py launch NAME [KEY:=VALUE...]  prepare, then `ros2 launch selfalign NAME.launch.py` or,
-                                                    without it, `python3 -m selfalign_ros.NAME --key value`
+                                                    without it, `python3 -m selfalign_ros.NAME`
     tools/bootstrap.py env                          prepare, then print the environment as shell exports
 """
 
@@ -428,6 +428,11 @@ def install_missing(system: str, missing: list[str]) -> None:
     NumPy stays the system's if it has one: the message packages of ROS 2 are compiled against it. The pytest
     plugins of ROS 2 Jazzy's launch_testing need pytest before 8.4.
     """
+    if not succeeds(system, "-c", "import sys; sys.exit(sys.prefix != sys.base_prefix)"):
+        raise BootstrapError(
+            f"the virtual environment of {system} lacks packages; install them into it and run this again:\n"
+            f"  {system} -m pip install {' '.join(shlex.quote(line) for line in missing)}"
+        )
     if STAMP.exists():
         raise BootstrapError(
             f"{VENV} holds the ROS 2 wheels, but ROS 2 is sourced now: remove it (make clean-all) or use a "
@@ -483,16 +488,9 @@ def prepare() -> dict[str, str]:
 
 def launch_command(env: dict[str, str], name: str, arguments: list[str]) -> list[str]:
     """The command that starts launch/NAME.launch.py here; arguments are KEY:=VALUE as for `ros2 launch`."""
-    pairs = []
-    for argument in arguments:
-        key, separator, value = argument.partition(":=")
-        if not separator or not key:
-            raise BootstrapError(f"launch argument {argument!r}: expected KEY:=VALUE")
-        pairs.append((key, value))
     if shutil.which("ros2", path=env["PATH"]) and succeeds("ros2", "launch", "--help", env=env):
         return ["ros2", "launch", "selfalign", f"{name}.launch.py", *arguments]
-    options = [text for key, value in pairs for text in (f"--{key.replace('_', '-')}", value)]
-    return ["python3", "-m", f"selfalign_ros.{name}", *options]
+    return ["python3", "-m", f"selfalign_ros.{name}", *arguments]
 
 
 def main(arguments: list[str]) -> int:
