@@ -10,7 +10,8 @@ from launch import LaunchDescription
 
 from selfalign_ros.graph import REPLAY
 from selfalign_ros.launch_description import launch_description
+from selfalign_ros.supervisor import free_domain
 
 
 def generate_launch_description() -> LaunchDescription:
-    return launch_description(REPLAY)
+    return launch_description(REPLAY, defaults={"domain": str(free_domain())})

@@ -73,8 +73,8 @@ class LaunchArgument:
 class NodeProcess:
     """One node in a process of its own.
 
-    A node that ``ends_graph`` (a report, a recorder, a replay) stops the whole graph when it exits by
-    itself, and its exit code becomes the graph's. ``stop_grace_s`` is how long it may take after SIGINT
+    A node that ``ends_graph`` (a report, a recorder, a replay) stops the whole graph when it ends by itself or dies for
+    good, and its exit code becomes the graph's. ``stop_grace_s`` is how long it may take after SIGINT
     before SIGTERM follows.
     """
 
@@ -326,7 +326,9 @@ def _assemble_replay(values: Mapping[str, ParameterValue]) -> Graph:
         "parameter_files": (values["params_file"],) if values["params_file"] else (),
         "namespace": _namespace(values),
         "log_level": values["log_level"],
-        "respawn": False,  # a node that lost its state cannot take part in a replay that is to be exact
+        # A node that lost its state cannot take part in a replay that is to be exact: the replay ends with it.
+        "respawn": False,
+        "ends_graph": True,
     }
     lockstep = {"use_sim_time": True, "lockstep": True}
     model = _parameters(values, "contract", "checkpoint", "device") | lockstep
@@ -337,9 +339,10 @@ def _assemble_replay(values: Mapping[str, ParameterValue]) -> Graph:
             NodeProcess("policy", "policy_node", parameters=model, **common),
             NodeProcess("buffer", "buffer_node", parameters=buffer, **common),
             NodeProcess("aligner", "aligner_node", parameters=model, **common),
-            NodeProcess("replay", "replay_node", parameters=player, ends_graph=True, **common),
+            NodeProcess("replay", "replay_node", parameters=player, **common),
         ),
-        environment={"ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"},
+        environment={"ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"}
+        | ({"ROS_DOMAIN_ID": str(values["domain"])} if values["domain"] else {}),
     )
 
 
@@ -349,6 +352,7 @@ REPLAY = GraphDeclaration(
         LaunchArgument("bag", "Folder of the bag to play.", kind="file"),
         LaunchArgument("report", "JSON file for every chunk and E-Token of the replay.", kind="file"),
         LaunchArgument("compare", "Earlier replay JSON that this one has to equal bit for bit.", kind="file"),
+        LaunchArgument("domain", "ROS domain of the replay, so that no robot hears it. Empty: ROS_DOMAIN_ID."),
         CONTRACT,
         PARAMS_FILE,
         CHECKPOINT,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from launch import LaunchContext, LaunchDescription
 from launch.actions import DeclareLaunchArgument, OpaqueFunction, SetEnvironmentVariable, Shutdown
@@ -13,12 +13,13 @@ from selfalign_ros.graph import EXIT_CONFIGURATION, PACKAGE, GraphDeclaration, N
 from selfalign_ros.supervisor import check_domain
 
 
-def launch_description(declaration: GraphDeclaration) -> LaunchDescription:
-    """The graph's launch arguments, and its nodes once these have values."""
+def launch_description(declaration: GraphDeclaration, defaults: Mapping[str, str] | None = None) -> LaunchDescription:
+    """The graph's launch arguments, and its nodes once these have values. ``defaults`` replace those declared."""
+    defaults = defaults or {}
     arguments = [
         DeclareLaunchArgument(
             argument.name,
-            default_value=argument.default,
+            default_value=defaults.get(argument.name, argument.default),
             description=argument.description,
             choices=list(argument.choices) or None,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import random
 import re
 import selectors
 import shlex
@@ -94,6 +95,21 @@ def check_domain(environment: Mapping[str, str]) -> None:
                 f"ROS_DOMAIN_ID {text}: its discovery port {port}/udp is taken by another program "
                 f"({error.strerror}); expected it free, choose another domain"
             ) from None
+
+
+def free_domain() -> int:
+    """A ROS domain that nothing on this machine uses, from those whose ports are clear of the ephemeral ones.
+
+    Raises ``GraphError`` when all of them are in use.
+    """
+    for domain in random.sample(range(1, 102), 101):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.bind(("", 7400 + 250 * domain))
+            except OSError:
+                continue
+            return domain
+    raise GraphError("ROS_DOMAIN_ID: found all of 1 to 101 in use; expected a free one")
 
 
 class Supervisor:
