@@ -105,7 +105,7 @@ def build_mjcf(body: BodyConfig) -> str:
   <compiler angle="radian" autolimits="true"/>
   <option timestep="{TIMESTEP}" integrator="implicitfast"><flag autoreset="disable"/></option>
   <visual>
-    <quality offsamples="0" shadowsize="0"/>
+    <quality offsamples="0" shadowsize="0" numslices="20" numstacks="8" numquads="1"/>
     <map znear="0.02" zfar="20"/>
     <headlight ambient="{ambient:.6g} {ambient:.6g} {ambient:.6g}" diffuse="0.22 0.22 0.22" specular="0 0 0"/>
   </visual>

@@ -6,6 +6,7 @@ import dataclasses
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from selfalign_core.errors import InputError
 from selfalign_core.sim import CAMERAS, JOINTS, TARGET_NAMES, VIEWS, ArmSim, BodyConfig, CameraBody, JointBody
 
+ROOT = Path(__file__).parents[2]
 ALL_REVERSED = BodyConfig(joints=tuple(JointBody(sign=-1, gain=1.25, offset=0.1) for _ in JOINTS))
 
 
@@ -206,7 +208,10 @@ def test_time_only_goes_forward(duration: float) -> None:
         ArmSim().step(duration)
 
 
-def test_instability_is_an_error_that_names_it_and_reset_recovers() -> None:
+def test_instability_is_an_error_that_names_it_and_reset_recovers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes its log where the program runs
     sim = ArmSim()
     sim.data.qvel[1] = 1e12
     with pytest.raises(RuntimeError, match=r"unstable.*BADQ"):
@@ -273,7 +278,9 @@ def test_targets_move_without_moving_the_arm() -> None:
 
 def test_a_program_that_rendered_exits_quietly() -> None:
     code = "from selfalign_core.sim import ArmSim; s = ArmSim(); s.render('overhead', 32, 32); t = s"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
     assert (result.returncode, result.stderr) == (0, "")
 
 
