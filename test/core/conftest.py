@@ -1,0 +1,11 @@
+"""What holds for every test of the core: one thread, and property tests that are the same in every run."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)  # sums do not depend on the number of cores, and tests share them
+
+settings.register_profile("selfalign", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("selfalign")
