@@ -20,13 +20,17 @@ def sample_time(batch: int, *, generator: torch.Generator | None = None, device:
 
     Beta(a, 1) has the inverse cumulative distribution u^(1/a), which needs one uniform draw and honours ``generator``.
     """
-    uniform = torch.rand(batch, generator=generator, dtype=torch.float32, device=device)
+    return time_from_uniform(torch.rand(batch, generator=generator, dtype=torch.float32, device=device))
+
+
+def time_from_uniform(uniform: Tensor) -> Tensor:
+    """The training distribution's times for uniform numbers in [0, 1), elementwise."""
     return uniform ** (1 / 1.5) * 0.999 + 0.001
 
 
 def add_noise(x: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-    """x_t for clean ``x`` (B, ...), ``noise`` of the same shape and ``time`` (B,)."""
-    time = time.reshape(-1, *[1] * (x.ndim - 1))
+    """x_t for clean ``x`` (B, ...), ``noise`` of the same shape and ``time`` (B,), or (B, S) for one per token."""
+    time = time.reshape(*time.shape, *[1] * (x.ndim - time.ndim))
     return time * noise + (1 - time) * x
 
 
@@ -53,15 +57,15 @@ def sampling_times(num_steps: int) -> list[float]:
 
 
 def time_embedding(time: Tensor, dimension: int) -> Tensor:
-    """Sine-cosine embedding of ``time`` (B,), computed in float64: (B, dimension) in time's dtype, sines first.
+    """Sine-cosine embedding of ``time`` (B,) or (B, S), in float64: (..., dimension) in time's dtype, sines first.
 
     Periods are geometric from 0.004 to 4.0, both included.
     """
     if dimension % 2:
         raise ValueError(f"dimension: found {dimension}, expected an even number")
-    if time.ndim != 1:
-        raise ValueError(f"time: found shape {tuple(time.shape)}, expected (batch,)")
+    if time.ndim not in (1, 2):
+        raise ValueError(f"time: found shape {tuple(time.shape)}, expected (batch,) or (batch, tokens)")
     fraction = torch.linspace(0.0, 1.0, dimension // 2, dtype=torch.float64, device=time.device)
     period = MIN_PERIOD * (MAX_PERIOD / MIN_PERIOD) ** fraction
-    angle = (1.0 / period * 2 * math.pi)[None, :] * time[:, None]
-    return torch.cat([torch.sin(angle), torch.cos(angle)], dim=1).to(time.dtype)
+    angle = (1.0 / period * 2 * math.pi) * time[..., None]
+    return torch.cat([torch.sin(angle), torch.cos(angle)], dim=-1).to(time.dtype)

@@ -57,10 +57,12 @@ class AdaRMSNorm(nn.Module):
         self.dense = ModulationLinear(width)
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """``x`` (B, S, width), ``cond`` (B, width) → modulated x and the gate (B, 1, width)."""
+        """``x`` (B, S, width), ``cond`` (B, width) or per token (B, S, width) → modulated x and the gate."""
         if cond is None:
             raise ValueError("AdaRMSNorm: found no conditioning vector, expected (batch, width)")
-        modulation = self.dense(cond.to(self.dense.weight.dtype))[:, None, :]
+        modulation = self.dense(cond.to(self.dense.weight.dtype))
+        if modulation.ndim == 2:
+            modulation = modulation[:, None, :]
         scale, shift, gate = modulation.float().chunk(3, dim=-1)
         return (_normalise(x) * (1.0 + scale) + shift).to(x.dtype), gate.to(x.dtype)
 
@@ -251,7 +253,7 @@ class GemmaStack(nn.Module):
             embs: (B, S, width) token embeddings.
             position_ids: (B, S) int64 positions.
             mask: (B, S, P + S) bool, prefix tokens first.
-            cond: (B, width) conditioning of adaptive norms.
+            cond: (B, width) or (B, S, width) conditioning of adaptive norms.
             prefix: keys and values of the prefix for each of this stack's layers.
             output_hidden: False skips what only the hidden output needs: a prefix is read through its keys and
                 values alone, so its last layer's attention and MLP are never used.

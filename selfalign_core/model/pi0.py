@@ -88,7 +88,7 @@ class AlignmentLosses:
 
 @dataclass(frozen=True)
 class Losses:
-    """Scalars of one training pass: ``total`` = action + weighted alignment losses."""
+    """Losses of one training pass, scalars or (B,): ``total`` = action + weighted alignment losses."""
 
     total: Tensor
     action: Tensor
@@ -195,7 +195,7 @@ class Pi0(nn.Module):
 
     def prefix(self, inputs: ModelInputs, *, image_features: Sequence[Tensor] | None = None) -> PrefixCache:
         """Keys and values of the full prefix. ``image_features`` skips the vision tower if already computed."""
-        self.check_inputs(inputs)
+        self.check_inputs(inputs, image_features)
         features = self.embed_images(inputs.images) if image_features is None else image_features
         embedded = self.paligemma_with_expert.embed_prefix(
             features, inputs.image_masks, inputs.tokens, inputs.token_masks
@@ -225,15 +225,20 @@ class Pi0(nn.Module):
         """Action suffix: ``[E] [state] [noisy actions]`` for π0, ``[E] [noisy actions]`` for π0.5.
 
         Args:
-            state: (B, action_dim), unused by π0.5. noisy_actions: (B, horizon, action_dim). time: (B,).
+            state: (B, action_dim), unused by π0.5. noisy_actions: (B, horizon, action_dim).
+            time: (B,), or (B, horizon): one flow time per action, for chunks whose first actions are already clean.
             token: E-Token in place of the parameter, see :meth:`make_peft_token`.
 
         Returns:
-            embeddings (B, S, width), pad masks (B, S), block-start flags (B, S) and the conditioning (B, width) of
-            the adaptive norms, None for π0.
+            embeddings (B, S, width), pad masks (B, S), block-start flags (B, S) and the conditioning of the adaptive
+            norms, (B, width) or per token (B, S, width), None for π0.
         """
         batch, horizon = noisy_actions.shape[:2]
+        if tuple(time.shape) not in ((batch,), (batch, horizon)):
+            raise InputError(f"time: found shape {tuple(time.shape)}, expected ({batch},) or ({batch}, {horizon})")
         actions = self.action_in_proj(noisy_actions)
+        if self.config.pi05 and time.ndim == 2:  # E has the time of the chunk's noisy end
+            time = torch.cat([time[:, -1:].expand(-1, self.num_e_tokens), time], dim=1)
         time_emb = flow.time_embedding(time, actions.shape[-1])
         embs, blocks = [], []
         if self.config.use_peft_prefix_token:
@@ -245,7 +250,8 @@ class Pi0(nn.Module):
             cond = None
             embs.append(self.state_proj(state)[:, None])
             blocks.append(1)
-            actions = torch.cat([actions, time_emb[:, None].expand_as(actions)], dim=2)
+            time_emb = time_emb if time.ndim == 2 else time_emb[:, None].expand_as(actions)
+            actions = torch.cat([actions, time_emb], dim=2)
             actions = self.action_time_mlp_out(F.silu(self.action_time_mlp_in(actions)))
         embs.append(actions)
         blocks.append(horizon)
@@ -496,35 +502,42 @@ class Pi0(nn.Module):
         next_image_masks: Sequence[Tensor] | None = None,
         alignment_noise: AlignmentNoise | torch.Generator | None = None,
         token: Tensor | None = None,
+        image_features: Sequence[Tensor] | None = None,
+        next_image_features: Sequence[Tensor] | None = None,
+        reduction: Literal["mean", "none"] = "mean",
     ) -> Losses:
         """One joint pass of the three experts.
 
         Args:
             inputs: observation at t. actions: (B, horizon, action_dim) clean chunk for the action expert.
-            noise, time: like ``actions``, and (B,).
+            noise, time: like ``actions``, and (B,) or (B, horizon), see :meth:`embed_suffix`.
             action_masks: (B, horizon) bool, False for padded steps. dim_mask: (action_dim,) bool, False for padding.
             executed: (B, K, action_dim) actions really executed from t to t+k; with ``next_images`` (per camera,
                 at t+k) it turns the alignment losses on, otherwise they are zero.
             alignment_noise: the noise, or a generator to draw it from.
             token: E-Token per sample, see :meth:`make_peft_token`.
+            image_features, next_image_features: outputs of :meth:`embed_images` computed earlier (frozen tower) in
+                place of ``inputs.images`` and ``next_images``, which are not read then.
+            reduction: ``none`` keeps the losses per sample.
 
         Returns:
-            ``L_total = L_action + λ_p·L_perc + λ_d·L_dyn + λ_i·L_inv`` and each part, scalars.
+            ``L_total = L_action + λ_p·L_perc + λ_d·L_dyn + λ_i·L_inv`` and each part, scalars or (B,).
         """
-        self.check_inputs(inputs)
-        features = self.embed_images(inputs.images)
+        features = self.embed_images(inputs.images) if image_features is None else image_features
         prefix = self.prefix(inputs, image_features=features)
         per_step = None if action_masks is None else action_masks[..., None]
         action = masked_mean(
             self.action_loss(prefix, inputs.state, actions, noise, time, token=token), per_step, dim_mask
-        ).mean()
+        )
         if executed is None:
-            zero = action.new_zeros(())
-            return Losses(action, action, zero, zero, zero)
-        if next_images is None or alignment_noise is None:
+            zero = torch.zeros_like(action)
+            return _reduced(Losses(action, action, zero, zero, zero), reduction)
+        if (next_images is None and next_image_features is None) or alignment_noise is None:
             raise InputError("forward: found executed actions, expected next_images and alignment_noise with them")
         with torch.no_grad():
-            next_obs = self.next_observation_features(self.embed_images(next_images))
+            if next_image_features is None:
+                next_image_features = self.embed_images(next_images)
+            next_obs = self.next_observation_features(next_image_features)
         transitions = Transitions(
             state=inputs.state,
             actions=executed,
@@ -542,24 +555,28 @@ class Pi0(nn.Module):
             dim_mask=dim_mask,
         )
         config = self.config
-        weighted = losses.weighted(config.lambda_perc, config.lambda_dyn, config.lambda_inv).mean()
-        return Losses(
-            action + weighted,
-            action,
-            losses.perception.mean(),
-            losses.dynamics.mean(),
-            losses.inverse_dynamics.mean(),
+        weighted = losses.weighted(config.lambda_perc, config.lambda_dyn, config.lambda_inv)
+        return _reduced(
+            Losses(action + weighted, action, losses.perception, losses.dynamics, losses.inverse_dynamics), reduction
         )
 
     # ---------------------------------------------------------------- inference
 
     @torch.no_grad()
     def sample_actions(
-        self, inputs: ModelInputs, noise: Tensor, *, num_steps: int = 10, token: Tensor | None = None
+        self,
+        inputs: ModelInputs,
+        noise: Tensor,
+        *,
+        num_steps: int = 10,
+        token: Tensor | None = None,
+        committed: Tensor | None = None,
     ) -> Tensor:
         """Clean actions (B, horizon, action_dim) by ``num_steps`` Euler steps from ``noise`` of that shape.
 
-        The prefix runs once; each step reads its keys and values.
+        The prefix runs once; each step reads its keys and values. ``committed`` (B, d, action_dim): the chunk's first
+        d actions, already decided; the rest is denoised around them. It wants a model trained for it (training-time
+        real-time chunking, arXiv 2512.05964).
         """
         expected = (len(inputs.state), self.config.action_horizon, self.config.action_dim)
         if tuple(noise.shape) != expected:
@@ -569,8 +586,12 @@ class Pi0(nn.Module):
         x_t = noise
         for time in flow.sampling_times(num_steps):
             times = torch.full((len(noise),), time, dtype=torch.float32, device=noise.device)
+            if committed is not None:
+                x_t = torch.cat([committed, x_t[:, committed.shape[1] :]], dim=1)
+                times = times[:, None].repeat(1, x_t.shape[1])
+                times[:, : committed.shape[1]] = 0.0
             x_t = x_t + dt * self.denoise_step(prefix, inputs.state, x_t, times, token=token)
-        return x_t
+        return x_t if committed is None else torch.cat([committed, x_t[:, committed.shape[1] :]], dim=1)
 
     # ---------------------------------------------------------------- housekeeping
 
@@ -579,19 +600,24 @@ class Pi0(nn.Module):
         self.paligemma_with_expert.to_precision(precision)
         return self
 
-    def check_inputs(self, inputs: ModelInputs) -> None:
-        """Raise :class:`InputError` naming the input, what was found and what was expected."""
+    def check_inputs(self, inputs: ModelInputs, image_features: Sequence[Tensor] | None = None) -> None:
+        """Raise :class:`InputError` naming the input, what was found and what was expected.
+
+        With ``image_features`` those are checked and ``inputs.images`` is not read.
+        """
         config, batch = self.config, inputs.state.shape[0]
-        if not inputs.images:
-            raise InputError("images: found no camera, expected at least one")
-        if len(inputs.images) != len(inputs.image_masks):
-            raise InputError(
-                f"image_masks: found {len(inputs.image_masks)}, expected one per camera ({len(inputs.images)})"
-            )
-        for index, (image, mask) in enumerate(zip(inputs.images, inputs.image_masks, strict=True)):
+        images, name, shape = inputs.images, "images", (batch, 3, *config.image_size)
+        if image_features is not None:
+            images, name = image_features, "image_features"
+            shape = (batch, config.vision.num_patches, config.text.width)
+        if not images:
+            raise InputError(f"{name}: found no camera, expected at least one")
+        if len(images) != len(inputs.image_masks):
+            raise InputError(f"image_masks: found {len(inputs.image_masks)}, expected one per camera ({len(images)})")
+        for index, (image, mask) in enumerate(zip(images, inputs.image_masks, strict=True)):
             if not image.is_floating_point():
-                raise InputError(f"images[{index}]: found dtype {image.dtype}, expected float in [-1, 1]")
-            _check_shape(f"images[{index}]", image, (batch, 3, *config.image_size))
+                raise InputError(f"{name}[{index}]: found dtype {image.dtype}, expected a float type")
+            _check_shape(f"{name}[{index}]", image, shape)
             _check_shape(f"image_masks[{index}]", mask, (batch,))
             _check_bool(f"image_masks[{index}]", mask)
         _check_shape("state", inputs.state, (batch, config.action_dim))
@@ -607,6 +633,10 @@ class Pi0(nn.Module):
         _check_shape("token_masks", inputs.token_masks, tuple(inputs.tokens.shape))
         if inputs.tokens.is_floating_point():
             raise InputError(f"tokens: found dtype {inputs.tokens.dtype}, expected an integer type")
+
+
+def _reduced(losses: Losses, reduction: Literal["mean", "none"]) -> Losses:
+    return losses if reduction == "none" else Losses(*(value.mean() for value in vars(losses).values()))
 
 
 def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
