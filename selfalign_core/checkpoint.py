@@ -29,6 +29,8 @@ from selfalign_core.model.pi0 import Pi0
 from selfalign_core.types import EToken
 
 E_TOKEN_PARAMETER = "peft_prefix_token"
+E_TOKEN_BANK = "peft_bank"
+"""(capacity, peft_num_tokens, width): tokens of the bodies trained on, beside the model's own tensors."""
 OWN_E_TOKEN = ("peft_",)
 OWN_ALIGNMENT = ("alignment_", "next_obs_", "paligemma_with_expert.alignment_expert.")
 _PALI = "paligemma_with_expert.paligemma."
@@ -219,7 +221,7 @@ def _fresh_names(expected: dict, found: dict, initialise: tuple[str, ...]) -> se
 def _check_names(tensors: TensorFile, expected: dict[str, tuple[int, ...]], fresh: set[str]) -> None:
     found = tensors.shapes
     problems = [f"missing {name} {expected[name]}" for name in expected if name not in found and name not in fresh]
-    problems += [f"surplus {name} {found[name]}" for name in found if name not in expected]
+    problems += [f"surplus {name} {found[name]}" for name in found if name not in expected and name != E_TOKEN_BANK]
     problems += [
         f"misshapen {name}: found {found[name]}, expected {expected[name]}"
         for name in expected
@@ -260,9 +262,18 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def save_model(model: Pi0, path: str | Path) -> None:
-    """Write ``model.safetensors`` under openpi's names (plus ours), atomically."""
-    write_atomically(Path(path), lambda temporary: save_file(model_state(model), temporary))
+def save_model(model: Pi0, path: str | Path, *, bank: Tensor | None = None) -> None:
+    """Write ``model.safetensors`` under openpi's names (plus ours), atomically, with the ``bank`` of E-Tokens."""
+    state = model_state(model)
+    if bank is not None:
+        state[E_TOKEN_BANK] = bank.detach().cpu().contiguous()
+    write_atomically(Path(path), lambda temporary: save_file(state, temporary))
+
+
+def read_bank(path: str | Path) -> Tensor | None:
+    """The bank of E-Tokens (capacity, peft_num_tokens, width) in a checkpoint, None if it has none."""
+    with open_tensors(path) as tensors:
+        return tensors.read(E_TOKEN_BANK) if E_TOKEN_BANK in tensors.shapes else None
 
 
 def write_atomically(path: Path, write: Callable[[str], None]) -> None:

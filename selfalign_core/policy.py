@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selfalign_core.checkpoint import load_model, model_digest, save_model, write_atomically
+from selfalign_core.checkpoint import load_model, model_digest, read_bank, save_model, write_atomically
 from selfalign_core.config import ModelConfig
 from selfalign_core.contract import RobotContract
 from selfalign_core.errors import CheckpointError, ConfigError, InputError
@@ -54,6 +54,7 @@ class Policy:
         *,
         dt: float,
         trained: bool = True,
+        bank: Tensor | None = None,
     ):
         self.model = model.eval().requires_grad_(False)
         self.config = config
@@ -61,6 +62,8 @@ class Policy:
         self.stats = stats
         self.dt = dt
         self.trained = trained
+        self.bank = bank
+        """(capacity, peft_num_tokens, width) E-Tokens of the bodies trained on; ``config.bank_keys`` names the rows."""
         self.digest = model_digest(model)
         self._prompt = PromptTokenizer(tokenizer, max_len=config.model.max_token_len, pi05=config.model.pi05)
         self._state_norm = Normalizer(stats.get("state"), config.state_norm)
@@ -168,13 +171,13 @@ class Policy:
         model = load_model(path, config.model, device=device, initialise=tuple(initialise))
         if precision is not None:
             model.to_precision(precision)
-        return cls(model, config, text, stats, dt=dt)
+        return cls(model, config, text, stats, dt=dt, bank=read_bank(path) if config.bank_keys else None)
 
     def save(self, path: str | Path) -> None:
         """Write a SelfAlign checkpoint directory: weights, config, statistics and tokenizer."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        save_model(self.model, path / "model.safetensors")
+        save_model(self.model, path / "model.safetensors", bank=self.bank)
         if self.stats:
             save_norm_stats(path / "norm_stats.json", self.stats)
         self.tokenizer.save(str(path / "tokenizer.json"))

@@ -25,6 +25,7 @@ class PolicyConfig:
     ``cameras``: camera name per image slot of the model; None marks a slot that is fed black and masked out.
     ``delta_mask``: per action dimension, True if the model predicts it relative to the state.
     ``state_dim``, ``action_dim``: the robot's own, before padding to the model's. ``num_steps``: Euler steps.
+    ``bank_keys``: embodiment of each row of the checkpoint's E-Token bank; rows beyond them are free.
     """
 
     model: ModelConfig
@@ -36,9 +37,11 @@ class PolicyConfig:
     delta_mask: tuple[bool, ...] | None = None
     num_steps: int = 10
     embodiment: str = ""
+    bank_keys: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cameras", tuple(self.cameras))
+        object.__setattr__(self, "bank_keys", tuple(self.bank_keys))
         if self.delta_mask is not None:
             object.__setattr__(self, "delta_mask", tuple(bool(v) for v in self.delta_mask))
             if len(self.delta_mask) != self.action_dim:
