@@ -5,6 +5,7 @@ Plain counting; what the numbers mean is decided by the nodes.
 
 from __future__ import annotations
 
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -85,19 +86,23 @@ class Rate:
 
 
 class Complaint:
-    """Logs a reason when it changes and then every few seconds, so that a log stays readable."""
+    """Logs a reason once it has stood for a moment, and again every few seconds, so that a log stays readable.
 
-    def __init__(self, log: Callable[[str], Any], repeat_s: float = 5.0) -> None:
-        self._log, self._repeat_s = log, repeat_s
-        self._last, self._time = "", 0.0
+    Reasons that differ only in their numbers (ages, counts) are the same complaint.
+    """
+
+    def __init__(self, log: Callable[[str], Any], *, grace_s: float = 0.5, repeat_s: float = 5.0) -> None:
+        self._log, self._grace_s, self._repeat_s = log, grace_s, repeat_s
+        self._kind, self._due = "", 0.0
 
     def say(self, reason: str) -> None:
         """``reason`` stands; "" means there is nothing to complain about any more."""
-        now = time.monotonic()
-        if reason and (reason != self._last or now - self._time >= self._repeat_s):
+        kind, now = re.sub(r"[\d.]+", "#", reason), time.monotonic()
+        if kind != self._kind:
+            self._kind, self._due = kind, now + self._grace_s
+        if reason and now >= self._due:
             self._log(reason)
-            self._time = now
-        self._last = reason
+            self._due = now + self._repeat_s
 
 
 def _shown(value: Any) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, TypeVar
 
 import rclpy
-from rclpy.callback_groups import MutuallyExclusiveCallbackGroup, ReentrantCallbackGroup
+from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.clock import Clock, ClockType
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
@@ -54,7 +54,6 @@ class SelfAlignNode(Node):
         self.contract = RobotContract.from_yaml(config_file(self.parameters["contract"]))
         self.lockstep: bool = self.parameters.values.get("lockstep", False)
         self._mailbox: deque[Callable[[], None]] = deque()
-        self._mail = self.create_guard_condition(self._open_mail, ReentrantCallbackGroup())
         self.worker = Worker(f"{kind}-worker", self._post)
         self._waiting: list[tuple[Callable[[], bool], Future]] = []
         self._received: dict[str, int] = {}
@@ -164,7 +163,7 @@ class SelfAlignNode(Node):
 
     def _post(self, deliver: Callable[[], None]) -> None:
         self._mailbox.append(deliver)
-        self._mail.trigger()
+        self.executor.create_task(self._open_mail)  # wakes the executor, from any thread
 
     def _open_mail(self) -> None:
         while self._mailbox:

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 _STARTING = "starting: the model is being loaded"
 _FIRST_CHUNK = "waiting for the first chunk"
+_STOPPING = "stopping"
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,12 @@ class PolicyNode(SelfAlignNode):
         self._hold_reason = _STARTING
         self._last_tick_ns: int | None = None
 
-        self._late_chunks = 0
+        self._late_chunks = self._holds = 0
+        self._last_hold = ""
         self._chunk_rate, self._command_rate = Rate(), Rate()
         self._last_inference: Inference | None = None
         self._complaint = Complaint(self.get_logger().warning)
+        self._failure = Complaint(self.get_logger().error, grace_s=0.0)
 
         sensor = qos.LOCKSTEP if self.lockstep else qos.SENSOR
         latched = qos.LOCKSTEP_LATCHED if self.lockstep else qos.LATCHED
@@ -110,7 +113,7 @@ class PolicyNode(SelfAlignNode):
 
     def deactivate(self) -> None:
         if not self.lockstep:
-            self._hold("stopping")
+            self._hold(_STOPPING)
 
     def parameters_changed(self, names: set[str]) -> None:
         if "prompt" in names:
@@ -203,7 +206,7 @@ class PolicyNode(SelfAlignNode):
         if outcome.error is not None:
             if not isinstance(outcome.error, InputError):
                 text = "".join(traceback.format_exception(outcome.error))
-                self.get_logger().error(f"inference failed:\n{text}")
+                self._failure.say(f"inference failed:\n{text}")
             self._hold(f"inference failed: {outcome.error}")
             return
         inference = outcome.result()
@@ -277,6 +280,7 @@ class PolicyNode(SelfAlignNode):
             self._path = path
             self._command_publisher.publish(trajectory_message(self.contract.joint_names, path, chunk.stamp_ns))
         self._complaint.say("")
+        self._failure.say("")
         return True
 
     def _reference(self, now_ns: int) -> np.ndarray:
@@ -314,9 +318,11 @@ class PolicyNode(SelfAlignNode):
             stamps = np.array([now_ns, now_ns + self.contract.dt_ns], np.int64)
             stop = CommandPath(stamps, np.stack([here, here]))
             self._command_publisher.publish(trajectory_message(self.contract.joint_names, stop, now_ns))
+        if self._chunk is not None:
+            self._holds, self._last_hold = self._holds + 1, reason
         self._path = self._chunk = self._commanded = None
         self._hold_reason = reason
-        self._complaint.say("" if reason in (_STARTING, _FIRST_CHUNK) else f"holding: {reason}")
+        self._complaint.say("" if reason in (_STARTING, _FIRST_CHUNK, _STOPPING) else f"holding: {reason}")
 
     def _reset_time(self) -> None:
         self._hold("time jumped back")
@@ -359,6 +365,8 @@ class PolicyNode(SelfAlignNode):
             "chunk rate [Hz]": self._chunk_rate.hz,
             "commands": self._command_rate.count,
             "late chunks": self._late_chunks,
+            "holds": self._holds,
+            "last hold": self._last_hold,
             "prompt": self._prompt,
         }
         if self._last_inference is not None:

@@ -84,7 +84,7 @@ class RobotSimNode(SelfAlignNode):
         self._slips = self._commands = self._refused = 0
         self._problem = ""
         self._camera_rate, self._joint_rate = Rate(), Rate()
-        self._complaint = Complaint(self.get_logger().error)
+        self._complaint = Complaint(self.get_logger().error, grace_s=0.0)
 
         self._images = {
             camera.name: self.create_publisher(

@@ -1,0 +1,343 @@
+"""The policy node on a robot that misbehaves: it names the fault, it does not move, and it recovers.
+
+The robot is played by this process, so every fault is exact: what it publishes is what the policy sees.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from node_testing import wait_for
+
+pytestmark = pytest.mark.ros
+
+INPUTS, CHUNKS, E_TOKEN = "policy: inputs", "policy: chunks", "policy: e_token"
+COMMANDS = "forward_position_controller/commands"
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What the robot does; the defaults are a healthy robot."""
+
+    silent: tuple[str, ...] = ()
+    encoding: str = "rgb8"
+    channels: int = 3
+    size: int = 64
+    names: tuple[str, ...] = ()
+    position: tuple[float, ...] = (0.0,) * 7
+    image_age_s: float = 0.0
+    joint_age_s: float = 0.0
+
+
+SILENT = Behaviour(silent=("overhead", "wrist", "joints"))
+
+
+class FakeRobot:
+    """Publishes images and joint states at 20 Hz; ``behaviour`` is replaced as a whole, so no cycle mixes two."""
+
+    def __init__(self, probe, contract) -> None:
+        from rclpy.qos import qos_profile_sensor_data
+        from sensor_msgs.msg import Image, JointState
+
+        self.behaviour = SILENT
+        self._probe, self._contract = probe, contract
+        self._cameras = {
+            camera.name: probe.publisher(Image, camera.topic, qos_profile_sensor_data) for camera in contract.cameras
+        }
+        self._joints = probe.publisher(JointState, contract.joint_state_topic, qos_profile_sensor_data)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._publish, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _publish(self) -> None:
+        from rclpy.duration import Duration
+        from sensor_msgs.msg import Image, JointState
+
+        while not self._stop.wait(0.05):
+            do = self.behaviour
+            now = self._probe.node.get_clock().now()
+            names = do.names or self._contract.joint_names
+            joints = JointState(name=list(names), position=list(do.position))
+            joints.header.stamp = (now - Duration(seconds=do.joint_age_s)).to_msg()
+            if "joints" not in do.silent:
+                self._joints.publish(joints)
+            for name, publisher in self._cameras.items():
+                image = Image(height=do.size, width=do.size, step=do.size * do.channels, encoding=do.encoding)
+                image.data = bytes(do.size * do.size * do.channels)
+                image.header.stamp = (now - Duration(seconds=do.image_age_s)).to_msg()
+                if name not in do.silent:
+                    publisher.publish(image)
+
+
+@pytest.fixture(scope="module")
+def contract_path(graph):
+    return graph.contract("sim_arm_forward.yaml")
+
+
+@pytest.fixture(scope="module")
+def policy(graph, probe, contract_path):
+    from sensor_msgs.msg import JointState
+    from std_msgs.msg import Float64MultiArray
+
+    from selfalign.msg import ActionChunk, EToken
+    from selfalign_ros import qos
+
+    probe.listen(Float64MultiArray, COMMANDS, qos.EVENTS)
+    probe.listen(JointState, "executed_action", qos.EVENTS)
+    probe.listen(ActionChunk, "action_chunk", qos.EVENTS)
+    probe.listen(EToken, "policy/e_token_in_use", qos.LATCHED)
+    node = graph.start("policy", contract=contract_path)
+    wait_for_model(probe)
+    return node
+
+
+def wait_for_model(probe) -> None:
+    probe.wait_for_status(INPUTS, "no message received on /camera/overhead/image_raw")
+    probe.wait_for_status(CHUNKS, "no message received on /camera/overhead/image_raw")
+
+
+@pytest.fixture(scope="module")
+def robot(policy, probe, contract_path) -> Iterator[FakeRobot]:
+    from selfalign_core.contract import RobotContract
+
+    robot = FakeRobot(probe, RobotContract.from_yaml(contract_path))
+    yield robot
+    robot.close()
+
+
+def wait_until_moving(probe) -> None:
+    probe.wait_for_status(CHUNKS, "moving")
+
+
+def assert_holding(probe, policy, *parts: str) -> None:
+    """The policy names the fault, and from then on publishes neither a command nor an executed action."""
+    probe.wait_for_status(CHUNKS, "holding", *parts)
+    commands, executed = len(probe.messages[COMMANDS]), len(probe.messages["executed_action"])
+    probe.wait_for_diagnostics(CHUNKS, 1)  # many control steps
+    assert len(probe.messages[COMMANDS]) == commands
+    assert len(probe.messages["executed_action"]) == executed
+    assert policy.running
+
+
+# --- before the robot has ever moved ---
+
+
+def test_without_a_robot_nothing_is_commanded_and_the_missing_topic_is_named(policy, probe) -> None:
+    status = probe.status(INPUTS)
+    assert "(0 publisher(s))" in status.message
+    assert_holding(probe, policy, "camera overhead", "/camera/overhead/image_raw")
+    assert probe.messages[COMMANDS] == []
+
+
+FAULTS = {
+    "no_wrist_camera": (Behaviour(silent=("wrist",)), ["camera wrist"]),
+    "no_joint_states": (Behaviour(silent=("joints",)), ["joint"]),
+    "depth_image": (Behaviour(encoding="16UC1", channels=2), ["camera overhead", "encoding", "'16UC1'", "rgb8"]),
+    "wrong_size": (Behaviour(size=32), ["camera overhead", "found 32x32", "expected 64x64"]),
+    "nan_joint": (Behaviour(position=(0, 0, math.nan, 0, 0, 0, 0)), ["joint_states", "nan", "elbow_flex"]),
+    "wrong_joint_names": (Behaviour(names=tuple("abcdefg")), ["joint_states", "'shoulder_pan'"]),
+    "positions_without_names": (Behaviour(position=(0.0,) * 6), ["found 6 positions for 7 names"]),
+    "old_images": (Behaviour(image_age_s=30.0), ["camera overhead", "found age 30", "at most 0.5 s"]),
+    "images_from_the_future": (Behaviour(image_age_s=-30.0), ["camera overhead", "in the future"]),
+}
+
+
+def all_silent(probe) -> bool:
+    """Nothing that has ever arrived is fresh any more, by the ages in diagnostics."""
+    values = {v.key: v.value for v in probe.status(INPUTS).values}
+    return all(not 0.0 <= float(value) <= 0.5 for key, value in values.items() if key.endswith("age [s]"))
+
+
+@pytest.mark.parametrize(
+    "fault", ["no_wrist_camera", "no_joint_states", "depth_image", "nan_joint", "wrong_joint_names"]
+)
+def test_fault_at_start_is_named_and_nothing_is_ever_commanded(policy, probe, robot, fault: str) -> None:
+    if probe.messages[COMMANDS]:
+        pytest.skip("the robot has moved already: this test needs the whole file, in order")
+    behaviour, parts = FAULTS[fault]
+    # Everything falls silent first, so that the robot is not healthy for a moment between two faults.
+    robot.behaviour = SILENT
+    wait_for(lambda: all_silent(probe), "the policy notices that everything is silent")
+    robot.behaviour = behaviour
+    assert_holding(probe, policy, *parts)
+    assert probe.messages[COMMANDS] == []
+
+
+# --- moving ---
+
+
+def test_healthy_robot_is_moved_within_limits_from_where_it_is(policy, probe, robot, contract_path) -> None:
+    from selfalign_core.contract import RobotContract
+
+    contract = RobotContract.from_yaml(contract_path)
+    start = np.array([0.3, -0.2, 0.1, 0.0, -0.1, 0.2, 0.5])
+    # Joints in another order and one too many, as real drivers publish them.
+    names = (*reversed(contract.joint_names), "battery_lid")
+    robot.behaviour = Behaviour(names=names, position=(*start[::-1].tolist(), 0.0))
+    wait_until_moving(probe)
+    commands = [np.array(message.data) for message in probe.messages[COMMANDS]]
+    step = contract.speed_limit * contract.dt + 1e-6
+    assert (np.abs(commands[0] - start) <= step).all()
+    for before, after in itertools.pairwise(commands):
+        assert (np.abs(after - before) <= step).all()
+        assert ((contract.lower <= after) & (after <= contract.upper)).all()
+
+
+def test_executed_actions_are_what_was_commanded(policy, probe, robot) -> None:
+    wait_until_moving(probe)
+    executed = {tuple(message.position) for message in list(probe.messages["executed_action"])[:-1]}
+    commanded = {tuple(message.data) for message in probe.messages[COMMANDS]}
+    assert executed
+    assert executed <= commanded
+
+
+def test_chunk_says_what_it_was_made_from(policy, probe, robot, contract_path) -> None:
+    wait_until_moving(probe)
+    chunk = probe.messages["action_chunk"][-1]
+    assert chunk.horizon * chunk.dim == len(chunk.data)
+    assert chunk.joint_names[0] == "shoulder_pan"
+    assert chunk.dt == pytest.approx(0.05)
+    assert chunk.inference_duration > 0
+    assert chunk.observation_age >= 0
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["no_wrist_camera", "wrong_size", "nan_joint", "positions_without_names", "old_images", "images_from_the_future"],
+)
+def test_fault_while_moving_stops_the_robot_and_it_recovers(policy, probe, robot, fault: str) -> None:
+    robot.behaviour = Behaviour()
+    wait_until_moving(probe)
+    robot.behaviour, parts = FAULTS[fault]
+    assert_holding(probe, policy, *parts)
+    robot.behaviour = Behaviour()
+    wait_until_moving(probe)
+
+
+def test_disabling_holds_and_enabling_moves_again(policy, probe, robot) -> None:
+    robot.behaviour = Behaviour()
+    wait_until_moving(probe)
+    assert probe.set_parameter("policy", "enable", False).successful
+    assert_holding(probe, policy, "disabled", "enable")
+    assert probe.set_parameter("policy", "enable", True).successful
+    wait_until_moving(probe)
+
+
+# --- E-Token ---
+
+
+@pytest.fixture(scope="module")
+def tokens(policy, probe, robot):
+    from selfalign.msg import EToken
+    from selfalign_ros import qos
+
+    return probe.publisher(EToken, "e_token", qos.LATCHED)
+
+
+def token_like(probe, version: int, **changes):
+    from selfalign.msg import EToken
+
+    own = probe.messages["policy/e_token_in_use"][0]
+    token = EToken(embodiment="sim_arm", version=version, shape=own.shape, data=own.data, model_digest=own.model_digest)
+    for name, value in changes.items():
+        setattr(token, name, value)
+    return token
+
+
+def test_valid_token_is_used_from_the_next_chunk_on(policy, probe, robot, tokens) -> None:
+    robot.behaviour = Behaviour()
+    tokens.publish(token_like(probe, 5))
+    probe.wait_for_status(E_TOKEN, "version 5 in use")
+    wait_for_chunk_version(probe, 5)
+    assert probe.messages["policy/e_token_in_use"][-1].version == 5
+
+
+def wait_for_chunk_version(probe, version: int) -> None:
+    count = len(probe.messages["action_chunk"])
+
+    def made() -> bool:
+        return any(chunk.e_token_version == version for chunk in probe.messages["action_chunk"][count:])
+
+    wait_for(made, f"a chunk with E-Token version {version}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"model_digest": "0123456789abcdef"}, ["digest", "0123456789ab"]),
+        ({"shape": [2, 3]}, ["data", "expected 2 x 3"]),
+        ({"shape": [1, 2], "data": [0.0, 0.0]}, ["shape", "(1, 2)"]),
+        ({"nan": True}, ["NaN"]),
+        ({"embodiment": "other_arm"}, ["embodiment", "'other_arm'", "'sim_arm'"]),
+        ({"version": 4}, ["version", "found 4", "above 5"]),
+    ],
+    ids=["digest", "length", "shape", "nan", "embodiment", "version"],
+)
+def test_bad_token_is_refused_by_name_and_chunks_keep_the_old_version(
+    policy, probe, robot, tokens, changes, parts
+) -> None:
+    robot.behaviour = Behaviour()
+    changes = dict(changes)
+    token = token_like(probe, 6)
+    if changes.pop("nan", False):
+        token.data[0] = math.nan
+    for name, value in changes.items():
+        setattr(token, name, value)
+    tokens.publish(token)
+    probe.wait_for_status(E_TOKEN, "refused", *parts)
+    wait_for_chunk_version(probe, 5)
+    assert probe.messages["action_chunk"][-1].e_token_version == 5
+
+
+# --- parameters ---
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "parts"),
+    [
+        ("replan_steps", -1, ["replan_steps", "-1", "0", "1000"]),
+        ("checkpoint", "elsewhere", ["read-only", "checkpoint"]),
+        ("prompt", 3, ["type"]),
+        ("nonsense", 1, ["undeclared"]),
+    ],
+)
+def test_bad_parameter_is_refused_with_a_reason(policy, probe, name, value, parts) -> None:
+    result = probe.set_parameter("policy", name, value)
+    assert not result.successful
+    for part in parts:
+        assert part in result.reason
+
+
+def test_prompt_follows_the_topic_and_the_parameter_whichever_came_last(policy, probe, robot) -> None:
+    from std_msgs.msg import String
+
+    from selfalign_ros import qos
+
+    def prompt() -> str:
+        return {v.key: v.value for v in probe.status(CHUNKS).values}["prompt"]
+
+    probe.publisher(String, "prompt", qos.LATCHED).publish(String(data="reach the blue cube"))
+    wait_for(lambda: prompt() == "reach the blue cube", "the prompt of the topic in diagnostics")
+    assert probe.set_parameter("policy", "prompt", "reach the green cube").successful
+    wait_for(lambda: prompt() == "reach the green cube", "the prompt of the parameter in diagnostics")
+
+
+# --- the end ---
+
+
+def test_interrupt_ends_the_node_cleanly(policy, probe, robot) -> None:
+    robot.behaviour = Behaviour()
+    wait_until_moving(probe)
+    assert policy.stop(signal.SIGINT) == 0, policy.log
+    assert "Traceback" not in policy.log
