@@ -8,6 +8,7 @@ never run backwards.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 import traceback
@@ -177,6 +178,7 @@ class AlignerNode(SelfAlignNode):
         self._token = token
 
     def _watch(self) -> None:
+        self.notify()
         if self._sample is not None and time.monotonic() > self._sample_deadline:
             self._sample.cancel()
         if self._token is not None and not self._ready and time.monotonic() - self._loaded_at > _LISTEN_S:
@@ -235,7 +237,11 @@ class AlignerNode(SelfAlignNode):
     async def _request_transitions(self) -> tuple[TransitionBatch, TransitionBatch]:
         timeout_s = self.parameters["sample_timeout"]
         name = self._client.srv_name
-        if not self.lockstep and not self._client.service_is_ready():
+        if self.lockstep:
+            # However long discovery takes: giving up here would make two replays differ.
+            await self.until(self._client.service_is_ready)
+            timeout_s = math.inf
+        elif not self._client.service_is_ready():
             raise InputError(f"service {name}: found nobody offering it; expected the buffer node")
         request = SampleTransitions.Request(
             fit_size=self.parameters["batch_size"],
