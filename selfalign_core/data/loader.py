@@ -1,0 +1,318 @@
+"""Batches for training: a fixed function of seed and step, sharded over ranks, prepared ahead in threads.
+
+The samples of step s are positions s·G .. (s+1)·G−1 of one endless stream, G = batch size × ranks: a new permutation
+of all samples per epoch, one epoch behind the other. A rank takes its slice of the G. So nothing but the step has to
+be saved to resume, and two ranks of 4 see together what one rank of 8 sees. What is drawn per sample (the prompt of
+a relabelled frame) depends on the seed and the position in the stream alone.
+
+Knows neither the model nor ROS. torch is imported only to hand out tensors; nothing here is distributed by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from selfalign_core.data.dataset import DatasetError, TransitionDataset
+from selfalign_core.errors import SelfAlignError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B training samples; numpy arrays, or torch tensors after :meth:`to_torch`. Units are the robot's.
+
+    With C cameras, S states, A actions, ``chunk`` actions per chunk and K per transition:
+
+    - ``images`` (B, C, H, W, 3) uint8 at row ``index`` of the dataset, ``next_images`` the same at row ``next_index``,
+      K frames later; both None without images
+    - ``state`` (B, S) float32
+    - ``actions`` (B, chunk, A) float32 with ``action_masks`` (B, chunk) bool: the expert's chunk for ``prompt``, or the
+      recorded actions, repeating the last one where the mask is False: past the end of the episode and, throughout,
+      in play, which no prompt explains
+    - ``executed`` (B, K, A) float32 with ``executed_masks`` (B, K) bool: the recorded actions
+    - ``prompt`` (B,) int64 index into the prompts, -1 in play; ``embodiment`` (B,) int64 index into the embodiments
+    """
+
+    images: np.ndarray | torch.Tensor | None
+    state: np.ndarray | torch.Tensor
+    actions: np.ndarray | torch.Tensor
+    action_masks: np.ndarray | torch.Tensor
+    executed: np.ndarray | torch.Tensor
+    executed_masks: np.ndarray | torch.Tensor
+    next_images: np.ndarray | torch.Tensor | None
+    prompt: np.ndarray | torch.Tensor
+    embodiment: np.ndarray | torch.Tensor
+    index: np.ndarray | torch.Tensor
+    next_index: np.ndarray | torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+    def to_torch(self, *, pin_memory: bool = False) -> Batch:
+        """The same as CPU tensors that share the arrays' memory; in pinned memory for a faster copy to a GPU."""
+        import torch
+
+        def tensor(value: np.ndarray | None) -> torch.Tensor | None:
+            if value is None:
+                return None
+            shared = torch.from_numpy(value)
+            return shared.pin_memory() if pin_memory else shared
+
+        return replace(self, **{item.name: tensor(getattr(self, item.name)) for item in fields(self)})
+
+
+class Loader:
+    """Batches of one rank. :meth:`batch` makes any step's; :meth:`batches` prepares the next ones ahead.
+
+    Args:
+        dataset: what to read.
+        batch_size: samples per step on this rank.
+        chunk: actions per chunk. transition: executed actions per transition (K).
+        seed: of order and prompts. rank, world_size: which share of every step.
+        episodes: only these (a training or a held-out split); None: all.
+        tails: also frames so near the end of an episode that the transition does not fit (``executed_masks`` False
+            there, ``next_images`` those of the last frame). Off: they are left out.
+        with_images: False leaves images out, for features cached by ``index``.
+
+    Raises:
+        DatasetError: a chunk longer than the expert's, or no sample at all.
+    """
+
+    def __init__(
+        self,
+        dataset: TransitionDataset,
+        *,
+        batch_size: int,
+        chunk: int,
+        transition: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        episodes: Sequence[int] | np.ndarray | None = None,
+        tails: bool = False,
+        with_images: bool = True,
+    ) -> None:
+        for name, value in (("batch_size", batch_size), ("chunk", chunk), ("transition", transition)):
+            if value < 1:
+                raise DatasetError(f"{name}: found {value}, expected >= 1")
+        if not 0 <= rank < world_size:
+            raise DatasetError(f"rank: found {rank}, expected 0..{world_size - 1}")
+        horizon = dataset.meta.chunk_horizon
+        if horizon is not None and chunk > horizon:
+            raise DatasetError(f"{dataset.path}: expert chunks of {horizon} actions, expected at least chunk={chunk}")
+        self.dataset = dataset
+        self.batch_size, self.chunk, self.transition = batch_size, chunk, transition
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.with_images = with_images
+        self.rows = dataset.starts(transition, episodes=episodes, tails=tails)
+        if not len(self.rows):
+            raise DatasetError(
+                f"{dataset.path}: found no frame with {transition} more behind it in the same episode, expected some "
+                f"({len(dataset)} frames in {len(dataset.meta.episodes)} episodes)"
+            )
+        self._stop = np.array([episode.stop for episode in dataset.meta.episodes], np.int64)
+        self._embodiment, self._prompt = dataset.embodiment_of, dataset.prompt_of
+        self._orders: dict[int, np.ndarray] = {}  # epoch -> permutation
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of an epoch, over all ranks."""
+        return len(self.rows)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return len(self.rows) / (self.batch_size * self.world_size)
+
+    def positions(self, step: int) -> np.ndarray:
+        """This rank's positions in the stream of samples at ``step``, (batch_size,) int64."""
+        first = (step * self.world_size + self.rank) * self.batch_size
+        return np.arange(first, first + self.batch_size, dtype=np.int64)
+
+    def batch(self, step: int) -> Batch:
+        """The batch of ``step`` (from 0), as numpy arrays."""
+        positions = self.positions(step)
+        index = self.rows[self._order_at(positions)]
+        dataset = self.dataset
+        episode = dataset.episode_of[index]
+        stop = self._stop[episode]
+        executed, executed_masks = self._recorded(index, stop, self.transition)
+        actions, action_masks = self._recorded(index, stop, self.chunk)
+        prompt = self._prompt[episode]
+        action_masks &= (prompt >= 0)[:, None]
+        if dataset.expert_chunks is not None:
+            self._relabel(index, positions, actions, action_masks, prompt)
+        next_index = np.minimum(index + self.transition, stop - 1)
+        images = next_images = None
+        if self.with_images:
+            rows, place = np.unique(np.concatenate([index, next_index]), return_inverse=True)
+            frames = np.asarray(dataset.images[rows])  # read once, in the order of the file
+            images, next_images = frames[place[: len(index)]], frames[place[len(index) :]]
+        return Batch(
+            images=images,
+            state=np.asarray(dataset.states[index]),
+            actions=actions,
+            action_masks=action_masks,
+            executed=executed,
+            executed_masks=executed_masks,
+            next_images=next_images,
+            prompt=prompt,
+            embodiment=self._embodiment[episode],
+            index=index,
+            next_index=next_index,
+        )
+
+    def batches(
+        self,
+        start: int = 0,
+        *,
+        prefetch: int = 4,
+        threads: int = 1,
+        as_torch: bool = True,
+        pin_memory: bool = False,
+    ) -> Iterator[Batch]:
+        """The batches of ``start``, ``start + 1``, … without end, ``prefetch`` of them prepared ahead by ``threads``.
+
+        Reading happens outside the interpreter lock, so it overlaps with the training step. An error in a thread is
+        raised here, at its step. Closing the generator ends the threads.
+        """
+
+        def make(step: int) -> Batch:
+            made = self.batch(step)
+            return made.to_torch(pin_memory=pin_memory) if as_torch else made
+
+        with ThreadPoolExecutor(threads, thread_name_prefix="loader") as pool:
+            ahead: deque[Future[Batch]] = deque(pool.submit(make, start + i) for i in range(prefetch))
+            try:
+                while True:
+                    ahead.append(pool.submit(make, start + prefetch))
+                    start += 1
+                    yield ahead.popleft().result()
+            finally:
+                for future in ahead:
+                    future.cancel()
+
+    def _order_at(self, positions: np.ndarray) -> np.ndarray:
+        epochs, within = np.divmod(positions, len(self.rows))
+        chosen = np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            chosen[epochs == epoch] = self._order(int(epoch))[within[epochs == epoch]]
+        return chosen
+
+    def _order(self, epoch: int) -> np.ndarray:
+        order = self._orders.get(epoch)
+        if order is None:
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
+            # Threads work on neighbouring steps, which touch two epochs at most unless an epoch is tiny.
+            recent = {key: value for key, value in self._orders.copy().items() if key >= epoch - 2}
+            self._orders = recent | {epoch: order}
+        return order
+
+    def _recorded(self, index: np.ndarray, stop: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Recorded actions from every row on (B, count, A) and where the episode still ran (B, count)."""
+        steps = index[:, None] + np.arange(count)
+        inside = steps < stop[:, None]
+        return np.asarray(self.dataset.actions[np.where(inside, steps, stop[:, None] - 1)]), inside
+
+    def _relabel(
+        self,
+        index: np.ndarray,
+        positions: np.ndarray,
+        actions: np.ndarray,
+        action_masks: np.ndarray,
+        prompt: np.ndarray,
+    ) -> None:
+        """In place: the expert's chunk for a random one of the prompts it has one for, where it has any."""
+        chunks = np.asarray(self.dataset.expert_chunks[index, :, : self.chunk])  # (B, P, chunk, A)
+        known = np.isfinite(chunks[:, :, 0, 0])  # (B, P)
+        count = known.sum(1)
+        pick = _hash(self.seed, positions) % np.maximum(count, 1).astype(np.uint64)
+        # The pick-th known prompt: the first place where the running count of known ones exceeds pick.
+        chosen = np.argmax(np.cumsum(known, axis=1) > pick[:, None].astype(np.int64), axis=1)
+        rows = np.flatnonzero(count)
+        actions[rows] = chunks[rows, chosen[rows]]
+        action_masks[rows] = True
+        prompt[rows] = chosen[rows]
+
+
+def _hash(seed: int, positions: np.ndarray) -> np.ndarray:
+    """A random uint64 per position (splitmix64, Steele et al. 2014)."""
+    with np.errstate(over="ignore"):
+        key = np.random.default_rng([seed, 1]).integers(0, 2**63, dtype=np.uint64)
+        x = positions.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + key
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+# --- command line ---
+
+
+def measure(loader: Loader, *, steps: int, step_s: float, prefetch: int, threads: int) -> dict[str, Any]:
+    """Samples per second of ``steps`` batches, and the time a training step of ``step_s`` seconds waits for one.
+
+    The training step is a sleep, so on a machine that computes with the same cores the wait is a lower bound.
+    """
+    batches = loader.batches(prefetch=prefetch, threads=threads)
+    next(batches)
+    waited = 0.0
+    begin = time.perf_counter()
+    for _ in range(steps):
+        time.sleep(step_s)
+        asked = time.perf_counter()
+        next(batches)
+        waited += time.perf_counter() - asked
+    total = time.perf_counter() - begin
+    batches.close()
+    return {
+        "samples_per_s": steps * loader.batch_size / total,
+        "step_ms": 1e3 * total / steps,
+        "wait_ms": 1e3 * waited / steps,
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m selfalign_core.data.loader",
+        description="Measure how fast a dataset can be read, alone and beside a training step of a given length.",
+    )
+    parser.add_argument("dataset", type=Path)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--chunk", type=int, default=8, help="actions per chunk")
+    parser.add_argument("--transition", type=int, default=8, help="executed actions per transition")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--step-ms", type=float, default=100.0, help="length of the training step to compare with")
+    parser.add_argument("--prefetch", type=int, default=4, help="batches prepared ahead")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args(arguments)
+    try:
+        dataset = TransitionDataset(options.dataset)
+        sizes = {"batch_size": options.batch_size, "chunk": options.chunk, "transition": options.transition}
+        loader = Loader(dataset, **sizes)
+    except (SelfAlignError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    ahead = {"prefetch": options.prefetch, "threads": options.threads}
+    alone = measure(loader, steps=options.steps, step_s=0.0, **ahead)
+    few = max(1, min(options.steps, int(5e3 / max(options.step_ms, 1.0))))  # at most about five seconds
+    beside = measure(loader, steps=few, step_s=options.step_ms / 1e3, **ahead)
+    steps = f"{loader.steps_per_epoch:.1f} steps per epoch"
+    print(f"{loader.num_samples} samples, batches of {options.batch_size}, {steps}")
+    print(f"alone: {alone['samples_per_s']:.0f} samples/s, {alone['step_ms']:.2f} ms per batch")
+    print(f"beside a step of {options.step_ms:g} ms: the step waits {beside['wait_ms']:.3f} ms for its batch")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
