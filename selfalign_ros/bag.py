@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
 from rosbags.interfaces import Connection, ConnectionExtRosbag2, Qos
 from rosbags.rosbag2 import Reader, StoragePlugin, Writer
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore
@@ -109,10 +110,12 @@ class Bag:
         try:
             self._reader = Reader(path)
             self._reader.open()
+            metadata = yaml.safe_load((path / "metadata.yaml").read_text(encoding="utf-8"))
         except Exception as error:
             # The reader raises whatever the damage makes it stumble over.
             raise BagError(f"bag {path}: found it damaged or cut off ({error}); expected a complete bag") from error
-        self.about: dict[str, str] = dict(self._reader.metadata.custom or {})
+        custom = metadata["rosbag2_bagfile_information"].get("custom_data")
+        self.about: dict[str, str] = dict(custom or {})
 
     def __enter__(self) -> Bag:
         return self

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from selfalign_ros.resources import config_folder
 
 PACKAGE = "selfalign"
 DISCOVERY_RANGES = ("LOCALHOST", "SUBNET", "SYSTEM_DEFAULT", "OFF")
@@ -20,6 +23,8 @@ LOG_LEVELS = ("debug", "info", "warn", "error", "fatal")
 # Exit code of a node that cannot work with what it was given (contract, parameter, checkpoint): restarting
 # is no cure.
 EXIT_CONFIGURATION = 2
+
+_DDS_PROFILE = "FASTRTPS_DEFAULT_PROFILES_FILE"
 
 ParameterValue = bool | int | float | str
 
@@ -223,6 +228,13 @@ def _namespace(values: Mapping[str, ParameterValue]) -> str:
     return "/" + str(values["namespace"]).strip("/")
 
 
+def _environment(discovery_range: str) -> dict[str, str]:
+    environment = {"ROS_AUTOMATIC_DISCOVERY_RANGE": discovery_range}
+    if _DDS_PROFILE not in os.environ:  # a site's own profile stands
+        environment[_DDS_PROFILE] = str(config_folder() / "dds" / "fastdds.xml")
+    return environment
+
+
 def _stop_at(duration_s: float) -> float:
     # Monotonic time is the same in every process of a machine, so a restarted node still ends when it should.
     return time.monotonic() + duration_s if duration_s > 0 else 0.0
@@ -278,7 +290,7 @@ def _assemble_bringup(values: Mapping[str, ParameterValue]) -> Graph:
         )
     return Graph(
         tuple(nodes),
-        environment={"ROS_AUTOMATIC_DISCOVERY_RANGE": str(values["discovery_range"])},
+        environment=_environment(str(values["discovery_range"])),
         duration_s=values["duration"],
     )
 
@@ -333,6 +345,7 @@ def _assemble_replay(values: Mapping[str, ParameterValue]) -> Graph:
     lockstep = {"use_sim_time": True, "lockstep": True}
     model = _parameters(values, "contract", "checkpoint", "device") | lockstep
     buffer = _parameters(values, "contract", "checkpoint") | lockstep
+    domain = {"ROS_DOMAIN_ID": str(values["domain"])} if values["domain"] else {}
     player = _parameters(values, "bag", "contract", "report", "compare")
     return Graph(
         (
@@ -341,8 +354,7 @@ def _assemble_replay(values: Mapping[str, ParameterValue]) -> Graph:
             NodeProcess("aligner", "aligner_node", parameters=model, **common),
             NodeProcess("replay", "replay_node", parameters=player, **common),
         ),
-        environment={"ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"}
-        | ({"ROS_DOMAIN_ID": str(values["domain"])} if values["domain"] else {}),
+        environment=_environment("LOCALHOST") | domain,
     )
 
 

@@ -29,7 +29,7 @@ def launch_description(declaration: GraphDeclaration, defaults: Mapping[str, str
     def assemble(context: LaunchContext) -> list:
         given = {argument.name: context.launch_configurations[argument.name] for argument in declaration.arguments}
         graph = declaration(given)
-        check_domain({**context.environment, **graph.environment})
+        check_domain({**context.environment, **graph.environment}, len(graph.nodes))
         variables = [SetEnvironmentVariable(name, value) for name, value in graph.environment.items()]
         return variables + [_node(node) for node in graph.nodes]
 

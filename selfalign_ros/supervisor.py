@@ -34,6 +34,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)  # loaded here because a forked child 
 _COLOURS = ("36", "32", "35", "33", "34", "96", "92", "95")
 _TERM_GRACE_S = 5.0
 _DEADLINE_GRACE_S = 60.0
+_LOCAL_PARTICIPANTS = 32  # how many rmw_fastrtps looks for on one machine when it may not use multicast
 
 
 @dataclass(frozen=True)
@@ -75,26 +76,27 @@ def node_environment(graph: Graph, *, is_tty: bool, base: Mapping[str, str] | No
     return environment | dict(graph.environment)
 
 
-def check_domain(environment: Mapping[str, str]) -> None:
-    """Refuse a ROS domain in which nodes could not find each other.
+def check_domain(environment: Mapping[str, str], participants: int) -> None:
+    """Refuse a ROS domain in which ``participants`` nodes could not find each other.
 
-    Raises ``GraphError`` when ROS_DOMAIN_ID is no domain, or its discovery port belongs to another program.
+    Raises ``GraphError`` when ROS_DOMAIN_ID is no domain, or other programs hold the ports it stands for.
     """
     text = environment.get("ROS_DOMAIN_ID") or "0"
     if not text.isdecimal() or int(text) > 232:
         raise GraphError(f"ROS_DOMAIN_ID: found {text!r}; expected an integer from 0 to 232")
-    port = 7400 + 250 * int(text)
-    # DDS participants share this port with each other; a program that does not share it keeps them all out.
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        try:
-            probe.bind(("", port))
-        except OSError as error:
+    domain = int(text)
+    if environment.get("ROS_AUTOMATIC_DISCOVERY_RANGE") == "LOCALHOST":
+        free = sum(_is_free(port) for port in _unicast_ports(domain))
+        if free < participants:
             raise GraphError(
-                f"ROS_DOMAIN_ID {text}: its discovery port {port}/udp is taken by another program "
-                f"({error.strerror}); expected it free, choose another domain"
-            ) from None
+                f"ROS_DOMAIN_ID {domain}: found {free} of its {_LOCAL_PARTICIPANTS} discovery ports free (udp from "
+                f"{_unicast_ports(domain)[0]}); expected {participants}, other programs hold them: choose another domain"
+            )
+    elif not _is_free(_multicast_port(domain), shared=True):
+        raise GraphError(
+            f"ROS_DOMAIN_ID {domain}: found its discovery port {_multicast_port(domain)}/udp taken by another program; "
+            "expected it free or shared: choose another domain"
+        )
 
 
 def free_domain() -> int:
@@ -103,13 +105,29 @@ def free_domain() -> int:
     Raises ``GraphError`` when all of them are in use.
     """
     for domain in random.sample(range(1, 102), 101):
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            try:
-                probe.bind(("", 7400 + 250 * domain))
-            except OSError:
-                continue
+        if all(_is_free(port) for port in (_multicast_port(domain), *_unicast_ports(domain))):
             return domain
     raise GraphError("ROS_DOMAIN_ID: found all of 1 to 101 in use; expected a free one")
+
+
+def _multicast_port(domain: int) -> int:
+    return 7400 + 250 * domain  # RTPS specification, 9.6.1.1
+
+
+def _unicast_ports(domain: int) -> list[int]:
+    return [_multicast_port(domain) + 10 + 2 * participant for participant in range(_LOCAL_PARTICIPANTS)]
+
+
+def _is_free(port: int, *, shared: bool = False) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        if shared:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
 
 
 class Supervisor:
@@ -141,7 +159,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Start everything, watch it, and return when it has ended or was told to end (SIGINT, SIGTERM, SIGHUP)."""
-        check_domain(self._environment)
+        check_domain(self._environment, len(self._processes))
         wakeup_read, wakeup_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._selector.register(wakeup_read, selectors.EVENT_READ, None)
         previous_wakeup = signal.set_wakeup_fd(wakeup_write, warn_on_full_buffer=False)
