@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -144,3 +146,25 @@ def random_batch(policy: Policy, size: int, *, seed: int = 0) -> TransitionBatch
         next_index=np.arange(1, size + 1, dtype=np.int64),
         actions=rng.normal(size=(size, policy.transition_horizon, policy.action_dim)).astype(np.float32),
     )
+
+
+# ------------------------------------------------------------------------------------------------ who depends on whom
+
+
+@contextmanager
+def added_to(module: torch.nn.Module, delta: Tensor) -> Iterator[None]:
+    """While open, ``delta`` is added to what ``module`` returns."""
+    hook = module.register_forward_hook(lambda _module, _args, output: output + delta)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def jacobian(outputs: Tensor, source: Tensor) -> Tensor:
+    """(outputs, source) all derivatives, by one backward pass per output; zero where there is no path at all."""
+    rows = []
+    for value in outputs.flatten():
+        (row,) = torch.autograd.grad(value, source, retain_graph=True, allow_unused=True)
+        rows.append(torch.zeros(source.numel()) if row is None else row.flatten())
+    return torch.stack(rows)
