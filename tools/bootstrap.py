@@ -39,7 +39,7 @@ LOCK = ROOT / ".bootstrap.lock"
 PYTHON_VERSIONS = ((3, 11), (3, 12), (3, 13))  # those the ROS 2 wheels and NumPy both exist for
 PROGRESS_PERIOD = 15.0  # [s] between two progress lines of a long step
 
-# What the interfaces are built from; the nodes' start scripts belong to the same build.
+# What the interfaces are built from; the start scripts belong to the same build.
 BUILD_INPUTS = ("msg/*.msg", "srv/*.srv", "CMakeLists.txt", "package.xml", "scripts/*")
 REQUIREMENT_FILES = ("requirements.txt", "requirements-ros.txt", "constraints.txt")
 
@@ -87,6 +87,13 @@ def write_stamp(path: Path, stamp: dict[str, str]) -> None:
     partial = path.with_suffix(".part")
     partial.write_text(json.dumps(stamp, indent=2) + "\n")
     partial.replace(path)
+
+
+def build_digest(install: str, *surroundings: str) -> str:
+    """Hash of what the build depends on: its inputs, what is installed, which launch files and mains there are."""
+    names = [path.name for path in sorted(ROOT.glob("launch/*.py"))]
+    names += [path.name for path in sorted(ROOT.glob("selfalign_ros/*.py")) if "\ndef main(" in path.read_text()]
+    return digest(*BUILD_INPUTS, extra=(install, *surroundings, *names))
 
 
 def run_step(title: str, command: list[str], *, log: Path, env: dict[str, str] | None = None) -> None:
@@ -293,7 +300,7 @@ def wheel_environment(stamp: dict[str, str]) -> dict[str, str]:
 def prepare_wheels() -> dict[str, str]:
     """Brings .venv up to date; returns the environment to run in."""
     install = digest(*REQUIREMENT_FILES, extra=("wheels", str(VENV)))
-    build = digest(*BUILD_INPUTS, extra=(install,))
+    build = build_digest(install)
     stamp = read_stamp(STAMP)
     if stamp.get("install") == install and stamp.get("build") == build and "renderer" in stamp:
         return wheel_environment(stamp)
@@ -391,7 +398,7 @@ def prepare_ros() -> dict[str, str]:
     ).stdout.strip()
     distro = os.environ.get("ROS_DISTRO", "unknown")
     install = digest("requirements.txt", extra=("ros", distro, system, str(VENV)))
-    build = digest(*BUILD_INPUTS, extra=(install, os.environ.get("AMENT_PREFIX_PATH", "")))
+    build = build_digest(install, os.environ.get("AMENT_PREFIX_PATH", ""))
     stamp = read_stamp(COLCON_STAMP)
     if stamp.get("install") == install and stamp.get("build") == build and "renderer" in stamp:
         return ros_environment(stamp)
