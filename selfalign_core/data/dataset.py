@@ -85,6 +85,7 @@ class DatasetMeta:
         for name in ("cameras", "prompts", "embodiments"):
             values = getattr(self, name)
             _expect(len(set(values)) == len(values), f"{name}: found {list(values)}, expected each once")
+        _expect(all(self.prompts), f"prompts: found an empty one in {list(self.prompts)}, expected text")
         _expect(len(self.image_size) == 2 and min(self.image_size) >= 1, f"image_size: found {self.image_size}")
         _expect(
             len(self.delta_mask) == self.action_dim,
@@ -424,6 +425,7 @@ class DatasetWriter:
         self._written[position] = 1
 
     def _index_of_prompt(self, where: str, prompt: str) -> int:
+        _expect(bool(prompt), f"{where}: prompt: found an empty one, expected text, or None for play")
         if prompt not in self._prompts:
             if self._meta.chunk_horizon is not None:
                 raise DatasetError(f"{where}: prompt: found {prompt!r}, expected one of {self._prompts}")
