@@ -89,8 +89,9 @@ def check_domain(environment: Mapping[str, str], participants: int) -> None:
         free = sum(_is_free(port) for port in _unicast_ports(domain))
         if free < participants:
             raise GraphError(
-                f"ROS_DOMAIN_ID {domain}: found {free} of its {_LOCAL_PARTICIPANTS} discovery ports free (udp from "
-                f"{_unicast_ports(domain)[0]}); expected {participants}, other programs hold them: choose another domain"
+                f"ROS_DOMAIN_ID {domain}: found {free} of its {_LOCAL_PARTICIPANTS} discovery ports free "
+                f"(udp from {_unicast_ports(domain)[0]}); expected {participants}, other programs hold them: "
+                "choose another domain"
             )
     elif not _is_free(_multicast_port(domain), shared=True):
         raise GraphError(

@@ -1,0 +1,156 @@
+"""The declaration of the graphs: arguments, what reaches which node, and that it agrees with the parameters."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from selfalign_ros.bringup import given_arguments, graph_parser
+from selfalign_ros.graph import BRINGUP, RECORD, REPLAY, Graph, GraphDeclaration, GraphError, NodeProcess
+from selfalign_ros.resources import config_file
+
+ROOT = Path(__file__).parents[2]
+# Enough to assemble each graph with everything in it.
+FULL = {
+    "bringup": (
+        BRINGUP,
+        {"contract": "c.yaml", "checkpoint": "x", "body": "b.yaml", "device": "cpu", "report": "r.json"},
+    ),
+    "record": (RECORD, {"output": "bag", "contract": "c.yaml", "use_sim_time": "true", "report": "r.json"}),
+    "replay": (REPLAY, {"bag": "bag", "contract": "c.yaml", "report": "r.json", "compare": "e.json", "device": "cpu"}),
+}
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_every_parameter_that_is_passed_exists(name: str) -> None:
+    declaration, given = FULL[name]
+    known = yaml.safe_load(config_file("parameters.yaml").read_text())
+    for node in declaration(given).nodes:
+        kind = node.executable.removesuffix("_node")
+        unknown = set(node.parameters) - set(known[kind]) - {"use_sim_time"}
+        assert not unknown, f"{node.name} gets {unknown}"
+        # Every module with a main function becomes an executable for `ros2 run`.
+        assert "\ndef main(" in (ROOT / "selfalign_ros" / f"{node.executable}.py").read_text()
+
+
+def test_default_graph_is_the_three_nodes_and_the_simulated_robot() -> None:
+    graph = BRINGUP({})
+    assert [node.full_name for node in graph.nodes] == ["/policy", "/buffer", "/aligner", "/robot_sim"]
+    assert all(node.respawn for node in graph.nodes)
+    assert graph.environment["ROS_AUTOMATIC_DISCOVERY_RANGE"] == "LOCALHOST"
+    assert Path(graph.environment["FASTRTPS_DEFAULT_PROFILES_FILE"]).is_file()
+
+
+def test_arguments_that_are_not_given_leave_parameter_files_in_force(tmp_path: Path) -> None:
+    graph = BRINGUP({"params_file": str(tmp_path / "mine.yaml")})
+    for node in graph.nodes:
+        assert node.parameter_files == (str(tmp_path / "mine.yaml"),)
+        assert set(node.parameters) <= {"use_sim_time"}, node.name
+
+
+def test_a_site_may_bring_its_own_dds_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTRTPS_DEFAULT_PROFILES_FILE", "/etc/site.xml")
+    assert "FASTRTPS_DEFAULT_PROFILES_FILE" not in BRINGUP({}).environment
+
+
+def test_simulated_time_is_published_by_the_simulated_robot_and_followed_by_the_others() -> None:
+    graph = BRINGUP({"use_sim_time": "true"})
+    assert graph.node("robot_sim").parameters["publish_clock"] is True
+    assert "use_sim_time" not in graph.node("robot_sim").parameters
+    assert all(graph.node(name).parameters["use_sim_time"] for name in ("policy", "buffer", "aligner"))
+
+
+def test_a_real_robot_needs_no_simulated_one() -> None:
+    with pytest.raises(GraphError, match=r"node 'robot_sim': not in the graph; it has policy, buffer, aligner"):
+        BRINGUP({"use_sim": "false"}).node("robot_sim")
+
+
+@pytest.mark.parametrize("given", [{"duration": "5"}, {"report": "out.json"}])
+def test_a_report_listens_when_asked_for_and_ends_the_run(given: dict[str, str]) -> None:
+    report = BRINGUP(given).node("run_report")
+    assert report.ends_graph
+    assert (report.parameters["stop_at"] > 0) == ("duration" in given)
+
+
+def test_namespace_reaches_every_node() -> None:
+    assert {node.full_name for node in BRINGUP({"namespace": "left"}).nodes} >= {"/left/policy", "/left/aligner"}
+    assert BRINGUP({"namespace": "/left/"}).nodes[0].namespace == "/left"
+
+
+def test_replay_is_in_lock_step_and_moves_nothing() -> None:
+    graph = REPLAY({"bag": "b", "domain": "42"})
+    assert graph.environment["ROS_DOMAIN_ID"] == "42"
+    assert [node.name for node in graph.nodes] == ["policy", "buffer", "aligner", "replay"]
+    for name in ("policy", "buffer", "aligner"):
+        parameters = graph.node(name).parameters
+        assert parameters["lockstep"] is True and parameters["use_sim_time"] is True
+
+
+@pytest.mark.parametrize(
+    ("declaration", "given", "message"),
+    [
+        (BRINGUP, {"checkpont": "x"}, r"argument checkpont: not known; expected one of contract, params_file"),
+        (BRINGUP, {"duration": "soon"}, r"argument duration: found 'soon'; expected seconds, 0 or more"),
+        (BRINGUP, {"duration": "-1"}, r"argument duration: found '-1'"),
+        (BRINGUP, {"duration": "inf"}, r"argument duration: found 'inf'"),
+        (BRINGUP, {"use_sim": "maybe"}, r"argument use_sim: found 'maybe'; expected true or false"),
+        (BRINGUP, {"log_level": "loud"}, r"argument log_level: found 'loud'; expected one of debug, info"),
+        (BRINGUP, {"discovery_range": "WORLD"}, r"argument discovery_range: found 'WORLD'; expected one of LOCALHOST"),
+        (RECORD, {}, r"argument output: found nothing"),
+        (REPLAY, {}, r"argument bag: found nothing"),
+    ],
+)
+def test_bad_arguments_are_named(declaration: GraphDeclaration, given: dict[str, str], message: str) -> None:
+    with pytest.raises(GraphError, match=message):
+        declaration(given)
+
+
+def test_values_keep_their_type_on_the_command_line() -> None:
+    node = NodeProcess(
+        "policy",
+        "policy_node",
+        parameters={"checkpoint": "12", "lockstep": True, "stop_at": 1.5, "seed": 3},
+        remappings=(("joint_states", "arm/joint_states"),),
+        parameter_files=("/p.yaml",),
+        namespace="/left",
+    )
+    arguments = node.ros_arguments()
+    assert arguments[0] == "--ros-args"
+    assert [arguments[i + 1] for i, word in enumerate(arguments) if word == "-p"] == [
+        'checkpoint:="12"',  # a text that looks like a number stays a text
+        "lockstep:=true",
+        "stop_at:=1.5",
+        "seed:=3",
+    ]
+    assert arguments[arguments.index("--params-file") :][:2] == ["--params-file", "/p.yaml"]
+    assert arguments.index("--params-file") < arguments.index("-p")  # what is given by name wins over files
+    for rule in ("__node:=policy", "__ns:=/left", "joint_states:=arm/joint_states"):
+        assert rule in arguments
+
+
+def test_two_nodes_of_one_name_are_refused() -> None:
+    with pytest.raises(GraphError, match=r"found /policy more than once"):
+        Graph((NodeProcess("policy", "policy_node"), NodeProcess("policy", "policy_node")))
+
+
+def test_arguments_are_taken_in_both_forms() -> None:
+    options = graph_parser(BRINGUP, "x").parse_intermixed_args(
+        ["use_sim:=false", "--duration", "30", "--params", "p.yaml", "log_level:=warn"]
+    )
+    given = given_arguments(options, BRINGUP)
+    assert given == {"use_sim": "false", "duration": "30", "params_file": "p.yaml", "log_level": "warn"}
+
+
+@pytest.mark.parametrize("module", ["bringup", "record", "replay"])
+def test_commands_document_their_arguments_and_refuse_others(module: str) -> None:
+    declaration = {"bringup": BRINGUP, "record": RECORD, "replay": REPLAY}[module]
+    command = [sys.executable, "-m", f"selfalign_ros.{module}"]
+    shown = subprocess.run([*command, "--show-args"], capture_output=True, text=True, check=True).stdout
+    for argument in declaration.arguments:
+        assert f"'{argument.name}'" in shown and argument.description in shown
+    refused = subprocess.run([*command, "nonsense:=1"], capture_output=True, text=True)
+    assert refused.returncode == 2 and "argument nonsense: not known" in refused.stderr

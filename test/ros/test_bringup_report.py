@@ -1,0 +1,145 @@
+"""The run report's numbers and picture, from records made by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from selfalign_ros.run_summary import (
+    LOSSES,
+    SETS,
+    AlignRecord,
+    ChunkRecord,
+    RunRecords,
+    StatusRecord,
+    TokenRecord,
+    draw,
+    finite,
+    frame_counts,
+    progress_line,
+    split_by_align,
+    statistics,
+    summarise,
+)
+
+
+def chunk(stamp: float, latency: float = 0.02, age: float = 0.01, version: int = 0) -> ChunkRecord:
+    return ChunkRecord(stamp, age, latency, version, horizon=16, dim=7)
+
+
+def align(end: float, duration: float = 0.5, version: int = 0, accepted: bool = True, loss: float = 1.0) -> AlignRecord:
+    losses = {name: dict.fromkeys(LOSSES, loss) for name in SETS}
+    return AlignRecord(
+        end, duration, version, version + accepted, 8, 16, 16, losses, -0.1, 0.02, 1.5, 0.3, 0.03, accepted, "because"
+    )
+
+
+def records() -> RunRecords:
+    run = RunRecords("sim_arm", start=100.0, duration=4.0)
+    run.chunks = [chunk(100.0 + 0.4 * i, latency=0.02 + 0.001 * i) for i in range(10)]
+    run.aligns = [align(102.0), align(103.0, version=1, accepted=False)]
+    run.tokens = [TokenRecord(100.5, 0, 1.0), TokenRecord(102.0, 1, 1.5)]
+    run.frames = {"camera/overhead": [100.0 + i / 30 for i in range(60) if i not in (7, 8, 20)]}
+    run.distances = [(100.0, 0.4), (101.0, 0.3), (102.0, 0.35)]
+    run.statuses = {"policy: chunks": StatusRecord(0, "moving", {"chunks": "10"})}
+    return run
+
+
+def test_statistics_are_percentiles_of_all_values() -> None:
+    assert statistics([i / 100 for i in range(101)]) == pytest.approx(
+        {"count": 101, "mean": 0.5, "p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
+    )
+    assert statistics([]) == {"count": 0, "mean": None, "p50": None, "p95": None, "p99": None, "max": None}
+
+
+@pytest.mark.parametrize(
+    ("stamp", "during"),
+    [(1.0, False), (1.45, True), (1.485, True), (1.6, True), (1.98, True), (2.0, False)],
+)
+def test_a_chunk_counts_as_made_while_aligning_if_its_inference_overlaps(stamp: float, during: bool) -> None:
+    # The inference runs from 10 ms to 60 ms after the stamp, the align call from 1.5 to 2.0.
+    chunks = [chunk(stamp, latency=0.05, age=0.01)]
+    assert split_by_align(chunks, [align(2.0)]) == ((chunks, []) if during else ([], chunks))
+
+
+def test_latency_ratio_compares_with_and_without_align_calls() -> None:
+    run = RunRecords("arm", start=0.0, duration=10.0)
+    run.chunks = [chunk(0.1 * i, latency=0.03 if 20 <= i < 25 else 0.02) for i in range(50)]
+    run.aligns = [align(2.5, duration=0.505)]
+    latency = summarise(run)["latency_s"]
+    assert latency["while_aligning"]["count"] == 5 and latency["while_not_aligning"]["count"] == 45
+    assert latency["ratio"]["p99"] == pytest.approx(1.5)
+    run.aligns = []
+    assert summarise(run)["latency_s"]["ratio"]["p99"] is None
+
+
+def test_gaps_in_the_stamps_are_dropped_frames() -> None:
+    counts = frame_counts([i / 30 for i in range(90) if i not in (7, 8, 20)])
+    assert counts["received"] == 87 and counts["dropped"] == 3
+    assert counts["rate_hz"] == pytest.approx(30.0)
+    assert frame_counts([]) == {"received": 0, "dropped": 0, "rate_hz": None}
+    assert frame_counts([5.0]) == {"received": 1, "dropped": 0, "rate_hz": None}
+
+
+def test_jitter_of_the_stamps_is_no_dropped_frame() -> None:
+    jitter = [0.004, -0.005, 0.001, 0.005, -0.002]
+    assert frame_counts([i / 30 + jitter[i % 5] for i in range(90)])["dropped"] == 0
+
+
+def test_report_holds_what_happened() -> None:
+    report = summarise(records())
+    assert report["ok"] and report["reason"] == ""
+    assert (report["schema"], report["version"]) == ("selfalign/run_report", 1)
+    assert report["chunks"] == {"count": 10, "rate_hz": pytest.approx(2.5), "first_t": 0.0, "horizon": 16, "dim": 7}
+    assert report["align"] | {"duration_s": None} == {"calls": 2, "accepted": 1, "refused": 1, "duration_s": None}
+    assert report["align"]["duration_s"]["max"] == 0.5
+    assert report["e_token"] == {"first_version": 0, "last_version": 1, "norm": 1.5}
+    assert report["frames"]["camera/overhead"]["dropped"] == 3
+    distance = report["distance_to_target_m"]
+    assert (distance["first"], distance["last"], distance["minimum"]) == (0.4, 0.35, 0.3)
+    assert report["diagnostics"]["policy: chunks"] == {"level": "ok", "message": "moving", "values": {"chunks": "10"}}
+    table = report["series"]["align"]
+    assert len(table["rows"]) == 2 and len(table["columns"]) == len(table["rows"][0])
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
+    assert rows[0]["t"] == pytest.approx(2.0) and rows[0]["holdout_after.inverse_dynamics"] == 1.0
+    assert [row["accepted"] for row in rows] == [True, False]
+
+
+def test_a_run_without_chunks_says_what_the_nodes_complain_about() -> None:
+    run = RunRecords("arm", start=0.0, duration=3.0)
+    assert summarise(run)["reason"] == "no action chunk was made in 3.0 s (no node published diagnostics)"
+    run.statuses = {
+        "policy: inputs": StatusRecord(2, "camera wrist: no message received on /camera/wrist", {}),
+        "buffer: transitions": StatusRecord(0, "0 transitions", {}),
+    }
+    report = summarise(run)
+    assert not report["ok"]
+    assert report["reason"] == (
+        "no action chunk was made in 3.0 s (policy: inputs: camera wrist: no message received on /camera/wrist)"
+    )
+    assert "camera wrist" in progress_line(run, 3.0, 10.0)
+
+
+def test_numbers_that_are_not_finite_are_null_in_json() -> None:
+    run = records()
+    run.aligns.append(align(103.5, version=1, loss=math.nan))
+    text = json.dumps(finite(summarise(run)), allow_nan=False)
+    assert json.loads(text)["series"]["align"]["rows"][2][-1] is None
+
+
+def test_progress_line_tells_the_state_of_the_run() -> None:
+    line = progress_line(records(), elapsed=4.0, total=30.0)
+    for part in ("4/30 s", "10 chunks", "2 align calls (1 accepted)", "E-Token v1", "35.0 cm to target"):
+        assert part in line
+
+
+@pytest.mark.parametrize("run", [records(), RunRecords("arm", start=0.0, duration=3.0)], ids=["full", "empty"])
+def test_picture_is_drawn(run: RunRecords, tmp_path: Path) -> None:
+    draw(summarise(run), tmp_path / "run.png")
+    with Image.open(tmp_path / "run.png") as image:
+        assert image.format == "PNG" and image.width >= 1000 and image.height >= 1000
+        assert len(image.convert("RGB").getcolors(maxcolors=1 << 20)) > 10  # something was drawn
