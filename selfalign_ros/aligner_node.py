@@ -9,12 +9,11 @@ never run backwards.
 from __future__ import annotations
 
 import math
-import sys
 import time
 import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.task import Future
@@ -330,9 +329,10 @@ class AlignerNode(SelfAlignNode):
             yield Status("align", OK, self._last_reason, values)
 
 
-def main(args: list[str] | None = None) -> int:
-    return run(AlignerNode, args)
+def main(args: list[str] | None = None) -> NoReturn:
+    """Run the node; ends the process."""
+    run(AlignerNode, args)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -7,8 +7,8 @@ callbacks only queue what arrived.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
+from typing import NoReturn
 
 import numpy as np
 from sensor_msgs.msg import JointState
@@ -158,9 +158,10 @@ class BufferNode(SelfAlignNode):
         self._contents = outcome.result()
 
 
-def main(args: list[str] | None = None) -> int:
-    return run(BufferNode, args)
+def main(args: list[str] | None = None) -> NoReturn:
+    """Run the node; ends the process."""
+    run(BufferNode, args)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

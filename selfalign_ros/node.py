@@ -15,7 +15,7 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import rclpy
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
@@ -170,13 +170,14 @@ class SelfAlignNode(Node):
             self._mailbox.popleft()()
         self.notify()
 
-    def close(self) -> bool:
-        """End the worker. False if a job could not be ended."""
-        return self.worker.close(_WORKER_JOIN_S)
+    def close(self) -> None:
+        """End the worker."""
+        if not self.worker.close(_WORKER_JOIN_S):
+            self.get_logger().warning(f"a job did not end within {_WORKER_JOIN_S:g} s of being asked to; leaving it")
 
 
-def run(make_node: Callable[[], SelfAlignNode], args: list[str] | None = None) -> int:
-    """Run one node until SIGINT or SIGTERM; returns the exit code.
+def run(make_node: Callable[[], SelfAlignNode], args: list[str] | None = None) -> NoReturn:
+    """Run one node until SIGINT or SIGTERM, then end the process with an exit code.
 
     0 after a signal, 2 if the configuration is wrong (a restart would not help), 1 after a crash.
     """
@@ -192,7 +193,6 @@ def run(make_node: Callable[[], SelfAlignNode], args: list[str] | None = None) -
     rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
     executor = SingleThreadedExecutor()
     node: SelfAlignNode | None = None
-    ended = True
     try:
         node = make_node()
         executor.add_node(node)
@@ -209,17 +209,15 @@ def run(make_node: Callable[[], SelfAlignNode], args: list[str] | None = None) -
     finally:
         if node is not None:
             node.deactivate()
-            ended = node.close()
+            node.close()
             executor.shutdown(timeout_sec=1.0)
             node.destroy_node()
         rclpy.try_shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    if not ended:
-        # A job that cannot be interrupted is still using the interpreter; tearing it down under the job
-        # crashes.
-        os._exit(code)
-    return code
+    # Everything that matters is closed. Unloading torch takes seconds more, in which a supervisor would see a node
+    # that does not obey, and it crashes if a job that cannot be interrupted is still running.
+    os._exit(code)
 
 
 def _say(node: Node | None, text: str) -> None:

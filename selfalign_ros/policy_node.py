@@ -8,12 +8,11 @@ worker.
 
 from __future__ import annotations
 
-import sys
 import time
 import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from sensor_msgs.msg import JointState
@@ -77,6 +76,7 @@ class PolicyNode(SelfAlignNode):
         self._chunk: ActionChunk | None = None
         self._path: CommandPath | None = None  # what a trajectory controller is following
         self._commanded: np.ndarray | None = None  # what a forward controller was told last
+        self._commanded_ns = 0
         self._inferring = False
         self._due_ns: int | None = None
         self._hold_reason = _STARTING
@@ -302,8 +302,11 @@ class PolicyNode(SelfAlignNode):
         if self._path is not None:
             command = self._path.at(now_ns)
         else:
-            command = self._limiter.limit(chunk.actions[step], self._reference(now_ns), self.contract.dt)
-            self._commanded = command
+            # Two control steps can come closer together than dt after a delay; the speed limit holds all the same.
+            elapsed_ns = now_ns - self._commanded_ns if self._commanded is not None else self.contract.dt_ns
+            duration_s = min(elapsed_ns, self.contract.dt_ns) / NS_PER_S
+            command = self._limiter.limit(chunk.actions[step], self._reference(now_ns), duration_s)
+            self._commanded, self._commanded_ns = command, now_ns
             self._command_publisher.publish(Float64MultiArray(data=fill("d", command)))
         self._command_rate.tick()
         self._executed_publisher.publish(joint_state_message(self.contract.joint_names, command, now_ns))
@@ -378,9 +381,10 @@ class PolicyNode(SelfAlignNode):
         yield Status("e_token", WARN if refusal else OK, refusal or in_use, {"version": self._token_version})
 
 
-def main(args: list[str] | None = None) -> int:
-    return run(PolicyNode, args)
+def main(args: list[str] | None = None) -> NoReturn:
+    """Run the node; ends the process."""
+    run(PolicyNode, args)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

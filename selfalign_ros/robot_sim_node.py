@@ -7,11 +7,10 @@ simulation runs in the worker, the only thread that touches physics and OpenGL; 
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import cv2
 import numpy as np
@@ -275,9 +274,10 @@ class RobotSimNode(SelfAlignNode):
         yield Status("simulation", level, message, values)
 
 
-def main(args: list[str] | None = None) -> int:
-    return run(RobotSimNode, args)
+def main(args: list[str] | None = None) -> NoReturn:
+    """Run the node; ends the process."""
+    run(RobotSimNode, args)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

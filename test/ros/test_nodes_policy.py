@@ -179,6 +179,7 @@ def test_fault_at_start_is_named_and_nothing_is_ever_commanded(policy, probe, ro
 
 def test_healthy_robot_is_moved_within_limits_from_where_it_is(policy, probe, robot, contract_path) -> None:
     from selfalign_core.contract import RobotContract
+    from selfalign_ros.conversions import to_ns
 
     contract = RobotContract.from_yaml(contract_path)
     start = np.array([0.3, -0.2, 0.1, 0.0, -0.1, 0.2, 0.5])
@@ -186,12 +187,14 @@ def test_healthy_robot_is_moved_within_limits_from_where_it_is(policy, probe, ro
     names = (*reversed(contract.joint_names), "battery_lid")
     robot.behaviour = Behaviour(names=names, position=(*start[::-1].tolist(), 0.0))
     wait_until_moving(probe)
-    commands = [np.array(message.data) for message in probe.messages[COMMANDS]]
     step = contract.speed_limit * contract.dt + 1e-6
-    assert (np.abs(commands[0] - start) <= step).all()
-    for before, after in itertools.pairwise(commands):
-        assert (np.abs(after - before) <= step).all()
-        assert ((contract.lower <= after) & (after <= contract.upper)).all()
+    assert (np.abs(np.array(probe.messages[COMMANDS][0].data) - start) <= step).all()
+    executed = [(to_ns(m.header.stamp), np.array(m.position)) for m in list(probe.messages["executed_action"])]
+    assert all(((contract.lower <= command) & (command <= contract.upper)).all() for _, command in executed)
+    # Steps further apart have a hold between them, after which the measured position is where motion starts.
+    consecutive = [(a, b) for (ta, a), (tb, b) in itertools.pairwise(executed) if tb - ta < 1.5 * contract.dt_ns]
+    assert consecutive
+    assert all((np.abs(after - before) <= step).all() for before, after in consecutive)
 
 
 def test_executed_actions_are_what_was_commanded(policy, probe, robot) -> None:
