@@ -243,6 +243,7 @@ class PolicyNode(SelfAlignNode):
         if self._last_tick_ns is not None and now_ns < self._last_tick_ns:
             self._reset_time()
         self._last_tick_ns = now_ns
+        self.diagnostics.state(self._hold_reason)
         if reason := self._why_not(now_ns):
             self._hold(reason)
             return

@@ -186,7 +186,7 @@ def test_healthy_robot_is_moved_within_limits_from_where_it_is(policy, probe, ro
     # Joints in another order and one too many, as real drivers publish them.
     names = (*reversed(contract.joint_names), "battery_lid")
     robot.behaviour = Behaviour(names=names, position=(*start[::-1].tolist(), 0.0))
-    wait_until_moving(probe)
+    wait_for(lambda: len(probe.messages["executed_action"]) >= 20, "twenty executed actions")
     step = contract.speed_limit * contract.dt + 1e-6
     assert (np.abs(np.array(probe.messages[COMMANDS][0].data) - start) <= step).all()
     executed = [(to_ns(m.header.stamp), np.array(m.position)) for m in list(probe.messages["executed_action"])]
@@ -199,6 +199,7 @@ def test_healthy_robot_is_moved_within_limits_from_where_it_is(policy, probe, ro
 
 def test_executed_actions_are_what_was_commanded(policy, probe, robot) -> None:
     wait_until_moving(probe)
+    wait_for(lambda: probe.messages["executed_action"], "an executed action")
     executed = {tuple(message.position) for message in list(probe.messages["executed_action"])[:-1]}
     commanded = {tuple(message.data) for message in probe.messages[COMMANDS]}
     assert executed
@@ -207,6 +208,7 @@ def test_executed_actions_are_what_was_commanded(policy, probe, robot) -> None:
 
 def test_chunk_says_what_it_was_made_from(policy, probe, robot, contract_path) -> None:
     wait_until_moving(probe)
+    wait_for(lambda: probe.messages["action_chunk"], "a chunk")
     chunk = probe.messages["action_chunk"][-1]
     assert chunk.horizon * chunk.dim == len(chunk.data)
     assert chunk.joint_names[0] == "shoulder_pan"
