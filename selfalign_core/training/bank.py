@@ -17,6 +17,9 @@ from selfalign_core.errors import InputError
 SHARED_KEY = "shared"
 """Key of the only row of a bank that all embodiments share."""
 
+MEAN_ROW = -1
+"""In place of a row: the mean of the used rows, for a body that has no token."""
+
 
 class TokenBank(nn.Module):
     """``weight`` (capacity, tokens, width), rows named by ``keys``; rows beyond the keys are free.
@@ -82,9 +85,10 @@ class TokenBank(nn.Module):
         self._keys[row] = new
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Tokens (B, tokens, width) of ``rows`` (B,) int64."""
+        """Tokens (B, tokens, width) of ``rows`` (B,) int64; the mean, without gradient, for ``MEAN_ROW``."""
         # An embedding's backward is deterministic on the CPU, that of indexing is not.
-        return F.embedding(rows, self.weight.flatten(1)).unflatten(1, self.weight.shape[1:])
+        tokens = F.embedding(rows.clamp(min=0), self.weight.flatten(1)).unflatten(1, self.weight.shape[1:])
+        return torch.where((rows == MEAN_ROW)[:, None, None], self.mean(), tokens)
 
     def used(self) -> Tensor:
         """The rows that have a key, (keys, tokens, width), without gradient."""

@@ -6,6 +6,7 @@ what was expected. Knows nothing of torch.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import re
@@ -235,8 +236,11 @@ class TrainConfig:
         return _plain(dataclasses.asdict(self))
 
     @classmethod
-    def from_dict(cls, values: Any) -> TrainConfig:
-        """Strict inverse of :meth:`to_dict`; :class:`ConfigError` names the key."""
+    def from_dict(cls, values: Any, overrides: Sequence[str] = ()) -> TrainConfig:
+        """Strict inverse of :meth:`to_dict`, then ``key=value`` overrides; :class:`ConfigError` names the key."""
+        values = copy.deepcopy(values)
+        for override in overrides:
+            _override(values, override)
         return _parse(cls, values, "")
 
     @classmethod
@@ -254,9 +258,7 @@ class TrainConfig:
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: found invalid YAML ({error})") from None
         try:
-            for override in overrides:
-                _override(values, override)
-            return cls.from_dict(values)
+            return cls.from_dict(values, overrides)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
 

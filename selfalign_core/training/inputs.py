@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,10 @@ from selfalign_core.transforms import Normalizer, NormStats, pad_to_dim, to_delt
 
 @dataclass(frozen=True)
 class Sample:
-    """B samples as the joint pass reads them; ``rows`` (B,) int64 are rows of the bank. See ``Pi0.forward``."""
+    """B samples for :class:`JointModel`; ``rows`` (B,) int64 are rows of the bank. See ``Pi0.forward``.
+
+    Images are still (B, H, W, 3) uint8: they travel to the device as such.
+    """
 
     inputs: ModelInputs
     actions: Tensor
@@ -73,6 +76,11 @@ def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
+def pixels(images: Tensor) -> Tensor:
+    """(B, H, W, 3) uint8 RGB → (B, 3, H, W) float in [-1, 1]."""
+    return images.permute(0, 3, 1, 2).float() / 255.0 * 2.0 - 1.0
+
+
 class JointModel(nn.Module):
     """Model and bank as one module: what parallel wrappers wrap, and what a training step calls."""
 
@@ -84,8 +92,9 @@ class JointModel(nn.Module):
 
     def forward(self, sample: Sample, *, reduction: str = "mean") -> Losses:
         """One joint pass of the three experts, each sample with its body's token."""
+        inputs = replace(sample.inputs, images=[pixels(image) for image in sample.inputs.images])
         return self.model(
-            sample.inputs,
+            inputs,
             sample.actions,
             noise=sample.noise,
             time=sample.time,
@@ -93,7 +102,7 @@ class JointModel(nn.Module):
             dim_mask=self.dim_mask,
             executed=sample.executed,
             executed_masks=sample.executed_masks,
-            next_images=sample.next_images,
+            next_images=None if sample.next_images is None else [pixels(image) for image in sample.next_images],
             alignment_noise=sample.alignment_noise,
             image_features=sample.image_features,
             next_image_features=sample.next_image_features,
@@ -190,12 +199,11 @@ class Encoder:
             raise InputError(f"{name} of dataset row {row}: found NaN or infinity, expected finite numbers")
 
     def _see(self, images: np.ndarray | None, index: np.ndarray) -> tuple[list[Tensor] | None, list[Tensor] | None]:
-        """Per camera, images (B, 3, H, W) in [-1, 1], or their cached features (B, patches, width)."""
+        """Per camera, images (B, H, W, 3) uint8, or their cached features (B, patches, width)."""
         if self._features is not None:
             stored = torch.from_numpy(self._features[index]).float()
             return None, list(stored.unbind(1))
-        pixels = torch.from_numpy(images).permute(1, 0, 4, 2, 3).float() / 255.0 * 2.0 - 1.0
-        return list(pixels.contiguous().unbind(0)), None
+        return list(torch.from_numpy(images).unbind(1)), None
 
     def _actions(self, actions: np.ndarray, state: np.ndarray) -> Tensor:
         relative = to_delta(actions, state, self._delta) if self._delta.any() else actions
@@ -282,10 +290,9 @@ def cache_features(
         with torch.no_grad():
             for row in range(begin, end, rows_per_pass):
                 images = torch.from_numpy(np.asarray(dataset.images[row : min(row + rows_per_pass, end)])).to(device)
-                pixels = images.flatten(0, 1).permute(0, 3, 1, 2).float() / 255.0 * 2.0 - 1.0
-                features = model.paligemma_with_expert.embed_image(pixels).half()
+                features = model.paligemma_with_expert.embed_image(pixels(images.flatten(0, 1))).half()
                 if not features.isfinite().all():
-                    raise InputError(f"features from row {row}: found values beyond float16, expected cache_features: false")
+                    raise InputError(f"features from row {row}: found values beyond float16, expected smaller ones")
                 out[row : row + len(images)] = features.unflatten(0, images.shape[:2]).cpu().numpy()
                 report(row - begin + len(images), end - begin)
         out.flush()
@@ -327,8 +334,7 @@ def measure_feature_scale(
             tokens = torch.from_numpy(features[block]).to(device).float().unbind(1)
         else:
             images = torch.from_numpy(np.asarray(loader.dataset.images[block])).to(device)
-            pixels = images.permute(1, 0, 4, 2, 3).float() / 255.0 * 2.0 - 1.0
-            tokens = model.embed_images(list(pixels.unbind(0)))
+            tokens = model.embed_images([pixels(image) for image in images.unbind(1)])
         pooled.append(model.pool_features(list(tokens)).flatten(0, 1).double())
     values = torch.cat(pooled)
     std = values.std(0)

@@ -29,6 +29,9 @@ TIMEOUT = datetime.timedelta(minutes=30)
 """A rank that waits longer for the others gives up. One that died is noticed by torchrun at once."""
 
 
+_LOST = ("Connection", "gloo", "NCCL", "ncclRemote", "Timed out")
+
+
 class RankError(SelfAlignError):
     """Another rank of the job is gone, so this one cannot go on."""
 
@@ -92,7 +95,7 @@ def lost_rank(ranks: Ranks) -> Iterator[None]:
         yield
     except RuntimeError as error:
         text = str(error)
-        if ranks.distributed and any(sign in text for sign in ("Connection", "gloo", "NCCL", "ncclRemote", "Timed out")):
+        if ranks.distributed and any(sign in text for sign in _LOST):
             raise RankError(
                 f"rank {ranks.rank}: lost another of the {ranks.world_size} ranks ({text.splitlines()[0][:200]}); "
                 "the job ends, resume it from the last checkpoint with --resume"

@@ -1,0 +1,178 @@
+"""Training checkpoints: everything a run needs to go on exactly where it was, and the policy it has become.
+
+A checkpoint is a directory ``step_<n>`` with the tensors in safetensors files, ``training.json`` and a ``policy``
+directory. It is written under a hidden name, synced and renamed, so one that exists is complete, and one that could
+not be written leaves the earlier ones alone. Nothing is pickled. Knows nothing of optimisers or losses: tensors come
+with names.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from selfalign_core.errors import CheckpointError
+
+FORMAT = "selfalign-training-1"
+_SHARD_BYTES = 2 << 30
+"""Tensors are collected up to this size and then written, so a writer never holds the whole state."""
+
+_STEP = re.compile(r"step_(\d+)")
+
+
+def checkpoint_path(directory: Path, step: int) -> Path:
+    return directory / f"step_{step:08d}"
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    if not directory.is_dir():
+        return []
+    found = [p for p in directory.iterdir() if _STEP.fullmatch(p.name) and (p / "training.json").is_file()]
+    return sorted(found, key=lambda p: int(_STEP.fullmatch(p.name)[1]))
+
+
+def find_checkpoint(path: str | Path) -> Path | None:
+    """The checkpoint that ``path`` is, or the newest in a run directory or its ``checkpoints``; None if none."""
+    path = Path(path)
+    if (path / "training.json").is_file():
+        return path
+    found = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
+    return found[-1] if found else None
+
+
+def write_checkpoint(
+    directory: Path,
+    step: int,
+    tensors: Iterable[tuple[str, Tensor]],
+    info: dict[str, Any],
+    write_policy: Callable[[Path], None],
+    *,
+    keep: int,
+    shard_bytes: int = _SHARD_BYTES,
+) -> Path:
+    """Write ``step``'s checkpoint, then remove all but the newest ``keep``.
+
+    Args:
+        tensors: name and CPU tensor, read one by one.
+        info: what goes into ``training.json`` besides.
+        write_policy: writes the policy into the directory it is given.
+
+    Raises:
+        CheckpointError: it could not be written (a full disk, no permission); the earlier ones are intact.
+    """
+    target = checkpoint_path(directory, step)
+    partial = directory / f".{target.name}.partial"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        files: dict[str, str] = {}
+        shard: dict[str, Tensor] = {}
+
+        def flush() -> None:
+            if shard:
+                name = f"state-{len(set(files.values())):05d}.safetensors"
+                save_file(shard, partial / name)
+                files.update(dict.fromkeys(shard, name))
+                shard.clear()
+
+        for name, tensor in tensors:
+            shard[name] = tensor.contiguous()
+            if sum(t.nbytes for t in shard.values()) >= shard_bytes:
+                flush()
+        flush()
+        write_policy(partial / "policy")
+        text = json.dumps({"format": FORMAT, "step": step, **info, "files": files}, indent=1)
+        (partial / "training.json").write_text(text)
+        for path in [*partial.rglob("*"), partial]:
+            sync(path)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+        sync(directory)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        left = list_checkpoints(directory)
+        last = f"the newest complete one is {left[-1]}" if left else "there is no earlier one"
+        reason = _reason(error, directory)
+        raise CheckpointError(f"{target}: could not write the checkpoint ({reason}); {last}") from error
+    point_to(directory.parent / "policy", target / "policy")
+    for old in list_checkpoints(directory)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def point_to(link: Path, target: Path) -> None:
+    """Make ``link`` a relative symbolic link to ``target``, in one step."""
+    temporary = link.with_name(f".{link.name}.link")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(os.path.relpath(target, link.parent))
+    os.replace(temporary, link)
+
+
+def sync(path: Path) -> None:
+    """Have the file or directory on the disk before going on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_info(path: Path) -> dict[str, Any]:
+    """``training.json`` of a checkpoint; :class:`CheckpointError` names what is wrong with it."""
+    file = path / "training.json"
+    try:
+        info = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: found {error}, expected a training checkpoint") from error
+    if not isinstance(info, dict) or info.get("format") != FORMAT:
+        raise CheckpointError(f"{file}: found another format, expected {FORMAT!r}")
+    return info
+
+
+def read_tensors(path: Path, targets: dict[str, tuple[int, ...]], copy: Callable[[str, Tensor], None]) -> None:
+    """Hand every tensor of ``targets`` (name → shape) to ``copy``, one by one.
+
+    Raises:
+        CheckpointError: missing, surplus or misshapen tensors, listed before anything is copied, or a damaged file.
+    """
+    files: dict[str, str] = read_info(path)["files"]
+    with ExitStack() as stack:
+        handles = {}
+        try:
+            for name in sorted(set(files.values())):
+                handles[name] = stack.enter_context(safe_open(path / name, framework="pt"))
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path / name}: found {error}, expected a safetensors file") from error
+        shapes = {name: tuple(handles[file].get_slice(name).get_shape()) for name, file in files.items()}
+        problems = [f"missing {name}" for name in targets if name not in shapes]
+        problems += [f"surplus {name}" for name in shapes if name not in targets]
+        problems += [
+            f"misshapen {name}: found {shapes[name]}, expected {shape}"
+            for name, shape in targets.items()
+            if name in shapes and shapes[name] != shape
+        ]
+        if problems:
+            shown = "\n  ".join(sorted(problems)[:20])
+            raise CheckpointError(f"{path}: {len(problems)} tensor(s) do not fit this configuration:\n  {shown}")
+        for name in targets:
+            copy(name, handles[files[name]].get_tensor(name))
+
+
+def _reason(error: Exception, directory: Path) -> str:
+    text = str(error)
+    if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in text:
+        return f"disk full, {shutil.disk_usage(directory).free / 2**20:.0f} MiB free: {text}"
+    return text
