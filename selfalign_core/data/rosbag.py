@@ -22,6 +22,7 @@ import argparse
 import math
 import struct
 import sys
+import zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -48,6 +49,7 @@ _COMMAND_TYPES = {
     "forward_command": "std_msgs/msg/Float64MultiArray",
 }
 _STORAGE_SUFFIXES = (".mcap", ".db3")
+_CHECKSUM_KEY = "crc32 "  # SelfAlign's recorder keeps one checksum per topic in the bag's custom data
 _NS = 1_000_000_000
 # Stamps further apart than this do not belong to one recording of one clock, and a topic that ends this much before
 # the others has vanished. Delays between topics of a working robot are far below.
@@ -664,16 +666,24 @@ class _Bag:
             for connection in connections:
                 promised[connection.topic] += connection.msgcount
             found: Counter[str] = Counter()
+            checksums = dict.fromkeys(types, 0)
             messages = reader.messages(connections) if connections else iter(())
             while (item := self._next(messages)) is not None:
                 connection, received_ns, raw = item
                 found[connection.topic] += 1
+                checksums[connection.topic] = zlib.crc32(raw, checksums[connection.topic])
                 yield connection.topic, received_ns, raw
             for topic, count in promised.items():
                 if found[topic] != count:
                     raise BagError(
                         f"{self.path}: topic {topic}: found {found[topic]} messages, expected the {count} that the "
                         "bag's own index counts; the file is damaged or cut short"
+                    )
+                recorded = (reader.storage.metadata.custom or {}).get(f"{_CHECKSUM_KEY}{topic}")
+                if recorded is not None and recorded != f"{checksums[topic]:08x}":
+                    raise BagError(
+                        f"{self.path}: topic {topic}: found checksum {checksums[topic]:08x}, expected {recorded} as "
+                        "recorded; the file was damaged or changed"
                     )
 
     def decode(self, topic: str, message_type: str, raw: bytes) -> Any:
@@ -703,6 +713,11 @@ class _Bag:
         finally:
             reader.close()
 
+    def _files(self) -> str:
+        if self.path.is_file():
+            return str(self.path)
+        return ", ".join(str(f) for f in sorted(self.path.iterdir()) if f.suffix in _STORAGE_SUFFIXES) or str(self.path)
+
     def _next(self, messages: Iterator[Any]) -> Any:
         return self._guarded(lambda: next(messages, None))
 
@@ -710,11 +725,8 @@ class _Bag:
         try:
             return action()
         except Exception as error:  # rosbags lets errors of struct, zstd, sqlite, assertions and more through
-            files = [self.path] if self.path.is_file() else sorted(
-                file for file in self.path.iterdir() if file.suffix in _STORAGE_SUFFIXES
-            )
             raise BagError(
-                f"{', '.join(map(str, files)) or self.path}: found an unreadable bag ({_shown(error)}), expected a complete MCAP or sqlite3 "
+                f"{self._files()}: found an unreadable bag ({_shown(error)}), expected a complete MCAP or sqlite3 "
                 "recording; the file is damaged or cut short (was the recorder killed? try `ros2 bag reindex` or "
                 "`mcap recover` on a copy)"
             ) from error
