@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import json
-import os
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.lib import format as npy
 
+from selfalign_core.data.partial import DatasetError, PartialDirectory
 from selfalign_core.errors import SelfAlignError
 from selfalign_core.transforms import NormStats, load_norm_stats, save_norm_stats
 
@@ -35,10 +33,6 @@ PLAY = -1  # prompt of an episode that pursued no goal
 
 _ROWS_PER_BLOCK = 2048
 _QUANTILE_ROWS = 1_000_000  # above this many rows, quantiles are those of a random million
-
-
-class DatasetError(SelfAlignError):
-    """A dataset that cannot be read or written: the message names the file or the episode and frame."""
 
 
 @dataclass(frozen=True)
@@ -327,7 +321,7 @@ class DatasetWriter:
         self._episodes: list[Episode] = []
         self._written = bytearray()  # one byte per image: 1 once it is on the disk
         self._arrays: dict[str, _GrowingArray] = {}
-        self._partial = _PartialDirectory(self.path)
+        self._partial = PartialDirectory(self.path)
 
     @property
     def num_frames(self) -> int:
@@ -564,52 +558,6 @@ def merge(sources: Sequence[TransitionDataset], output: str | Path) -> None:
 # --- writing ---
 
 
-class _PartialDirectory:
-    """The hidden directory a dataset is written in. A lock tells one in use from one whose writer was killed."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-        self.path = target.parent / f".{target.name}.partial"
-        self._lock: int | None = None
-
-    def open(self) -> None:
-        if self.target.exists():
-            raise DatasetError(f"{self.target}: found an existing path, expected one that does not exist yet")
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            self._lock = None
-            raise DatasetError(f"{self.target}: found another process writing it, expected only this one") from None
-        for leftover in self.path.iterdir():
-            if leftover.name != "lock":
-                leftover.unlink()
-
-    def publish(self) -> None:
-        """Everything to the disk, then to its name, in this order."""
-        for file in self.path.iterdir():
-            _sync(file)
-        (self.path / "lock").unlink()
-        _sync(self.path)
-        if self.target.exists():
-            raise DatasetError(f"{self.target}: found a path made meanwhile, expected none")
-        self.path.rename(self.target)
-        _sync(self.target.parent)
-        self._release()
-
-    def remove(self) -> None:
-        if self._lock is not None:
-            shutil.rmtree(self.path, ignore_errors=True)
-            self._release()
-
-    def _release(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
-
 class _GrowingArray:
     """A .npy file whose first dimension is known only in the end."""
 
@@ -653,14 +601,6 @@ class _GrowingArray:
         shape = (self._rows, *self._row_shape)
         header = {"descr": npy.dtype_to_descr(self._dtype), "fortran_order": False, "shape": shape}
         npy.write_array_header_1_0(self._file, header)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # --- checking and counting ---

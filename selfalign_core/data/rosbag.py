@@ -67,6 +67,7 @@ class Options:
 
     ``prompt``: what the robot was told in these bags; None: play. ``namespace``: of relative topic names.
     ``max_action_age_s``: longest time an action is taken to stay in force [s]; None: 1.5 control steps.
+    ``absolute``: joints whose actions are not taken relative to the state in the statistics (grippers).
     ``allow_early_end``: use what was recorded before a topic vanished, instead of refusing the bag.
     """
 
@@ -77,6 +78,7 @@ class Options:
     max_action_age_s: float | None = None
     min_frames: int = 2
     allow_early_end: bool = False
+    absolute: tuple[str, ...] = ()
     statistics_horizon: int | None = None
 
     def topic(self, name: str) -> str:
@@ -122,6 +124,8 @@ def convert(
     """
     options = options or Options()
     joints = len(contract.joints)
+    if unknown := sorted(set(options.absolute) - set(contract.joint_names)):
+        raise DatasetError(f"absolute: found joints {unknown}, expected some of {list(contract.joint_names)}")
     paths = find_bags(bags)
     reports = []
     with DatasetWriter(
@@ -132,6 +136,7 @@ def convert(
         action_dim=joints,
         dt_ns=contract.dt_ns,
         joint_names=contract.joint_names,
+        delta_mask=[name not in options.absolute for name in contract.joint_names],
         statistics_horizon=options.statistics_horizon,
     ) as writer:
         for path in paths:
@@ -759,6 +764,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--max-action-age", type=float, metavar="SECONDS",
         help="longest time an action stays in force when no newer one comes (default: 1.5 control steps)",
     )  # fmt: skip
+    parser.add_argument(
+        "--absolute", nargs="+", default=[], metavar="JOINT",
+        help="joints whose actions are not taken relative to the state, such as grippers",
+    )  # fmt: skip
     parser.add_argument("--min-frames", type=int, default=2, help="shortest episode to keep (default: 2 frames)")
     parser.add_argument(
         "--chunk", type=int, help="actions per chunk, for the statistics of relative actions (default: 16)"
@@ -781,6 +790,7 @@ def main(arguments: list[str] | None = None) -> int:
                 namespace=options.namespace,
                 max_action_age_s=options.max_action_age,
                 min_frames=options.min_frames,
+                absolute=tuple(options.absolute),
                 allow_early_end=options.allow_early_end,
                 statistics_horizon=options.chunk,
             ),
