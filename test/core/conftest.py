@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+import toy_bodies
 from hypothesis import settings
 
 torch.set_num_threads(1)  # sums do not depend on the number of cores, and tests share them
 
 settings.register_profile("selfalign", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("selfalign")
+
+
+@pytest.fixture(scope="session")
+def toy() -> toy_bodies.Trained:
+    """A small policy trained for some seconds on eight bodies; tests that use it carry ``toy_bodies.TESTS``."""
+    return toy_bodies.train()

@@ -161,10 +161,16 @@ def added_to(module: torch.nn.Module, delta: Tensor) -> Iterator[None]:
         hook.remove()
 
 
-def jacobian(outputs: Tensor, source: Tensor) -> Tensor:
-    """(outputs, source) all derivatives, by one backward pass per output; zero where there is no path at all."""
-    rows = []
+def jacobians(outputs: Tensor, sources: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Per source (outputs, source) all derivatives, one backward pass per output; zero where there is no path."""
+    rows: dict[str, list[Tensor]] = {name: [] for name in sources}
     for value in outputs.flatten():
-        (row,) = torch.autograd.grad(value, source, retain_graph=True, allow_unused=True)
-        rows.append(torch.zeros(source.numel()) if row is None else row.flatten())
-    return torch.stack(rows)
+        gradients = torch.autograd.grad(value, list(sources.values()), retain_graph=True, allow_unused=True)
+        for (name, source), row in zip(sources.items(), gradients, strict=True):
+            rows[name].append(torch.zeros(source.numel()) if row is None else row.flatten())
+    return {name: torch.stack(values) for name, values in rows.items()}
+
+
+def jacobian(outputs: Tensor, source: Tensor) -> Tensor:
+    """(outputs, source) all derivatives."""
+    return jacobians(outputs, {"source": source})["source"]
