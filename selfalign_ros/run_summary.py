@@ -367,7 +367,10 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
             more_handles, more_labels = norm_axis.get_legend_handles_labels()
             handles, labels = handles + more_handles, labels + more_labels
         if handles:
-            axis.legend(handles, labels, fontsize=8, ncols=len(labels), loc="upper right")
+            # Above the panel: inside it would cover data.
+            axis.legend(
+                handles, labels, fontsize=8, ncols=len(labels), loc="lower right", bbox_to_anchor=(1, 1), frameon=False
+            )
         if not any(line.get_xdata().size for line in axis.get_lines() if hasattr(line.get_xdata(), "size")):
             axis.text(0.5, 0.5, "nothing received", transform=axis.transAxes, ha="center", va="center", color="0.5")
     figure.savefig(path, dpi=110)

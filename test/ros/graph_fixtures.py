@@ -102,6 +102,7 @@ class GraphRun:
         for pid in self.living_nodes().values():
             os.kill(pid, signal.SIGKILL)
         self._reader.join(TIMEOUT_S)
+        print(self.output)  # shown by pytest if the test fails
 
     def _read(self) -> None:
         assert self.process.stdout is not None
