@@ -15,6 +15,7 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import rclpy
@@ -39,6 +40,7 @@ Result = TypeVar("Result")
 EXIT_CONFIGURATION = 2  # a restart would fail in the same way
 _SPIN_TIMEOUT_S = 0.2  # how late a signal may be noticed when nothing else happens
 _WORKER_JOIN_S = 5.0
+_AUTOGROUP = Path("/proc/self/autogroup")
 
 
 class SelfAlignNode(Node):
@@ -49,8 +51,7 @@ class SelfAlignNode(Node):
     def __init__(self, kind: str) -> None:
         super().__init__(kind)
         self.parameters = Parameters(self, kind)
-        if self.parameters.values.get("niceness"):
-            os.setpriority(os.PRIO_PROCESS, 0, self.parameters["niceness"])
+        self._set_niceness(self.parameters.values.get("niceness", 0))
         self.contract = RobotContract.from_yaml(config_file(self.parameters["contract"]))
         self.lockstep: bool = self.parameters.values.get("lockstep", False)
         self._mailbox: deque[Callable[[], None]] = deque()
@@ -158,6 +159,18 @@ class SelfAlignNode(Node):
 
     def _has_received(self, expected: dict[str, int]) -> bool:
         return all(self._received.get(topic, count) >= count for topic, count in expected.items())
+
+    def _set_niceness(self, niceness: int) -> None:
+        if not niceness:
+            return
+        try:
+            os.setpriority(os.PRIO_PROCESS, 0, niceness)
+            # Where Linux groups processes by session (autogroup), niceness counts only within the session. A node in
+            # a session of its own, as the supervisor starts them, has to say it for the whole session.
+            if os.getsid(0) == os.getpid() and _AUTOGROUP.exists():
+                _AUTOGROUP.write_text(str(niceness))
+        except OSError as error:
+            self.get_logger().warning(f"niceness {niceness} refused by the system ({error}); going on without")
 
     # --- from the worker back to the executor ---
 

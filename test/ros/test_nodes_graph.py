@@ -11,8 +11,9 @@ from node_testing import wait_for
 pytestmark = pytest.mark.ros
 
 COMMANDS = "joint_trajectory_controller/joint_trajectory"
-# Few optimiser steps on few transitions: what is tested is the graph, not the result.
+# Few optimiser steps on few transitions, and no giving way to others: what is tested is the graph, not the result.
 ALIGNER = {
+    "niceness": 0,
     "align_frequency": 2.0,
     "steps": 2,
     "batch_size": 4,
@@ -86,7 +87,8 @@ def test_trajectory_starts_in_the_future_and_ends_with_its_chunk(probe) -> None:
         chunk = chunks[to_ns(trajectory.header.stamp)]
         times = [to_ns(point.time_from_start) / 1e9 for point in trajectory.points]
         assert times == sorted(times)
-        assert chunk.observation_age + chunk.inference_duration < times[0] + 0.5
+        # Everything that was past when the chunk was ready has been dropped.
+        assert times[0] >= chunk.inference_duration
         assert times[-1] == pytest.approx((chunk.horizon - 1) * chunk.dt, abs=1e-6)
 
 

@@ -82,7 +82,7 @@ class FakeRobot:
 
 @pytest.fixture(scope="module")
 def contract_path(graph):
-    return graph.contract("sim_arm_forward.yaml")
+    return graph.contract("sim_arm_forward.yaml", max_age_s=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +137,16 @@ def test_without_a_robot_nothing_is_commanded_and_the_missing_topic_is_named(pol
     status = probe.status(INPUTS)
     assert "(0 publisher(s))" in status.message
     assert_holding(probe, policy, "camera overhead", "/camera/overhead/image_raw")
+    assert probe.messages[COMMANDS] == []
+
+
+def test_camera_of_another_type_is_named(policy, probe) -> None:
+    from sensor_msgs.msg import CompressedImage
+
+    publisher = probe.publisher(CompressedImage, "camera/overhead/image_raw")
+    probe.wait_for_status(INPUTS, "found type sensor_msgs/msg/CompressedImage", "expected sensor_msgs/msg/Image")
+    probe.node.destroy_publisher(publisher)
+    probe.wait_for_status(INPUTS, "(0 publisher(s))")
     assert probe.messages[COMMANDS] == []
 
 
