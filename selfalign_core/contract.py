@@ -185,9 +185,7 @@ def _load_yaml(path: Path) -> Any:
     try:
         return yaml.load(text, _UniqueKeyLoader)
     except yaml.YAMLError as error:
-        raise ContractError(
-            f"found invalid YAML ({' '.join(str(error).split())}); expected a mapping"
-        ) from None
+        raise ContractError(f"found invalid YAML ({' '.join(str(error).split())}); expected a mapping") from None
 
 
 class _Section:
@@ -204,9 +202,7 @@ class _Section:
     def only(self, *allowed: str) -> _Section:
         for key in self._values:
             if key not in allowed:
-                raise ContractError(
-                    f"{self._at(key)}: found an unknown key; expected one of {', '.join(allowed)}"
-                )
+                raise ContractError(f"{self._at(key)}: found an unknown key; expected one of {', '.join(allowed)}")
         return self
 
     def has(self, key: str) -> bool:
@@ -227,15 +223,11 @@ class _Section:
 
     def name(self, key: str) -> str:
         expected = "a name of letters, digits and underscores"
-        return self._checked(
-            key, expected, lambda value: isinstance(value, str) and bool(_NAME.fullmatch(value))
-        )
+        return self._checked(key, expected, lambda value: isinstance(value, str) and bool(_NAME.fullmatch(value)))
 
     def topic(self, key: str) -> str:
         expected = "a topic name such as camera/front/image_raw"
-        return self._checked(
-            key, expected, lambda value: isinstance(value, str) and bool(_TOPIC.fullmatch(value))
-        )
+        return self._checked(key, expected, lambda value: isinstance(value, str) and bool(_TOPIC.fullmatch(value)))
 
     def integer(self, key: str, *, minimum: int) -> int:
         def valid(value: Any) -> bool:
@@ -312,11 +304,7 @@ def _parse_joint(section: _Section, rate_hz: float) -> Joint:
         section.refuse("lower", f"less than upper ({upper}) of joint {name}")
     max_velocity = section.positive("max_velocity", f"{unit}/s")
     # Without a step limit of its own, a joint may use its whole velocity limit in each control step.
-    max_step = (
-        section.positive("max_step", f"{unit} per step")
-        if section.has("max_step")
-        else max_velocity / rate_hz
-    )
+    max_step = section.positive("max_step", f"{unit} per step") if section.has("max_step") else max_velocity / rate_hz
     home = section.number("home", unit)
     if not lower <= home <= upper:
         section.refuse("home", f"a position between lower ({lower}) and upper ({upper}) of joint {name}")

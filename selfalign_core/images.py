@@ -35,29 +35,19 @@ def decode_image(data: BytesLike, *, height: int, width: int, step: int, encodin
     uint8 RGB, C-contiguous and owning its memory. Raises ``InputError`` naming the field that does not fit.
     """
     if encoding not in _TO_RGB:
-        kind = (
-            "a depth or 16-bit encoding, not a colour image"
-            if encoding in _DEPTH_ENCODINGS
-            else "not supported"
-        )
-        raise InputError(
-            f"encoding: found {encoding!r} ({kind}); expected one of {', '.join(SUPPORTED_ENCODINGS)}"
-        )
+        kind = "a depth or 16-bit encoding, not a colour image" if encoding in _DEPTH_ENCODINGS else "not supported"
+        raise InputError(f"encoding: found {encoding!r} ({kind}); expected one of {', '.join(SUPPORTED_ENCODINGS)}")
     channels, conversion = _TO_RGB[encoding]
     if height < 1 or width < 1:
         raise InputError(f"height, width: found {height} x {width}; expected at least 1 x 1")
     row_bytes = width * channels
     if step < row_bytes:
-        raise InputError(
-            f"step: found {step} bytes; expected at least {row_bytes} ({width} pixels of {encoding})"
-        )
+        raise InputError(f"step: found {step} bytes; expected at least {row_bytes} ({width} pixels of {encoding})")
     buffer = np.frombuffer(data, dtype=np.uint8)
     # The padding after the last row is optional in the wild; everything before it is not.
     shortest = step * (height - 1) + row_bytes
     if not shortest <= buffer.size <= step * height:
-        raise InputError(
-            f"data: found {buffer.size} bytes; expected {step * height} (step {step} x height {height})"
-        )
+        raise InputError(f"data: found {buffer.size} bytes; expected {step * height} (step {step} x height {height})")
     strides = (step, channels, 1)
     pixels = np.lib.stride_tricks.as_strided(buffer, (height, width, channels), strides, writeable=False)
     if conversion is None:
