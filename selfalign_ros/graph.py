@@ -305,6 +305,8 @@ BRINGUP = GraphDeclaration(
 def _assemble_record(values: Mapping[str, ParameterValue]) -> Graph:
     if not values["output"]:
         raise GraphError("argument output: found nothing; expected the folder of the bag to write")
+    if Path(str(values["output"])).exists():  # found here, before a robot moves for a recording that cannot be made
+        raise GraphError(f"argument output: found something at {values['output']} already; expected a new folder")
     graph = _assemble_bringup(values)
     parameters = _parameters(values, "contract", "output")
     parameters |= {"use_sim_time": values["use_sim_time"], "stop_at": _stop_at(values["duration"])}

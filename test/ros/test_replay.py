@@ -1,0 +1,302 @@
+"""Recording a run and replaying it: the bag is a real rosbag2, replays are identical, bad bags are refused by name."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from graph_fixtures import GraphRun
+from node_testing import ROOT, Probe, wait_for
+from rosbags.rosbag2 import Reader
+from rosbags.typesys import Stores, get_types_from_msg, get_typestore
+
+sys.path.insert(0, str(ROOT / "test" / "launch"))
+from graph_assertions import listen, write_quick_parameters
+
+from selfalign_ros.bag import Bag, BagError, BagWriter
+
+CAMERAS = ("/camera/overhead/image_raw", "/camera/wrist/image_raw")
+LATCHED = ("/e_token", "/prompt")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("replay")
+
+
+@pytest.fixture(scope="module")
+def parameters(folder: Path) -> Path:
+    return write_quick_parameters(folder)
+
+
+@pytest.fixture(scope="module")
+def recording(probe: Probe, folder: Path, parameters: Path) -> Path:
+    """A bag of a real run, long enough for an align call."""
+    listen(probe)
+    run = GraphRun.module("selfalign_ros.record", "--output", "bag", "--params", str(parameters), cwd=folder)
+    try:
+        wait_for(lambda: len(probe.messages["align_report"]) >= 3, "three align calls")
+        assert run.stop() == 0, run.output
+    finally:
+        run.close()
+    return folder / "bag"
+
+
+def replay(bag: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "selfalign_ros.replay", str(bag), *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+# --- recording ---
+
+
+def test_recording_holds_every_topic_with_definitions_and_qos(recording: Path) -> None:
+    metadata = yaml.safe_load((recording / "metadata.yaml").read_text())["rosbag2_bagfile_information"]
+    assert metadata["storage_identifier"] == "mcap"
+    assert [(recording / path).is_file() for path in metadata["relative_file_paths"]] == [True]
+    topics = {entry["topic_metadata"]["name"]: entry for entry in metadata["topics_with_message_count"]}
+    expected = {
+        **dict.fromkeys(CAMERAS, "sensor_msgs/msg/Image"),
+        "/joint_states": "sensor_msgs/msg/JointState",
+        "/joint_trajectory_controller/joint_trajectory": "trajectory_msgs/msg/JointTrajectory",
+        "/executed_action": "sensor_msgs/msg/JointState",
+        "/prompt": "std_msgs/msg/String",
+        "/action_chunk": "selfalign/msg/ActionChunk",
+        "/e_token": "selfalign/msg/EToken",
+        "/align_report": "selfalign/msg/AlignReport",
+        "/distance_to_target": "std_msgs/msg/Float64",
+        "/diagnostics": "diagnostic_msgs/msg/DiagnosticArray",
+    }
+    assert {name: entry["topic_metadata"]["type"] for name, entry in topics.items()} == expected
+    assert sum(entry["message_count"] for entry in topics.values()) == metadata["message_count"] > 0
+    for name, entry in topics.items():
+        assert entry["message_count"] > 0, name
+        assert entry["topic_metadata"]["serialization_format"] == "cdr"
+        profiles = entry["topic_metadata"]["offered_qos_profiles"]
+        for profile in profiles:
+            assert profile["durability"] == ("transient_local" if name in LATCHED else "volatile"), name
+            sensor = name in (*CAMERAS, "/joint_states")
+            assert profile["reliability"] == ("best_effort" if sensor else "reliable"), name
+        assert profiles, name
+
+
+def test_recorded_messages_are_readable_with_the_definitions_in_the_bag(recording: Path) -> None:
+    """A reader that knows nothing of selfalign takes the types from the bag."""
+    store = get_typestore(Stores.ROS2_JAZZY)
+    counts: dict[str, int] = {}
+    with Reader(recording) as reader:
+        for connection in reader.connections:
+            if connection.msgtype.startswith("selfalign/"):
+                store.register(get_types_from_msg(connection.msgdef.data, connection.msgtype))
+        for connection, time_ns, data in reader.messages():
+            message = store.deserialize_cdr(data, connection.msgtype)
+            counts[connection.topic] = counts.get(connection.topic, 0) + 1
+            if connection.topic == "/action_chunk":
+                assert message.data.shape == (message.horizon * message.dim,)
+            if connection.topic in CAMERAS:
+                stamp_ns = message.header.stamp.sec * 10**9 + message.header.stamp.nanosec
+                assert message.data.size == message.height * message.step and 0 <= time_ns - stamp_ns < 60 * 10**9
+    assert counts["/action_chunk"] >= 3 and counts["/align_report"] >= 3
+
+
+def test_type_hashes_are_those_of_ros(recording: Path) -> None:
+    """The hashes in the bag are those rosidl computes, so that ROS takes the types for its own."""
+    from ament_index_python.packages import get_package_share_directory
+
+    metadata = yaml.safe_load((recording / "metadata.yaml").read_text())["rosbag2_bagfile_information"]
+    for entry in metadata["topics_with_message_count"]:
+        package, _, name = entry["topic_metadata"]["type"].split("/")
+        described = Path(get_package_share_directory(package)) / "msg" / f"{name}.json"
+        hashes = {item["type_name"]: item["hash_string"] for item in json.loads(described.read_text())["type_hashes"]}
+        assert entry["topic_metadata"]["type_description_hash"] == hashes[f"{package}/msg/{name}"]
+
+
+def test_an_existing_folder_is_not_overwritten(ros_domain: int, tmp_path: Path) -> None:
+    (tmp_path / "bag").mkdir()
+    run = GraphRun.module("selfalign_ros.record", "--output", "bag", cwd=tmp_path)
+    try:
+        assert run.wait() == 2
+    finally:
+        run.close()
+    assert "already; expected a new folder" in run.output and not run.pids  # nothing was started
+    assert list((tmp_path / "bag").iterdir()) == []
+    with pytest.raises(BagError, match="expected a new folder"):
+        BagWriter(tmp_path / "bag", {})
+
+
+# --- replaying ---
+
+
+def test_two_replays_are_identical_and_a_change_is_found(
+    ros_domain: int, recording: Path, folder: Path, parameters: Path, tmp_path: Path
+) -> None:
+    common = ("--params", str(parameters), f"domain:={ros_domain}")
+    first = replay(recording, folder, "--report", "first.json", *common)
+    assert first.returncode == 0, first.stdout
+    report = json.loads((folder / "first.json").read_text())
+    assert report["ok"] and len(report["chunks"]) >= 3 and len(report["aligns"]) >= 1
+    assert len({chunk["sha256"] for chunk in report["chunks"]}) > 1
+    assert len(report["e_tokens"]) == 1 + sum(call["accepted"] for call in report["aligns"])
+    stamps = [chunk["stamp_ns"] for chunk in report["chunks"]]
+    assert stamps == sorted(stamps)
+
+    second = replay(recording, folder, "--report", "second.json", "--compare", "first.json", *common)
+    assert second.returncode == 0, second.stdout
+    assert "identical" in second.stdout
+    assert (folder / "second.json").read_text() == (folder / "first.json").read_text()
+
+
+def test_differences_are_named() -> None:
+    from selfalign_ros.replay_node import first_difference
+
+    one: dict[str, Any] = {
+        "chunks": [{"stamp_ns": 1, "sha256": "aa"}, {"stamp_ns": 2, "sha256": "bb"}],
+        "e_tokens": [{"version": 0, "sha256": "cc"}],
+        "aligns": [],
+    }
+    assert first_difference(one, copy.deepcopy(one)) == ""
+    other = copy.deepcopy(one)
+    other["chunks"][1]["sha256"] = "xx"
+    assert first_difference(one, other) == "chunks[1].sha256: found xx; expected bb"
+    other = copy.deepcopy(one)
+    other["e_tokens"].append({"version": 1, "sha256": "dd"})
+    assert first_difference(one, other) == "e_tokens: found 2 of them; expected 1"
+
+
+# --- bags that cannot be played ---
+
+
+def write_bag(path: Path, *, leave_out: str = "", types: dict[str, str] | None = None, late_ns: int = 0) -> Path:
+    """A small bag with everything a replay needs; ``late_ns``: how much later than its stamps it was recorded."""
+    store = get_typestore(Stores.ROS2_JAZZY)
+    image, joints = (store.types[f"sensor_msgs/msg/{name}"] for name in ("Image", "JointState"))
+    header, time = store.types["std_msgs/msg/Header"], store.types["builtin_interfaces/msg/Time"]
+    topics = dict.fromkeys(CAMERAS, "sensor_msgs/msg/Image")
+    topics |= dict.fromkeys(("/joint_states", "/executed_action"), "sensor_msgs/msg/JointState")
+    with BagWriter(path, {}) as writer:
+        for topic, type_name in (topics | (types or {})).items():
+            if topic == leave_out:
+                continue
+            writer.add_topic(topic, type_name, [])
+            for i in range(3):
+                stamp_ns = 10**18 + i * 10**8
+                head = header(time(stamp_ns // 10**9, stamp_ns % 10**9), "")
+                if type_name.endswith("Image"):
+                    pixels = np.full(12, i, np.uint8)
+                    message = image(head, 2, 2, "rgb8", 0, 6, pixels)
+                else:
+                    empty = np.zeros(0)
+                    message = joints(head, ["a"], np.zeros(1), empty, empty)
+                data = b"" if type_name == "std_msgs/msg/Empty" else store.serialize_cdr(message, topics[topic])
+                writer.write(topic, stamp_ns + late_ns, bytes(data))
+    return path
+
+
+def test_bag_module_writes_what_it_reads(tmp_path: Path) -> None:
+    with Bag(write_bag(tmp_path / "bag")) as bag:
+        assert bag.counts == {**dict.fromkeys(CAMERAS, 3), "/joint_states": 3, "/executed_action": 3}
+        first, last = bag.check(list(bag.types))
+        assert (first, last) == (10**18, 10**18 + 2 * 10**8)
+        messages = list(bag.messages(["/joint_states"]))
+        assert [message.time_ns - first for message in messages] == [0, 10**8, 2 * 10**8]
+
+
+def _truncate(bag: Path) -> None:
+    mcap = next(bag.glob("*.mcap"))
+    mcap.write_bytes(mcap.read_bytes()[: mcap.stat().st_size // 2])
+
+
+def _damage(bag: Path) -> None:
+    mcap = next(bag.glob("*.mcap"))
+    data = bytearray(mcap.read_bytes())
+    pixels = data.index(bytes([2] * 12))
+    data[pixels] = 77
+    mcap.write_bytes(data)
+
+
+def _unfinished(bag: Path) -> None:
+    (bag / "metadata.yaml").unlink()
+
+
+def _no_bag(bag: Path) -> None:
+    shutil.rmtree(bag)
+
+
+def _lost_file(bag: Path) -> None:
+    next(bag.glob("*.mcap")).unlink()
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (_truncate, "damaged or cut off"),
+        (_unfinished, "found no metadata.yaml; expected a bag whose recording was completed"),
+        (_no_bag, "found nothing; expected a bag's folder"),
+        (_lost_file, "damaged or cut off"),
+    ],
+)
+def test_a_bag_that_is_not_whole_is_refused_before_anything_starts(
+    break_it: Callable[[Path], None], message: str, tmp_path: Path
+) -> None:
+    bag = write_bag(tmp_path / "bag")
+    break_it(bag)
+    result = replay(bag, tmp_path)
+    assert result.returncode == 2
+    assert message in result.stderr and str(bag) in result.stderr
+    assert "process started" not in result.stdout
+
+
+def test_an_altered_message_is_found(tmp_path: Path) -> None:
+    bag = write_bag(tmp_path / "bag")
+    _damage(bag)
+    with Bag(bag) as opened, pytest.raises(BagError, match=r"topic /camera/.*found checksum .*altered or damaged"):
+        opened.check(list(opened.types))
+
+
+def _refusing_replay(bag: Path, *arguments: str) -> str:
+    command = [sys.executable, "-m", "selfalign_ros.replay_node", "--ros-args", "-p", f"bag:={bag}", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2, result.stdout + result.stderr
+    return result.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"leave_out": CAMERAS[1]}, "topic /camera/wrist/image_raw: found none; expected it, the contract sim_arm"),
+        ({"leave_out": "/joint_states"}, "topic /joint_states: found none"),
+        ({"leave_out": "/executed_action"}, "topic /executed_action: found none"),
+        (
+            {"types": {CAMERAS[0]: "std_msgs/msg/Empty"}},
+            "topic /camera/overhead/image_raw: found type std_msgs/msg/Empty; expected sensor_msgs/msg/Image",
+        ),
+        ({"late_ns": 60 * 10**9}, "found a header stamp 60.0 s before its time of recording; expected one clock"),
+    ],
+)
+def test_a_bag_that_does_not_fit_the_contract_is_refused(
+    ros_domain: int, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    assert message in _refusing_replay(write_bag(tmp_path / "bag", **changes))
+
+
+def test_a_report_that_is_none_cannot_be_compared_with(ros_domain: int, tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text('{"schema": "something else"}')
+    bag = write_bag(tmp_path / "bag")
+    assert "expected ('selfalign/replay', 1)" in _refusing_replay(bag, "-p", f"compare:={tmp_path}/other.json")
+
+
+def test_unknown_types_are_refused_when_recording(tmp_path: Path) -> None:
+    with (
+        pytest.raises(BagError, match="topic /x: found unknown type my_msgs/msg/Thing"),
+        BagWriter(tmp_path / "bag", {}) as writer,
+    ):
+        writer.add_topic("/x", "my_msgs/msg/Thing", [])
