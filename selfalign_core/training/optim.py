@@ -171,7 +171,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float | None) -> T
 
 def full(tensor: Tensor) -> Tensor:
     """The whole tensor of a sharded one; a collective call then."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    # The copy is of the exact size; what is gathered from uneven shards is a view into padded storage.
+    return tensor.full_tensor().clone() if hasattr(tensor, "full_tensor") else tensor
 
 
 class Ema:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -116,6 +117,8 @@ def parallelise(
 
 def _shard(joint: JointModel, ranks: Ranks, precision: Literal["float32", "bfloat16"]) -> JointModel:
     _register_outputs()
+    # True of the keys and values, and harmless: the model changes nothing in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = dist.device_mesh.init_device_mesh(ranks.device.type, (ranks.world_size,))
     # Shards stay float32, the master weights; with bfloat16 a layer is gathered and computed in it.
     low = torch.bfloat16 if precision == "bfloat16" else None

@@ -85,6 +85,7 @@ def write_checkpoint(
             if shard:
                 name = f"state-{len(set(files.values())):05d}.safetensors"
                 save_file(shard, partial / name)
+                (partial / name).chmod(0o644)
                 files.update(dict.fromkeys(shard, name))
                 shard.clear()
 

@@ -288,8 +288,12 @@ class Trainer:
         if config.precision == "bfloat16" and not sharded:
             originals = {n: p.detach().float().clone() for n, p in self.joint.named_parameters() if p.requires_grad}
             self.joint.model.to_precision("bfloat16")
+        persistent = self.joint.state_dict().keys()
+        self.buffers = {name: b for name, b in self.joint.named_buffers() if name in persistent}
         self.module = parallelise(self.joint, self.ranks, config.parallel, config.precision)
         self.trained = Trained.of(self.joint, originals)
+        # Kept from now on: between passes FSDP may leave gathered copies in the modules' places.
+        self.parameters = {**dict(self.joint.named_parameters()), **self.trained.master}
         self.optimizer = make_optimizer(self.trained, config.optim)
         for parameter in self.trained.master.values():  # from the start, so that a checkpoint has them at any step
             self.optimizer.state[parameter] = {
@@ -408,8 +412,7 @@ class Trainer:
         values: dict[str, Any] = {f"loss_{name}": value for name, value in zip(LOSSES, losses, strict=True)}
         values |= {"labelled": labelled, "grad_norm": float(figures["grad_norm"])}
         if self.joint.bank is not None:
-            used = full(self.trained.master.get("bank.weight", self.joint.bank.weight)).detach()
-            used = used[: len(self.joint.bank.keys)]
+            used = full(self.parameters["bank.weight"].detach())[: len(self.joint.bank.keys)]
             values |= {
                 "e_norm": float(used.flatten(1).norm(dim=1).mean()),
                 "e_spread": bank_spread(used),
@@ -504,11 +507,9 @@ class Trainer:
 
     def _state(self) -> dict[str, Tensor]:
         """Every tensor that the run's future depends on, by name; sharded ones as they are."""
-        trained = self.trained.master
-        state = {f"model/{n}": trained.get(n, p) for n, p in self.joint.named_parameters()}
-        persistent = self.joint.state_dict(keep_vars=True).keys()
-        state |= {f"model/{n}": b for n, b in self.joint.named_buffers() if n in persistent}
-        for name, parameter in trained.items():
+        state = {f"model/{name}": parameter for name, parameter in self.parameters.items()}
+        state |= {f"model/{name}": buffer for name, buffer in self.buffers.items()}
+        for name, parameter in self.trained.master.items():
             moments = self.optimizer.state[parameter]
             state |= {f"exp_avg/{name}": moments["exp_avg"], f"exp_avg_sq/{name}": moments["exp_avg_sq"]}
         if self.ema is not None:
@@ -521,7 +522,8 @@ class Trainer:
 
         def gathered() -> Iterator[tuple[str, Tensor]]:
             for name, tensor in self._state().items():
-                whole = full(tensor.detach()).cpu()
+                whole = full(tensor.detach())
+                whole = whole.cpu() if self.ranks.first else whole
                 kind, _, parameter = name.partition("/")
                 # The averaged weights take the place of the trained ones; they come later.
                 if self.ranks.first and kind in ("model", "ema"):
