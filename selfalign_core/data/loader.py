@@ -156,9 +156,7 @@ class Loader:
         next_index = np.minimum(index + self.transition, stop - 1)
         images = next_images = None
         if self.with_images:
-            rows, place = np.unique(np.concatenate([index, next_index]), return_inverse=True)
-            frames = np.asarray(dataset.images[rows])  # read once, in the order of the file
-            images, next_images = frames[place[: len(index)]], frames[place[len(index) :]]
+            images, next_images = np.asarray(dataset.images[index]), np.asarray(dataset.images[next_index])
         return Batch(
             images=images,
             state=np.asarray(dataset.states[index]),
