@@ -19,7 +19,8 @@ class TransitionBuffer:
     """Frames and actions may arrive late, twice or not at all; what cannot be paired yields no transition.
 
     Invariants: frames and actions are held in the order of their stamps, each stamp once; at most ``capacity``
-    frames, the oldest leave first; actions older than every frame leave too.
+    frames and ``capacity * horizon`` actions, the oldest leave first; with all frames in use, actions older than
+    every frame leave too.
 
     Args:
         cameras: camera names, the order of the images in a frame.
@@ -108,7 +109,6 @@ class TransitionBuffer:
             self._free.append(self._slots.pop(0))
             self._stamps.pop(0)
             place -= 1
-            self._drop_old_actions()
         if place < len(self._stamps):
             self.counters["out_of_order"] += 1
         slot = self._free.pop()
@@ -118,6 +118,7 @@ class TransitionBuffer:
         self._stamps.insert(place, stamp_ns)
         self._slots.insert(place, slot)
         self.counters["frames"] += 1
+        self._drop_old_actions()
         self._valid = None
 
     def add_action(self, stamp_ns: int, action: np.ndarray) -> None:
@@ -169,12 +170,12 @@ class TransitionBuffer:
         return value.copy()
 
     def _drop_old_actions(self) -> None:
-        if not self._stamps:
-            del self._action_stamps[: -self.capacity], self._actions[: -self.capacity]
-            return
-        # The action in force at the oldest frame may have been stamped before it.
-        keep = max(bisect.bisect_right(self._action_stamps, self._stamps[0]) - 1, 0)
-        del self._action_stamps[:keep], self._actions[:keep]
+        # No more than all frames could use: with a dead camera they would grow for ever.
+        drop = max(len(self._actions) - self.capacity * self.horizon, 0)
+        if not self._free:  # frames older than the oldest come no more
+            # The action in force at the oldest frame may have been stamped before it.
+            drop = max(drop, bisect.bisect_right(self._action_stamps, self._stamps[0]) - 1)
+        del self._action_stamps[:drop], self._actions[:drop]
 
     def _transitions(self) -> list[tuple[int, int]]:
         """(place of obs_t, place of obs_{t+k}) of every complete transition, in order of time."""
