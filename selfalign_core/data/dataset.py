@@ -15,7 +15,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -668,6 +668,26 @@ def _stats_of(blocks: Iterator[np.ndarray], expected_rows: int) -> NormStats:
 # --- command line ---
 
 
+def image_size_argument(numbers: Sequence[int]) -> tuple[int, int]:
+    """(height, width) of a command line that gives both, or one number for both."""
+    if len(numbers) not in (1, 2) or min(numbers) < 1:
+        raise DatasetError(f"--image-size: found {list(numbers)}, expected one or two positive numbers")
+    return numbers[0], numbers[-1]
+
+
+def run_command(work: Callable[[], None]) -> int:
+    """Run what a command does; its exit code. What a user can mend is printed without a traceback."""
+    try:
+        work()
+    except (SelfAlignError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
 def describe(dataset: TransitionDataset) -> str:
     """A few lines on what a dataset holds."""
     meta = dataset.meta
@@ -695,17 +715,16 @@ def main(arguments: list[str] | None = None) -> int:
     join.add_argument("datasets", nargs="+", type=Path)
     join.add_argument("--output", required=True, type=Path)
     options = parser.parse_args(arguments)
-    try:
+
+    def work() -> None:
         datasets = [TransitionDataset(path) for path in options.datasets]
         if options.command == "merge":
             merge(datasets, options.output)
             datasets = [TransitionDataset(options.output)]
-    except (SelfAlignError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for dataset in datasets:
-        print(describe(dataset))
-    return 0
+        for dataset in datasets:
+            print(describe(dataset))
+
+    return run_command(work)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from selfalign_core.data.dataset import PLAY, DatasetError, DatasetWriter, Episode, TransitionDataset, describe
+from selfalign_core.data.dataset import (
+    PLAY,
+    DatasetError,
+    DatasetWriter,
+    Episode,
+    TransitionDataset,
+    describe,
+    image_size_argument,
+    run_command,
+)
 from selfalign_core.data.partial import PartialDirectory
 from selfalign_core.errors import InputError, SelfAlignError
 from selfalign_core.images import decode_compressed, resize_with_pad
@@ -613,12 +622,13 @@ def main(arguments: list[str] | None = None) -> int:
     writing.add_argument("--output", required=True, type=Path)
     writing.add_argument("--videos", action="store_true", help="H.264 videos instead of exact PNG images")
     options = parser.parse_args(arguments)
-    try:
+
+    def work() -> None:
         if options.command == "import":
             import_lerobot(
                 options.source,
                 options.output,
-                image_size=(options.image_size[0], options.image_size[-1]),
+                image_size=image_size_argument(options.image_size),
                 cameras=options.cameras,
                 embodiment=options.embodiment,
                 absolute_actions=options.absolute_actions,
@@ -631,10 +641,8 @@ def main(arguments: list[str] | None = None) -> int:
             export_lerobot(dataset, options.output, videos=options.videos, progress=True)
             left_out = "" if dataset.expert_chunks is None else "; expert chunks have no place there and were left out"
             print(f"{options.output}: {len(dataset)} frames in {len(dataset.meta.episodes)} episodes{left_out}")
-    except (SelfAlignError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_command(work)
 
 
 if __name__ == "__main__":

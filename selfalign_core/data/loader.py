@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from selfalign_core.data.dataset import DatasetError, TransitionDataset
-from selfalign_core.errors import SelfAlignError
+from selfalign_core.data.dataset import DatasetError, TransitionDataset, run_command
 
 if TYPE_CHECKING:
     import torch
@@ -294,22 +293,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--prefetch", type=int, default=4, help="batches prepared ahead")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
-    try:
-        dataset = TransitionDataset(options.dataset)
+
+    def work() -> None:
         sizes = {"batch_size": options.batch_size, "chunk": options.chunk, "transition": options.transition}
-        loader = Loader(dataset, **sizes)
-    except (SelfAlignError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    ahead = {"prefetch": options.prefetch, "threads": options.threads}
-    alone = measure(loader, steps=options.steps, step_s=0.0, **ahead)
-    few = max(1, min(options.steps, int(5e3 / max(options.step_ms, 1.0))))  # at most about five seconds
-    beside = measure(loader, steps=few, step_s=options.step_ms / 1e3, **ahead)
-    steps = f"{loader.steps_per_epoch:.1f} steps per epoch"
-    print(f"{loader.num_samples} samples, batches of {options.batch_size}, {steps}")
-    print(f"alone: {alone['samples_per_s']:.0f} samples/s, {alone['step_ms']:.2f} ms per batch")
-    print(f"beside a step of {options.step_ms:g} ms: the step waits {beside['wait_ms']:.3f} ms for its batch")
-    return 0
+        loader = Loader(TransitionDataset(options.dataset), **sizes)
+        ahead = {"prefetch": options.prefetch, "threads": options.threads}
+        alone = measure(loader, steps=options.steps, step_s=0.0, **ahead)
+        few = max(1, min(options.steps, int(5e3 / max(options.step_ms, 1.0))))  # at most about five seconds
+        beside = measure(loader, steps=few, step_s=options.step_ms / 1e3, **ahead)
+        steps = f"{loader.steps_per_epoch:.1f} steps per epoch"
+        print(f"{loader.num_samples} samples, batches of {options.batch_size}, {steps}")
+        print(f"alone: {alone['samples_per_s']:.0f} samples/s, {alone['step_ms']:.2f} ms per batch")
+        print(f"beside a step of {options.step_ms:g} ms: the step waits {beside['wait_ms']:.3f} ms for its batch")
+
+    return run_command(work)
 
 
 if __name__ == "__main__":

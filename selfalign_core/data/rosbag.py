@@ -37,8 +37,15 @@ from rosbags.typesys import Stores, get_typestore
 from tqdm import tqdm
 
 from selfalign_core.contract import RobotContract
-from selfalign_core.data.dataset import DatasetError, DatasetWriter, TransitionDataset, describe
-from selfalign_core.errors import InputError, SelfAlignError
+from selfalign_core.data.dataset import (
+    DatasetError,
+    DatasetWriter,
+    TransitionDataset,
+    describe,
+    image_size_argument,
+    run_command,
+)
+from selfalign_core.errors import InputError
 from selfalign_core.images import decode_compressed, decode_image, resize_with_pad
 
 EXECUTED_TOPIC = "executed_action"
@@ -54,6 +61,7 @@ _NS = 1_000_000_000
 # Stamps further apart than this do not belong to one recording of one clock, and a topic that ends this much before
 # the others has vanished. Delays between topics of a working robot are far below.
 _JUMP_NS = _NS
+_DISORDER_NS = _NS // 4  # messages of one topic may overtake each other by less than this
 _OLDEST_ACTION = 1.5  # control steps that an action stays in force if no other comes
 
 
@@ -418,23 +426,31 @@ class _Recording:
 
 
 class _Clock:
-    """Numbers the stretches between jumps of time: a stamp far from the newest of the current one starts another.
+    """Numbers the stretches between jumps of time.
 
-    A message that was under way while time jumped still belongs to the stretch before.
+    Another one starts with a stamp far from the newest of the current one, and where the stamps of one topic fall
+    back: messages of a topic arrive in order, but for a little. A message that was under way while time jumped still
+    belongs to the stretch before.
     """
 
     def __init__(self) -> None:
         self.number = -1
         self._newest: list[int] = []
+        self._newest_of: list[dict[str, int]] = []
 
-    def place(self, stamp_ns: int) -> int:
+    def place(self, topic: str, stamp_ns: int) -> int:
+        """The number of the stretch that a message belongs to; messages come in the order received."""
         for number in range(self.number, max(self.number - 2, -1), -1):
-            if abs(stamp_ns - self._newest[number]) <= _JUMP_NS:
-                self._newest[number] = max(self._newest[number], stamp_ns)
-                return number
-        self._newest.append(stamp_ns)
-        self.number += 1
-        return self.number
+            near = abs(stamp_ns - self._newest[number]) <= _JUMP_NS
+            if near and stamp_ns >= self._newest_of[number].get(topic, stamp_ns) - _DISORDER_NS:
+                break
+        else:
+            number = self.number = self.number + 1
+            self._newest.append(stamp_ns)
+            self._newest_of.append({})
+        self._newest[number] = max(self._newest[number], stamp_ns)
+        self._newest_of[number][topic] = max(self._newest_of[number].get(topic, stamp_ns), stamp_ns)
+        return number
 
 
 def _read_recording(bag: _Bag, contract: RobotContract, options: Options) -> _Recording:
@@ -469,7 +485,7 @@ def _read_recording(bag: _Bag, contract: RobotContract, options: Options) -> _Re
         stream = streams[topic]
         if topic in cameras:
             stamp = bag.header_stamp(topic, raw)
-            stream.add(stamp, received_ns, clock.place(stamp))
+            stream.add(stamp, received_ns, clock.place(topic, stamp))
             continue
         message = bag.decode(topic, types[topic], raw)
         if topic == action_topic == command_topic:
@@ -479,7 +495,7 @@ def _read_recording(bag: _Bag, contract: RobotContract, options: Options) -> _Re
             commands.append((max(clock.number, 0), command))
             continue
         stamp = bag.header_stamp(topic, raw)
-        segment = clock.place(stamp)
+        segment = clock.place(topic, stamp)
         try:
             position = _positions(message, names)
         except InputError as error:
@@ -776,15 +792,14 @@ def main(arguments: list[str] | None = None) -> int:
         "--allow-early-end", action="store_true", help="use what was recorded before a topic vanished"
     )
     options = parser.parse_args(arguments)
-    if len(options.image_size) > 2 or min(options.image_size) < 1:
-        parser.error(f"--image-size: found {options.image_size}, expected one or two positive numbers")
-    try:
+
+    def work() -> None:
         reports = convert(
             options.bags,
             RobotContract.from_yaml(options.contract),
             options.output,
             Options(
-                image_size=(options.image_size[0], options.image_size[-1]),
+                image_size=image_size_argument(options.image_size),
                 prompt=options.prompt,
                 embodiment=options.embodiment,
                 namespace=options.namespace,
@@ -799,10 +814,8 @@ def main(arguments: list[str] | None = None) -> int:
         for report in reports:
             print(report.line())
         print(describe(TransitionDataset(options.output)))
-    except (SelfAlignError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_command(work)
 
 
 if __name__ == "__main__":
