@@ -289,7 +289,7 @@ def cache_features(
         begin, end = (size[0] * r // world_size for r in (rank, rank + 1))
         with torch.no_grad():
             for row in range(begin, end, rows_per_pass):
-                images = torch.from_numpy(np.asarray(dataset.images[row : min(row + rows_per_pass, end)])).to(device)
+                images = torch.from_numpy(np.array(dataset.images[row : min(row + rows_per_pass, end)])).to(device)
                 features = model.paligemma_with_expert.embed_image(pixels(images.flatten(0, 1))).half()
                 if not features.isfinite().all():
                     raise InputError(f"features from row {row}: found values beyond float16, expected smaller ones")
@@ -333,7 +333,7 @@ def measure_feature_scale(
         if features is not None:
             tokens = torch.from_numpy(features[block]).to(device).float().unbind(1)
         else:
-            images = torch.from_numpy(np.asarray(loader.dataset.images[block])).to(device)
+            images = torch.from_numpy(loader.dataset.images[block]).to(device)
             tokens = model.embed_images([pixels(image) for image in images.unbind(1)])
         pooled.append(model.pool_features(list(tokens)).flatten(0, 1).double())
     values = torch.cat(pooled)

@@ -7,7 +7,6 @@ times the action, so only who knows the body can tell actions from images.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,8 +37,13 @@ SMALL_MODEL = {
 }
 
 
-def write_dataset(path: Path, *, bodies: int = 3, episodes: int = 4, length: int = 12, play: bool = True) -> Path:
-    """``episodes`` per body; the last one of each body is play, without a prompt."""
+def write_dataset(
+    path: Path, *, bodies: int = 3, episodes: int = 4, length: int = 12, action_offset: float = 0.0
+) -> Path:
+    """``episodes`` per body; the last one of each body is play, without a prompt.
+
+    With ``action_offset`` a body can be told by its actions alone: their mean is the offset times its gain.
+    """
     rng = np.random.default_rng(0)
     with DatasetWriter(
         path,
@@ -54,7 +58,7 @@ def write_dataset(path: Path, *, bodies: int = 3, episodes: int = 4, length: int
     ) as writer:
         for body, gain in list(GAINS.items())[:bodies]:
             for episode in range(episodes):
-                actions = rng.uniform(-0.2, 0.2, (length, 2)).astype(np.float32)
+                actions = (rng.uniform(-0.2, 0.2, (length, 2)) + action_offset * gain).astype(np.float32)
                 states = rng.uniform(-0.2, 0.2, 2) + np.cumsum(gain * actions, axis=0) - gain * actions
                 images = np.zeros((length, 1, SIZE, SIZE, 3), np.uint8)
                 for side in range(2):
@@ -67,7 +71,7 @@ def write_dataset(path: Path, *, bodies: int = 3, episodes: int = 4, length: int
                     actions=actions,
                     stamps=np.arange(length, dtype=np.int64) * 50_000_000,
                     embodiment=body,
-                    prompt=None if play and episode == episodes - 1 else prompt,
+                    prompt=None if episode == episodes - 1 else prompt,
                     images=images,
                 )
     return path
@@ -131,9 +135,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def run(*arguments: str | Path, ranks: int = 0) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*arguments, ranks=ranks), env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=240
-    )
+if __name__ == "__main__":  # one training run after the other, under torchrun
+    from selfalign_core.train import main
 
-
+    sys.exit(max(main(["--config", file]) for file in sys.argv[1:]))

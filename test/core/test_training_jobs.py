@@ -1,0 +1,204 @@
+"""Training as processes: killed with SIGKILL, out of disk, two ranks, a rank that dies, the command line."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training_runs import ROOT, command, environment, train, trainer, write_config, write_dataset
+
+from selfalign_core.policy import Policy
+from selfalign_core.train import main
+from selfalign_core.training.logging import read_log
+from selfalign_core.training.state import list_checkpoints
+
+TIMING = {"samples_per_s", "step_s", "memory_mib"}
+LIMIT_S = 200.0
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data") / "set")
+
+
+def losses_of(output: Path) -> list[dict[str, Any]]:
+    lines = [line for line in read_log(output / "log.jsonl") if line["kind"] != "note"]
+    return [{k: v for k, v in line.items() if k not in TIMING | {"kind"}} for line in lines]
+
+
+@contextmanager
+def started(*arguments: str, ranks: int = 0) -> Iterator[subprocess.Popen[str]]:
+    """A training process in a process group of its own, none of which survives the block."""
+    process = subprocess.Popen(
+        command(*arguments, ranks=ranks),
+        env=environment(),
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        for pid in [process.pid, *descendants(process.pid)]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.communicate()
+
+
+def descendants(pid: int) -> list[int]:
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        try:
+            children = [int(child) for child in (task / "children").read_text().split()]
+        except OSError:  # ended meanwhile
+            continue
+        for child in children:
+            found += [child, *descendants(child)]
+    return found
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + LIMIT_S
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def steps_logged(output: Path) -> int:
+    log = output / "log.jsonl"
+    return len(read_log(log, "train")) if log.is_file() else 0
+
+
+def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, data: Path) -> None:
+    options: dict[str, Any] = {"steps": 400, "checkpoint__every": 3, "batch_size": 4, "log__gap_samples": 4}
+    file = write_config(tmp_path / "run.yaml", tmp_path / "killed", data, **options)
+    with started("--config", str(file)) as process:
+        wait_for(lambda: steps_logged(tmp_path / "killed") >= 8, process)
+        process.kill()
+    reached = list_checkpoints(tmp_path / "killed/checkpoints")[-1]
+    at = int(reached.name.split("_")[1])
+    # The end of the schedule is 400 for both; only the first steps are compared.
+    resumed, whole = (
+        trainer(tmp_path / name, data, resume=name == "killed", **options) for name in ("killed", "whole")
+    )
+    assert resumed.step == at
+    for made in (resumed, whole):
+        save = made.save
+        made.save = lambda made=made, save=save, last=at + 6: (save(), made.step < last or 1 / 0)[0]
+        with pytest.raises(ZeroDivisionError):
+            made.run()
+    assert losses_of(tmp_path / "killed") == losses_of(tmp_path / "whole")
+    last = f"checkpoints/step_{at + 6:08d}/state-00000.safetensors"
+    assert (tmp_path / "killed" / last).read_bytes() == (tmp_path / "whole" / last).read_bytes()
+
+
+def test_a_disk_that_is_full_leaves_the_earlier_checkpoint(tmp_path: Path, data: Path) -> None:
+    output = tmp_path / "run"
+    file = write_config(tmp_path / "run.yaml", output, data, steps=4, checkpoint__every=2)
+    made = trainer(output, data, steps=4, checkpoint__every=2)
+    save = made.save
+    made.save = lambda: (save(), 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        made.run()
+    before = {p: p.read_bytes() for p in output.rglob("*.safetensors")}
+    limit = 200_000  # no file may grow beyond these bytes: a write fails half-way, as on a full disk
+    result = subprocess.run(
+        command("--config", str(file), "--resume"),
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert result.returncode == 2
+    assert "step_00000004: could not write the checkpoint" in result.stderr
+    assert "newest complete one is" in result.stderr and "Traceback" not in result.stderr
+    assert {p: p.read_bytes() for p in output.rglob("*.safetensors")} == before
+    assert [p.name for p in (output / "checkpoints").iterdir()] == ["step_00000002"]
+    train(output, data, steps=4, checkpoint__every=2, resume=True)
+    train(tmp_path / "whole", data, steps=4, checkpoint__every=2)
+    assert losses_of(output) == losses_of(tmp_path / "whole")
+
+
+def test_two_ranks_train_as_one_process_and_resume_as_one(tmp_path: Path, data: Path) -> None:
+    options: dict[str, Any] = {
+        "steps": 5, "checkpoint__every": 3, "log__gap_every": 2, "log__eval_every": 2, "log__gap_samples": 8,
+        "log__eval_samples": 8, "ema_decay": 0.9,
+    }  # fmt: skip
+    train(tmp_path / "one", data, **options)
+    modes = ("ddp", "fsdp")
+    # The global batch of 8 in two ranks and two passes each; both modes in one job, for the time it takes to start.
+    files = [
+        write_config(tmp_path / f"{m}.yaml", tmp_path / m, data, **options, parallel=m, accumulation=2) for m in modes
+    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = subprocess.run(
+        [*launcher, str(Path(__file__).with_name("training_runs.py")), *map(str, files)],
+        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    one = losses_of(tmp_path / "one")
+    for mode in modes:
+        two = losses_of(tmp_path / mode)
+        assert len(one) == len(two) == 9
+        for a, b in zip(one, two, strict=True):
+            assert b == pytest.approx(a, rel=1e-3, abs=1e-4), mode
+        a, b = (Policy.from_checkpoint(tmp_path / n / "policy", dt=0.05) for n in ("one", mode))
+        for (name, x), y in zip(a.model.state_dict().items(), b.model.state_dict().values(), strict=True):
+            assert (x - y).abs().max() < 5e-3, (mode, name)
+        # One process goes on from what two ranks wrote.
+        made = trainer(tmp_path / mode, data, resume=tmp_path / mode / "checkpoints/step_00000003", **options)
+        made.run()
+        for a, b in zip(one, losses_of(tmp_path / mode), strict=True):
+            assert b == pytest.approx(a, rel=1e-3, abs=1e-4), mode
+
+
+def test_a_rank_that_dies_ends_the_job(tmp_path: Path, data: Path) -> None:
+    output = tmp_path / "run"
+    file = write_config(tmp_path / "run.yaml", output, data, steps=100_000, checkpoint__every=2)
+    with started("--config", str(file), ranks=2) as process:
+        wait_for(lambda: bool(list_checkpoints(output / "checkpoints")), process)
+        (victim,) = [
+            pid for pid in descendants(process.pid) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()
+        ]
+        os.kill(victim, signal.SIGKILL)
+        text, _ = process.communicate(timeout=LIMIT_S)
+    assert process.returncode != 0
+    assert "rank      : 1" in text and "Signal 9 (SIGKILL)" in text  # torchrun names the rank and the signal
+    assert trainer(output, data, steps=100_000, checkpoint__every=2, resume=True).step >= 2
+
+
+def test_the_command_line_names_what_is_wrong(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = str(write_config(tmp_path / "run.yaml", tmp_path / "run", data, steps=3))
+    for arguments, message in (
+        ([], "--config"),
+        (["--config", file, "steps=0"], "steps: found 0"),
+        (["--config", file, "batch_size=7", "accumulation=2"], "batch_size: found 7"),
+        (["--config", file, "data.path=/nowhere"], "/nowhere"),
+        (["--config", file, "device=tpu"], "device: found 'tpu'"),
+        (["--resume", str(tmp_path / "none")], "found no training checkpoint"),
+    ):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and message in error
+    assert not (tmp_path / "run").exists()
+    assert main(["steps=2", "--config", file, "--resume", "optim.lr=1e-3", "optim.warmup_steps=1"]) == 0
+    assert "policy: " in capsys.readouterr().out
+    # Without --config a run goes on with the configuration it was started with.
+    assert main(["--resume", str(tmp_path / "run"), "steps=4"]) == 0
+    assert steps_logged(tmp_path / "run") == 4
