@@ -82,7 +82,10 @@ def _files_of(path: Path) -> list[Path]:
         return [path]
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        return [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        try:
+            return [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index}: found {error!r}, expected a JSON object with weight_map") from error
     file = path / "model.safetensors"
     if not file.is_file():
         raise CheckpointError(f"{path}: found neither model.safetensors nor its index, expected a checkpoint directory")
@@ -200,11 +203,14 @@ def load_model(
         fresh = _fresh_names(expected, tensors.shapes, initialise)
         _check_names(tensors, expected, fresh)
         state = {name: tensors.read(name) for name in expected if name not in fresh}
+        wrong = [f"{name} {tensor.dtype}" for name, tensor in state.items() if not tensor.is_floating_point()]
+        if wrong:
+            raise CheckpointError(f"{tensors.path}: found {wrong}, expected floating-point tensors")
         model.load_state_dict(state, strict=False, assign=True)
     _materialise(model, fresh, device, seed)
     language = model.paligemma_with_expert.paligemma
     language.lm_head.weight = language.model.language_model.embed_tokens.weight
-    return model.eval()
+    return model.keep_float32_parts().eval()
 
 
 def _fresh_names(expected: dict, found: dict, initialise: tuple[str, ...]) -> set[str]:
@@ -340,16 +346,14 @@ def load_e_token(path: str | Path, *, model_digest: str, shape: tuple[int, int])
             data = file.get_tensor(E_TOKEN_PARAMETER).float().numpy()
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: found {error}, expected an E-Token file") from error
-    if metadata["model_digest"] != model_digest:
-        raise CheckpointError(
-            f"{path}: found a token of model {metadata['model_digest'][:12]}, expected model {model_digest[:12]}"
-        )
+    owner = metadata.get("model_digest", "")
+    if owner != model_digest:
+        raise CheckpointError(f"{path}: found a token of model {owner[:12]!r}, expected model {model_digest[:12]!r}")
     if data.shape != tuple(shape):
         raise CheckpointError(f"{path}: found a token of shape {data.shape}, expected {tuple(shape)}")
     if not np.isfinite(data).all():
         raise CheckpointError(f"{path}: found NaN or infinity in the token")
-    try:
-        version = int(metadata["version"])
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}: found version {metadata.get('version')!r}, expected an integer") from error
-    return EToken(data, version, metadata.get("embodiment", ""), model_digest)
+    version = metadata.get("version", "")
+    if not (version.isascii() and version.isdigit()):
+        raise CheckpointError(f"{path}: found version {version!r}, expected an integer >= 0")
+    return EToken(data, int(version), metadata.get("embodiment", ""), model_digest)

@@ -234,7 +234,7 @@ class Policy:
             raise InputError(f"E-Token: found model digest {token.model_digest[:12]!r}, expected {self.digest[:12]!r}")
         if token.data.shape != self.e_token.data.shape:
             raise InputError(f"E-Token: found shape {token.data.shape}, expected {self.e_token.data.shape}")
-        if not np.isfinite(token.data).all():
+        if not np.isfinite(np.asarray(token.data, np.float32)).all():
             raise InputError("E-Token: found NaN or infinity, expected finite numbers")
         norm = float(np.linalg.norm(token.data))
         if max_norm is not None and norm > max_norm:

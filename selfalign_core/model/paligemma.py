@@ -135,10 +135,13 @@ class PaliGemmaWithExperts(nn.Module):
         if precision not in ("float32", "bfloat16"):
             raise InputError(f"precision: found {precision!r}, expected 'float32' or 'bfloat16'")
         self.to(torch.float32 if precision == "float32" else torch.bfloat16)
-        if precision == "bfloat16":
-            for name, parameter in self.named_parameters():
-                if any(part in name for part in _FLOAT32_IN_BFLOAT16):
-                    parameter.data = parameter.data.float()
+        self.keep_float32_parts()
+
+    def keep_float32_parts(self) -> None:
+        """Cast patch embedding, positions and norms to float32, whatever the rest is (as openpi)."""
+        for name, parameter in self.named_parameters():
+            if any(part in name for part in _FLOAT32_IN_BFLOAT16):
+                parameter.data = parameter.data.float()
 
     def embed_image(self, images: Tensor) -> Tensor:
         """``images`` (B, 3, H, W) in [-1, 1] → projected tokens (B, patches, text width), not scaled."""

@@ -596,8 +596,16 @@ class Pi0(nn.Module):
     # ---------------------------------------------------------------- housekeeping
 
     def to_precision(self, precision: Literal["float32", "bfloat16"]) -> Pi0:
-        """Cast the transformer stacks; projections in and out, and the E-Token, stay float32 (as openpi)."""
+        """Cast the transformer stacks; projections in and out, and the E-Token, are float32 (as openpi)."""
         self.paligemma_with_expert.to_precision(precision)
+        return self.keep_float32_parts()
+
+    def keep_float32_parts(self) -> Pi0:
+        """Cast to float32 what openpi keeps so; a file may hold everything in bfloat16."""
+        self.paligemma_with_expert.keep_float32_parts()
+        for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
+            if not name.startswith("paligemma_with_expert."):
+                tensor.data = tensor.data.float()
         return self
 
     def check_inputs(self, inputs: ModelInputs, image_features: Sequence[Tensor] | None = None) -> None:
