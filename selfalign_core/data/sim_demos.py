@@ -1,0 +1,187 @@
+"""Demonstrations and play on simulated bodies, as a dataset.
+
+    python -m selfalign_core.data.sim_demos --output DIR --bodies 256
+
+One embodiment per body. Half of the episodes (``--play``) are play: smooth off-expert motion that shows what the body
+does. In the others the scripted expert, disturbed, chases one target after another. Every frame of both is labelled
+with the expert's chunk for every prompt. Deterministic: the same arguments give the same bytes. Each body is kept in
+the dataset's ``meta.json`` under ``sources``. Must not know ROS, the model or torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+from selfalign_core.data.dataset import DatasetWriter, image_size_argument, run_command
+from selfalign_core.errors import ConfigError
+from selfalign_core.sim import FAMILIES, JOINTS, TARGET_NAMES, ArmSim, BodyConfig, PlayPolicy, ReachExpert, prompt_for
+
+REACH_JOINTS = JOINTS[:3]
+"""Enough to bring the tip to any target: pan, lift and elbow."""
+
+TRAINING_FAMILIES = ("sign", "gain", "offset", "link", "camera", "mirror", "colour", "light")
+_SETTLE_S = 1.2
+_CHASE_STEPS = (15, 45)  # control steps on one target
+_DISTURBANCE = 0.05  # rad, drawn anew for each target; a slow random walk of a fifth of it on top
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """What to record: ``frames`` control steps of ``dt_s`` seconds per episode, ``play`` the share of play episodes."""
+
+    cameras: tuple[str, ...] = ("overhead",)
+    image_size: tuple[int, int] = (64, 64)
+    joints: tuple[str, ...] = REACH_JOINTS
+    families: tuple[str, ...] = TRAINING_FAMILIES
+    episodes: int = 4
+    frames: int = 60
+    play: float = 0.5
+    chunk: int = 16
+    dt_s: float = 0.05
+
+    def __post_init__(self) -> None:
+        for name in ("episodes", "frames", "chunk"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"DemoConfig.{name}: found {getattr(self, name)}, expected >= 1")
+        if not 0 <= self.play <= 1:
+            raise ConfigError(f"DemoConfig.play: found {self.play}, expected a share from 0 to 1")
+        for joint in self.joints:
+            if joint not in JOINTS:
+                raise ConfigError(f"DemoConfig.joints: found {joint!r}, expected some of {', '.join(JOINTS)}")
+
+
+def sample_bodies(count: int, seed: int, config: DemoConfig) -> dict[str, BodyConfig]:
+    """``count`` bodies by name; the first is the nominal one, the others are drawn from ``seed``."""
+    rng = np.random.default_rng(seed)
+    bodies = {"nominal": BodyConfig()}
+    for index in range(1, count):
+        name = f"body_{seed}_{index:04d}"
+        bodies[name] = BodyConfig.sample(rng, families=config.families, active_joints=config.joints, name=name)
+    return bodies
+
+
+def record_episode(sim: ArmSim, rng: np.random.Generator, config: DemoConfig, *, play: bool) -> dict[str, np.ndarray]:
+    """One episode from a random pose.
+
+    Returns:
+        ``images`` (n, cameras, H, W, 3) uint8, ``states`` and ``actions`` (n, joints) float32 motor frame [rad],
+        ``stamps`` (n,) int64 ns, ``expert_chunks`` (n, prompts, chunk, joints) float32.
+    """
+    columns = [JOINTS.index(joint) for joint in config.joints]
+    sim.reset(rng)
+    _go_to_random_pose(sim, rng, columns)
+    expert = ReachExpert(sim, active_joints=config.joints)
+    player = PlayPolicy(sim, rng, active_joints=config.joints, amplitude=0.7, max_velocity=1.5)
+    shape = (config.frames, len(config.cameras), *config.image_size, 3)
+    episode = {
+        "images": np.empty(shape, np.uint8),
+        "states": np.empty((config.frames, len(columns)), np.float32),
+        "actions": np.empty((config.frames, len(columns)), np.float32),
+        "stamps": (np.arange(config.frames) * round(config.dt_s * 1e9)).astype(np.int64),
+        "expert_chunks": np.empty((config.frames, len(TARGET_NAMES), config.chunk, len(columns)), np.float32),
+    }
+    target, left = 0, 0
+    constant = drift = np.zeros(len(columns))
+    for row in range(config.frames):
+        for camera, image in zip(config.cameras, episode["images"][row], strict=True):
+            sim.render(camera, *config.image_size, out=image)
+        episode["states"][row] = sim.joint_state().position[columns]
+        chunks = [expert.chunk(config.chunk, target=name, dt=config.dt_s) for name in TARGET_NAMES]
+        episode["expert_chunks"][row] = np.stack(chunks)[:, :, columns]
+        if play:
+            action = player.chunk(1, dt=config.dt_s)[0]
+        else:
+            if left == 0:
+                target, left = int(rng.integers(len(TARGET_NAMES))), int(rng.integers(*_CHASE_STEPS))
+                constant = rng.normal(0.0, _DISTURBANCE, len(columns))
+            left -= 1
+            drift = 0.9 * drift + rng.normal(0.0, 0.2 * _DISTURBANCE, len(columns))
+            action = chunks[target][0].copy()
+            action[columns] += constant + drift
+        episode["actions"][row] = action[columns]
+        sim.command(action)
+        sim.step(config.dt_s)
+    return episode
+
+
+def record(
+    output: str, bodies: dict[str, BodyConfig], seed: int, config: DemoConfig, *, progress: bool = False
+) -> None:
+    """Record ``config.episodes`` episodes on each body into the dataset directory ``output``."""
+    with DatasetWriter(
+        output,
+        cameras=config.cameras,
+        image_size=config.image_size,
+        state_dim=len(config.joints),
+        action_dim=len(config.joints),
+        dt_ns=round(config.dt_s * 1e9),
+        prompts=[prompt_for(name) for name in TARGET_NAMES],
+        chunk_horizon=config.chunk,
+        joint_names=config.joints,
+    ) as writer:
+        for index, (name, body) in enumerate(tqdm(bodies.items(), unit="body", disable=not progress)):
+            rng = np.random.default_rng([seed, index])
+            sim = ArmSim(body)
+            writer.sources.append({"embodiment": name, "body": body.to_dict()})
+            for episode in range(config.episodes):
+                play = _is_play(episode, config)
+                arrays = record_episode(sim, rng, config, play=play)
+                writer.add_episode(embodiment=name, prompt=None, **arrays)
+            sim.close()
+
+
+def _is_play(episode: int, config: DemoConfig) -> bool:
+    """Play episodes spread evenly over a body's episodes."""
+    return int((episode + 1) * config.play) > int(episode * config.play)
+
+
+def _go_to_random_pose(sim: ArmSim, rng: np.random.Generator, columns: Sequence[int]) -> None:
+    """Move to a pose above the table, so that episodes do not all begin alike."""
+    low = np.array([-1.0, -0.5, -0.6, -0.3, -0.3, -0.3, 0.0])
+    high = np.array([1.0, 0.9, 0.9, 0.3, 0.3, 0.3, 0.0])
+    pose = sim.to_kinematic(sim.setpoint())
+    pose[list(columns)] = rng.uniform(low, high)[list(columns)]
+    sim.command(sim.to_motor(pose))
+    sim.step(_SETTLE_S)
+
+
+def _parser() -> argparse.ArgumentParser:
+    defaults = DemoConfig()
+    parser = argparse.ArgumentParser(description="Record demonstrations and play on simulated bodies.")
+    parser.add_argument("--output", required=True, help="dataset directory to make")
+    parser.add_argument("--bodies", type=int, default=64, help="number of bodies; the first is the nominal one")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--episodes", type=int, default=defaults.episodes, help="per body")
+    parser.add_argument("--frames", type=int, default=defaults.frames, help="control steps per episode")
+    parser.add_argument("--play", type=float, default=defaults.play, help="share of play episodes")
+    parser.add_argument("--image-size", type=int, nargs="+", default=list(defaults.image_size), metavar="PIXELS")
+    parser.add_argument(
+        "--families", nargs="+", choices=FAMILIES, default=defaults.families, help="what differs between bodies"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    return run_command(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> None:
+    config = DemoConfig(
+        image_size=image_size_argument(args.image_size),
+        families=tuple(args.families),
+        episodes=args.episodes,
+        frames=args.frames,
+        play=args.play,
+    )
+    record(args.output, sample_bodies(args.bodies, args.seed, config), args.seed, config, progress=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
