@@ -111,7 +111,7 @@ def parallelise(
     if not ranks.distributed:
         return joint
     if mode == "ddp":
-        return DistributedDataParallel(joint, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(joint, forward_sync_buffers=False, gradient_as_bucket_view=True)
     return _shard(joint, ranks, precision)
 
 

@@ -16,7 +16,7 @@ import yaml
 
 from selfalign_core.data.dataset import DatasetWriter
 from selfalign_core.training.config import TrainConfig
-from selfalign_core.training.parallel import Ranks
+from selfalign_core.training.parallel import Ranks, start_ranks
 from selfalign_core.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,7 +135,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-if __name__ == "__main__":  # one training run after the other, under torchrun
-    from selfalign_core.train import main
-
-    sys.exit(max(main(["--config", file]) for file in sys.argv[1:]))
+if __name__ == "__main__":  # one training run after the other as a rank of one torchrun job
+    with start_ranks("cpu") as ranks:
+        for file in sys.argv[1:]:
+            Trainer(TrainConfig.load(file), ranks).run()
