@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -60,21 +60,69 @@ def open_tensors(path: str | Path, *, device: str = "cpu") -> Iterator[TensorFil
     the other model family.
     """
     path = Path(path)
-    files = _files_of(path)
     with ExitStack() as stack:
-        where: dict[str, tuple[Any, str]] = {}
-        for file in files:
-            try:
-                handle = stack.enter_context(safe_open(file, framework="pt", device=device))
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{file}: found {error}, expected a safetensors file") from error
-            where.update({name: (handle, name) for name in handle.keys()})  # noqa: SIM118
+        where: dict[str, _StoredTensor] = {}
+        for file in _files_of(path):
+            _check_header(file)
+            where.update(_stored_tensors(stack.enter_context(open(file, "rb"))))
         where = _openpi_names(where)
         yield TensorFile(
             path,
-            {name: tuple(handle.get_slice(key).get_shape()) for name, (handle, key) in where.items()},
-            lambda name: where[name][0].get_tensor(where[name][1]),
+            {name: stored.shape for name, stored in where.items()},
+            lambda name: where[name].read().to(device),
         )
+
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _StoredTensor:
+    """One tensor of an open file.
+
+    Read into memory of its own, not mapped: a mapped tensor lies where the file's header leaves it, and arithmetic on
+    another alignment rounds differently, so a saved model would not act bit for bit as it did; and a file
+    overwritten under a running robot would change or crash it.
+    """
+
+    name: str
+    file: BinaryIO
+    begin: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    def read(self) -> Tensor:
+        if self.dtype not in _DTYPES:
+            raise CheckpointError(f"{self.file.name}: found {self.name} of type {self.dtype}, expected {list(_DTYPES)}")
+        tensor = torch.empty(self.shape, dtype=_DTYPES[self.dtype])
+        if tensor.numel():
+            self.file.seek(self.begin)
+            bytes_ = memoryview(tensor.flatten().view(torch.uint8).numpy())
+            if self.file.readinto(bytes_) != len(bytes_):
+                raise CheckpointError(f"{self.file.name}: found its end inside {self.name}")
+        return tensor
+
+
+def _check_header(file: Path) -> None:
+    """Raise unless ``file`` is a safetensors file as long as its header says."""
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: found {error}, expected a safetensors file") from error
+
+
+def _stored_tensors(stream: BinaryIO) -> dict[str, _StoredTensor]:
+    length = int.from_bytes(stream.read(8), "little")
+    header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: _StoredTensor(name, stream, 8 + length + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
+        for name, entry in header.items()
+    }
 
 
 def _files_of(path: Path) -> list[Path]:
@@ -202,14 +250,14 @@ def load_model(
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         fresh = _fresh_names(expected, tensors.shapes, initialise)
         _check_names(tensors, expected, fresh)
-        state = {name: tensors.read(name) for name in expected if name not in fresh}
+        state = {name: tensors.read(name) for name in expected if name not in fresh and name != _LM_HEAD}
         wrong = [f"{name} {tensor.dtype}" for name, tensor in state.items() if not tensor.is_floating_point()]
         if wrong:
             raise CheckpointError(f"{tensors.path}: found {wrong}, expected floating-point tensors")
         model.load_state_dict(state, strict=False, assign=True)
-    _materialise(model, fresh, device, seed)
     language = model.paligemma_with_expert.paligemma
     language.lm_head.weight = language.model.language_model.embed_tokens.weight
+    _materialise(model, fresh, device, seed)
     return model.keep_float32_parts().eval()
 
 

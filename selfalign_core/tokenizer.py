@@ -63,7 +63,7 @@ class PromptTokenizer:
             InputError: the prompt is empty, too long, or holds a word that the tokenizer does not know.
         """
         text = prompt.strip().replace("_", " ").replace("\n", " ")
-        if not text:
+        if not text.strip():
             raise InputError(f"prompt: found {prompt!r}, expected a task in words")
         if self._pi05:
             if state is None:
