@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
             policy = Trainer(config, ranks, resume=options.resume).run()
             if ranks.first:
                 print(f"policy: {policy}")
-    except SelfAlignError as error:
+    except (SelfAlignError, OSError) as error:  # OSError: a log or cache that cannot be written
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     return 0

@@ -136,7 +136,10 @@ class LoraSection:
 
     rank: int = 16
     alpha: float = 16.0
-    targets: str = r".*(language_model|expert)\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+    targets: str = (
+        r".*\.(language_model|gemma_expert|alignment_expert)\..*"
+        r"\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+    )
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "rank")

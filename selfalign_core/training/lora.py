@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
+import torch
 from torch import Tensor, nn
 
 from selfalign_core.errors import ConfigError
@@ -10,10 +13,11 @@ from selfalign_core.training.config import LoraSection
 _ADAPTER = "default"
 
 
-def inject(model: nn.Module, config: LoraSection) -> None:
+def inject(model: nn.Module, config: LoraSection, *, unreached: Collection[str] = (), seed: int = 0) -> None:
     """Put adapters on the layers that ``config.targets`` matches, in place; their own weights stand still.
 
-    Other parameters keep training or not as before.
+    Other parameters keep training or not as before. Adapters of ``unreached`` parameters, which no loss depends on,
+    are not trained. All start from ``seed``, so every rank has the same.
 
     Raises:
         ConfigError: ``peft`` is not installed, or no layer matches.
@@ -23,13 +27,16 @@ def inject(model: nn.Module, config: LoraSection) -> None:
     except ImportError as error:
         raise ConfigError(f"lora: found no package peft ({error}), expected it installed (pip install peft)") from error
     before = {id(p): p.requires_grad for p in model.parameters()}
+    options = LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=0.0, target_modules=config.targets)
     try:
-        inject_adapter_in_model(
-            LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=0.0, target_modules=config.targets), model
-        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            inject_adapter_in_model(options, model)
     except ValueError as error:
         raise ConfigError(f"lora.targets: found {config.targets!r} ({error}), expected linear layers") from error
     for name, parameter in model.named_parameters():
+        if ".lora_" in name and name.partition(".lora_")[0] + ".weight" in unreached:
+            parameter.requires_grad_(False)
         if id(parameter) in before:
             parameter.requires_grad_(before[id(parameter)] and ".base_layer." not in name)
 

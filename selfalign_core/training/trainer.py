@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import yaml
 from torch import Tensor
+from tqdm import tqdm
 
 from selfalign_core.checkpoint import load_model
 from selfalign_core.config import ModelConfig
@@ -247,7 +248,7 @@ class Trainer:
             if name in unreached:
                 parameter.requires_grad_(False)
         if config.lora is not None:
-            lora.inject(model, config.lora)
+            lora.inject(model, config.lora, unreached=unreached, seed=config.seed)
         for module in model.modules():
             if isinstance(module, GemmaStack):
                 module.checkpoint_layers = config.checkpoint_layers
@@ -255,15 +256,23 @@ class Trainer:
     def _features(self) -> np.ndarray | None:
         if not self.config.cache_features:
             return None
-        return cache_features(
-            self.output / "features",
-            self.joint.model,
-            self.dataset,
-            device=self.ranks.device,
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
-            barrier=self.ranks.barrier,
-        )
+        hidden = not (self.ranks.first and self.config.log.progress)
+        with tqdm(desc="image features", unit="frame", disable=hidden, leave=False, mininterval=1.0) as bar:
+
+            def report(done: int, count: int) -> None:
+                bar.total = count
+                bar.update(done - bar.n)
+
+            return cache_features(
+                self.output / "features",
+                self.joint.model,
+                self.dataset,
+                device=self.ranks.device,
+                rank=self.ranks.rank,
+                world_size=self.ranks.world_size,
+                barrier=self.ranks.barrier,
+                report=report,
+            )
 
     def _loader(self, episodes: np.ndarray, seed: int, samples: int) -> Loader:
         """Batches of at most ``samples`` over all ranks, no larger than a training pass."""

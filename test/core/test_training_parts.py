@@ -289,3 +289,10 @@ def test_sizes_that_do_not_fit_are_named(tmp_path: Path, data: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.tokenizer: found none.*π0\.5"):
         trainer(tmp_path / "c", data, model__changes={"pi05": True})
     assert config(tmp_path / "d", data).parallel == "ddp"
+
+
+def test_the_example_configurations_are_valid() -> None:
+    files = sorted((Path(__file__).parents[2] / "config/training").glob("*.yaml"))
+    assert files
+    for file in files:
+        TrainConfig.load(file).model.build()
