@@ -170,7 +170,7 @@ def test_lora_trains_adapters_and_writes_plain_weights(tmp_path: Path, data: Pat
     made = train(tmp_path / "run", data, lora={"rank": 2}, ema_decay=None)
     names = set(made.trained.master)
     assert any("lora_A" in n for n in names) and not any("base_layer" in n for n in names)
-    assert "bank.weight" in names and not any("vision" in n for n in names)
+    assert "bank.weight" in names and not any("lora" in n and "vision" in n for n in names)
     policy = Policy.from_checkpoint(tmp_path / "run/policy", dt=0.05)
     sample = made.encoder(made.loader.batch(0), made.loader.positions(0))
     adapted = made.joint(sample)
