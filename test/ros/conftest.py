@@ -1,31 +1,5 @@
 """Fixtures for tests with real node processes; see node_testing.py."""
 
-from __future__ import annotations
+from ros_fixtures import graph, probe, ros_domain
 
-import os
-from collections.abc import Iterator
-
-import pytest
-from node_testing import NodeGraph, Probe, reserve_domain
-
-
-@pytest.fixture(scope="session")
-def ros_domain() -> Iterator[int]:
-    """A ROS domain of this test process's own, limited to this machine."""
-    lock = reserve_domain()
-    yield int(os.environ["ROS_DOMAIN_ID"])
-    lock.close()
-
-
-@pytest.fixture(scope="module")
-def probe(ros_domain: int) -> Iterator[Probe]:
-    probe = Probe()
-    yield probe
-    probe.close()
-
-
-@pytest.fixture(scope="module")
-def graph(ros_domain: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeGraph]:
-    graph = NodeGraph(tmp_path_factory.mktemp("nodes"))
-    yield graph
-    graph.close()
+__all__ = ["graph", "probe", "ros_domain"]

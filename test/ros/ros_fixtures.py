@@ -1,0 +1,31 @@
+"""The fixtures of test/ros and test/launch: a domain of their own, a listening probe, a graph of nodes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from node_testing import NodeGraph, Probe, reserve_domain
+
+
+@pytest.fixture(scope="session")
+def ros_domain() -> Iterator[int]:
+    """A ROS domain of this test process's own, limited to this machine."""
+    lock = reserve_domain()
+    yield int(os.environ["ROS_DOMAIN_ID"])
+    lock.close()
+
+
+@pytest.fixture(scope="module")
+def probe(ros_domain: int) -> Iterator[Probe]:
+    probe = Probe()
+    yield probe
+    probe.close()
+
+
+@pytest.fixture(scope="module")
+def graph(ros_domain: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeGraph]:
+    graph = NodeGraph(tmp_path_factory.mktemp("nodes"))
+    yield graph
+    graph.close()
