@@ -76,7 +76,8 @@ def write_checkpoint(
     partial = directory / f".{target.name}.partial"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in directory.glob(".step_*.partial"):  # of a killed writer
+            shutil.rmtree(left, ignore_errors=True)
         partial.mkdir()
         files: dict[str, str] = {}
         shard: dict[str, Tensor] = {}

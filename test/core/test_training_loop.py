@@ -222,8 +222,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_weights_unharmed(tmp_pa
 def test_what_a_killed_writer_left_is_not_a_checkpoint(tmp_path: Path, data: Path) -> None:
     train(tmp_path / "run", data, steps=4, checkpoint__every=2)
     folder = tmp_path / "run/checkpoints"
-    shutil.copytree(folder / "step_00000004", folder / ".step_00000006.partial")
-    (folder / ".step_00000006.partial/training.json").unlink()
+    for step in ("5", "6"):
+        shutil.copytree(folder / "step_00000004", folder / f".step_0000000{step}.partial")
+        (folder / f".step_0000000{step}.partial/training.json").unlink()
     with (tmp_path / "run/log.jsonl").open("a") as log:  # steps after the checkpoint, the last line cut off
         log.write(json.dumps({"step": 5, "kind": "train", "loss_total": 1.0}) + '\n{"step": 6, "ki')
     made = trainer(tmp_path / "run", data, steps=6, resume=True)
