@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from selfalign_core.errors import CheckpointError, InputError
 
@@ -118,26 +120,25 @@ def load_norm_stats(path: Path) -> dict[str, NormStats]:
     Raises:
         CheckpointError: naming the file and what it lacks.
     """
-    if path.suffix == ".safetensors":
-        from safetensors.numpy import load_file
-
-        flat = load_file(path)
-        raw: dict[str, dict[str, Any]] = {}
-        for key, value in flat.items():
-            feature, _, statistic = key.rpartition(".")
-            raw.setdefault(feature, {})[statistic] = value
-    else:
-        try:
+    raw: Any = {}
+    try:
+        if path.suffix == ".safetensors":
+            for key, value in load_file(path).items():
+                feature, _, statistic = key.rpartition(".")
+                raw.setdefault(feature, {})[statistic] = value
+        else:
             raw = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise CheckpointError(f"{path}: found invalid JSON ({error}), expected normalisation statistics") from error
-        raw = raw.get("norm_stats", raw)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: found {error}, expected normalisation statistics") from error
+    raw = raw.get("norm_stats", raw) if isinstance(raw, dict) else raw
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: found no table of statistics, expected state and actions with mean and std")
     stats = {}
     for name, keys in (("state", ("state", "observation.state")), ("actions", ("actions", "action"))):
         found = next((raw[key] for key in keys if key in raw), None)
         if found is None:
             raise CheckpointError(f"{path}: found statistics of {sorted(raw)}, expected one of {keys}")
-        missing = [k for k in ("mean", "std") if k not in found]
+        missing = [k for k in ("mean", "std") if not isinstance(found, dict) or k not in found]
         if missing:
             raise CheckpointError(f"{path}: statistics of {name}: missing {missing}")
         stats[name] = NormStats(**{k: np.ravel(found[k]) for k in STATISTICS if found.get(k) is not None})

@@ -581,6 +581,10 @@ class Pi0(nn.Module):
         expected = (len(inputs.state), self.config.action_horizon, self.config.action_dim)
         if tuple(noise.shape) != expected:
             raise InputError(f"noise: found shape {tuple(noise.shape)}, expected {expected}")
+        if committed is not None and tuple(committed.shape) != tuple(noise[:, : committed.shape[1]].shape):
+            raise InputError(
+                f"committed: found shape {tuple(committed.shape)}, expected at most the first actions of {expected}"
+            )
         prefix = self.prefix(inputs)
         dt = torch.tensor(-1.0 / num_steps, dtype=torch.float32, device=noise.device)
         x_t = noise

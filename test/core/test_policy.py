@@ -285,6 +285,20 @@ def test_noise_of_the_wrong_shape_is_refused(policy: Policy) -> None:
         policy.model.sample_actions(inputs, torch.zeros(1, 9, 5))
 
 
+def test_committed_actions_stay_and_the_rest_follows_them(policy: Policy) -> None:
+    model, inputs = policy.model, policy.inputs(random_observation(policy))
+    noise = torch.randn(1, 4, 5, generator=torch.Generator().manual_seed(0))
+    committed = torch.randn(1, 2, 5, generator=torch.Generator().manual_seed(1))
+    plain, chunk = model.sample_actions(inputs, noise), model.sample_actions(inputs, noise, committed=committed)
+    assert torch.equal(chunk[:, :2], committed)
+    other = model.sample_actions(inputs, noise, committed=committed + 1)
+    assert not torch.allclose(chunk[:, 2:], other[:, 2:])
+    torch.testing.assert_close(model.sample_actions(inputs, noise, committed=committed[:, :0]), plain)
+    for wrong in (torch.zeros(1, 5, 5), torch.zeros(2, 2, 5), torch.zeros(1, 2, 4)):
+        with pytest.raises(InputError, match="committed: found shape"):
+            model.sample_actions(inputs, noise, committed=wrong)
+
+
 # ---------------------------------------------------------------- save and load
 
 

@@ -345,7 +345,7 @@ def assert_close(found: torch.Tensor, expected: np.ndarray, what: str) -> None:
 
 
 @pytest.mark.parametrize("pi05", [False, True], ids=["pi0", "pi05"])
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(32))
 @torch.no_grad()
 def test_velocities_equal_the_slow_reference(seed: int, pi05: bool) -> None:
     config, batch, cameras = random_config(seed, pi05)

@@ -124,7 +124,9 @@ def test_lerobots_json_and_safetensors_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "found invalid JSON"),
+        ("{", "found Expecting .* expected normalisation statistics"),
+        ("[1]", "found no table of statistics"),
+        ('{"norm_stats": {"state": 3}}', r"state: missing \['mean', 'std'\]"),
         ("{}", "found statistics of"),
         (json.dumps({"norm_stats": {"state": {"mean": [0], "std": [1]}}}), r"expected one of \('actions', 'action'\)"),
         (json.dumps({"state": {"mean": [0]}, "actions": {"mean": [0], "std": [1]}}), r"state: missing \['std'\]"),
@@ -135,6 +137,15 @@ def test_a_statistics_file_that_lacks_something_is_named(tmp_path: Path, content
     file.write_text(content)
     with pytest.raises(CheckpointError, match=rf"norm_stats\.json: .*{message}"):
         load_norm_stats(file)
+
+
+@pytest.mark.parametrize("name", ["norm_stats.json", "stats.safetensors"])
+def test_an_absent_or_broken_statistics_file_is_named(tmp_path: Path, name: str) -> None:
+    for content in (None, b"", b"\xff\xfe"):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(CheckpointError, match=rf"{name}: found .*expected normalisation statistics"):
+            load_norm_stats(tmp_path / name)
 
 
 def test_bad_statistics_are_named() -> None:
