@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
-import toy_bodies
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    import toy_bodies
 
 torch.set_num_threads(1)  # sums do not depend on the number of cores, and tests share them
 
@@ -18,4 +22,6 @@ settings.load_profile("selfalign")
 @pytest.fixture(scope="session")
 def toy() -> toy_bodies.Trained:
     """A small policy trained for some seconds on eight bodies; tests that use it carry ``toy_bodies.TESTS``."""
+    import toy_bodies  # imports the model, which most test files do without
+
     return toy_bodies.train()
