@@ -53,8 +53,9 @@ class AlignConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("guard_draws", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"AlignConfig.{name}: found {getattr(self, name)}, expected >= {least}")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"AlignConfig.{name}: found {value!r}, expected an integer >= {least}")
         for name in ("learning_rate", "max_norm", "trust_radius"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ConfigError(f"AlignConfig.{name}: found {getattr(self, name)}, expected a number > 0")

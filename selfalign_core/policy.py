@@ -317,7 +317,8 @@ class Policy:
         generator = torch.Generator().manual_seed(_mix(seed, observation.stamp_ns))
         shape = (1, self.horizon, self.config.model.action_dim)
         noise = torch.randn(shape, generator=generator).to(self._device)
-        actions = self.model.sample_actions(inputs, noise, num_steps=self.config.num_steps)[0]
+        dim_mask = self.dim_mask if self.config.padding_masked else None
+        actions = self.model.sample_actions(inputs, noise, num_steps=self.config.num_steps, dim_mask=dim_mask)[0]
         values = self.actions_from_model(actions, np.asarray(observation.state, np.float32))
         if not np.isfinite(values).all():
             raise InputError("sample_actions: found NaN or infinity in the actions, expected finite numbers")

@@ -25,6 +25,7 @@ class PolicyConfig:
     ``cameras``: camera name per image slot of the model; None marks a slot that is fed black and masked out.
     ``delta_mask``: per action dimension, True if the model predicts it relative to the state.
     ``state_dim``, ``action_dim``: the robot's own, before padding to the model's. ``num_steps``: Euler steps.
+    ``padding_masked``: padded action dimensions were left out of the training loss (openpi trains them too).
     ``bank_keys``: embodiment of each row of the checkpoint's E-Token bank; rows beyond them are free.
     """
 
@@ -37,6 +38,7 @@ class PolicyConfig:
     delta_mask: tuple[bool, ...] | None = None
     num_steps: int = 10
     embodiment: str = ""
+    padding_masked: bool = False
     bank_keys: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -103,7 +105,7 @@ def read_json(file: Path) -> dict[str, Any]:
 def is_foreign(checkpoint: str | Path) -> bool:
     """True if a checkpoint directory was not written by SelfAlign (openpi's, LeRobot's)."""
     file = Path(checkpoint) / "config.json"
-    return not file.is_file() or read_json(file).get("format") != FORMAT
+    return not file.is_file() or "format" not in read_json(file)
 
 
 def is_untrained(checkpoint: str) -> bool:

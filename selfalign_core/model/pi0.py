@@ -571,12 +571,14 @@ class Pi0(nn.Module):
         num_steps: int = 10,
         token: Tensor | None = None,
         committed: Tensor | None = None,
+        dim_mask: Tensor | None = None,
     ) -> Tensor:
         """Clean actions (B, horizon, action_dim) by ``num_steps`` Euler steps from ``noise`` of that shape.
 
         The prefix runs once; each step reads its keys and values. ``committed`` (B, d, action_dim): the chunk's first
         d actions, already decided; the rest is denoised around them. It wants a model trained for it (training-time
-        real-time chunking, arXiv 2512.05964).
+        real-time chunking, arXiv 2512.05964). ``dim_mask`` (action_dim,) bool: False for padded dimensions that training
+        left out of the loss; they are known to be 0, so their velocity is the noise itself, as it was in training.
         """
         expected = (len(inputs.state), self.config.action_horizon, self.config.action_dim)
         if tuple(noise.shape) != expected:
@@ -594,7 +596,8 @@ class Pi0(nn.Module):
                 x_t = torch.cat([committed, x_t[:, committed.shape[1] :]], dim=1)
                 times = times[:, None].repeat(1, x_t.shape[1])
                 times[:, : committed.shape[1]] = 0.0
-            x_t = x_t + dt * self.denoise_step(prefix, inputs.state, x_t, times, token=token)
+            velocity = self.denoise_step(prefix, inputs.state, x_t, times, token=token)
+            x_t = x_t + dt * (velocity if dim_mask is None else torch.where(dim_mask, velocity, noise))
         return x_t if committed is None else torch.cat([committed, x_t[:, committed.shape[1] :]], dim=1)
 
     # ---------------------------------------------------------------- housekeeping

@@ -202,6 +202,7 @@ class Trainer:
             state_norm=data.state_norm,
             action_norm=data.action_norm,
             delta_mask=meta.delta_mask,
+            padding_masked=True,
         )
         normalised = {data.state_norm, data.action_norm} != {"identity"}
         return config, tokenizer, self.dataset.norm_stats if normalised else {}

@@ -302,6 +302,28 @@ def test_committed_actions_stay_and_the_rest_follows_them(policy: Policy) -> Non
 # ---------------------------------------------------------------- save and load
 
 
+def test_padding_that_was_left_out_of_training_follows_the_noise_it_was_trained_with(policy: Policy) -> None:
+    """An untrained read-out of the padding must not reach the robot's own dimensions."""
+    assert policy.config.model.action_dim > policy.action_dim
+    masked = Policy(
+        policy.model, dataclasses.replace(policy.config, padding_masked=True), policy.tokenizer, {}, dt=0.05
+    )
+    observation = random_observation(policy)
+    before = masked.infer(observation).actions
+    with torch.no_grad():
+        policy.model.action_out_proj.weight[policy.action_dim :] += 3.0
+        policy.model.action_out_proj.bias[policy.action_dim :] -= 2.0
+    np.testing.assert_array_equal(masked.infer(observation).actions, before)
+    inputs, noise = masked.inputs(observation), torch.randn(1, policy.horizon, policy.config.model.action_dim)
+    sampled = policy.model.sample_actions(inputs, noise, dim_mask=masked.dim_mask)
+    torch.testing.assert_close(
+        sampled[..., policy.action_dim :],
+        torch.zeros(1, policy.horizon, 1).expand_as(sampled[..., policy.action_dim :]),
+        atol=1e-5,
+        rtol=0,
+    )
+
+
 @pytest.mark.parametrize("variant", ["plain", "normalised", "three tokens", "no token"])
 def test_a_saved_policy_comes_back_the_same(tmp_path: Path, pi05: bool, variant: str) -> None:
     changes = {"three tokens": {"peft_num_tokens": 3}, "no token": {"use_peft_prefix_token": False}}
