@@ -577,8 +577,8 @@ class Pi0(nn.Module):
 
         The prefix runs once; each step reads its keys and values. ``committed`` (B, d, action_dim): the chunk's first
         d actions, already decided; the rest is denoised around them. It wants a model trained for it (training-time
-        real-time chunking, arXiv 2512.05964). ``dim_mask`` (action_dim,) bool: False for padded dimensions that training
-        left out of the loss; they are known to be 0, so their velocity is the noise itself, as it was in training.
+        real-time chunking, arXiv 2512.05964). ``dim_mask`` (action_dim,) bool: False for padded dimensions that were
+        left out of the training loss; they are known to be 0, so their velocity is the noise, as it was in training.
         """
         expected = (len(inputs.state), self.config.action_horizon, self.config.action_dim)
         if tuple(noise.shape) != expected:
