@@ -280,16 +280,17 @@ class AlignerNode(SelfAlignNode):
         return job
 
     def _finish(self, call: Call, now_ns: int) -> None:
+        stamp_ns = now_ns if self.lockstep else self.now_ns()
         self._calls += 1
         self._accepted += call.result.accepted
         self._refused += not call.result.accepted
         self._last_reason = call.result.reason
         self._token = call.after
         if call.result.accepted:
-            self._publish_token(now_ns)
+            self._publish_token(stamp_ns)
         message = report_message(
             call.result,
-            stamp=to_stamp(now_ns if self.lockstep else self.now_ns()),
+            stamp=to_stamp(stamp_ns),
             embodiment=self.contract.embodiment,
             version_before=call.before.version,
             version_after=call.after.version,

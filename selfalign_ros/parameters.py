@@ -26,7 +26,7 @@ from rclpy.node import Node
 from rclpy.parameter import Parameter
 
 from selfalign_core.errors import ConfigError
-from selfalign_ros.resources import config_file
+from selfalign_ros.resources import config_folder
 
 _TYPES: dict[str, tuple[type, int]] = {
     "bool": (bool, ParameterType.PARAMETER_BOOL),
@@ -110,7 +110,7 @@ class ParameterSpec:
 @cache
 def load_specs(kind: str) -> dict[str, ParameterSpec]:
     """The parameters of one kind of node (``policy``, ``buffer``, ``aligner``, ``robot_sim``), by name."""
-    path = config_file("parameters.yaml")
+    path = config_folder() / "parameters.yaml"
     document = yaml.safe_load(path.read_text(encoding="utf-8"))
     try:
         return {name: ParameterSpec.from_mapping(name, values) for name, values in document[kind].items()}

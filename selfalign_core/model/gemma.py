@@ -232,6 +232,10 @@ class GemmaStack(nn.Module):
     def __init__(self, size: GemmaSize, *, adaptive: bool = False, vocab_size: int | None = None):
         super().__init__()
         self.embed_tokens = nn.Embedding(vocab_size, size.width) if vocab_size else None
+        if vocab_size:
+            # Multiplied by sqrt(width) when read: tokens then start at unit scale, so that what they gather from the
+            # image is not lost beside what they are.
+            nn.init.normal_(self.embed_tokens.weight, std=size.width**-0.5)
         self.layers = nn.ModuleList(GemmaLayer(size, adaptive=adaptive) for _ in range(size.depth))
         self.norm = (AdaRMSNorm if adaptive else RMSNorm)(size.width)
         self.rotary_emb = RotaryEmbedding(size.head_dim)
