@@ -70,6 +70,9 @@ class Call:
 class AlignerNode(SelfAlignNode):
     """See the module."""
 
+    # On a busy machine loading would take minutes if it gave way already.
+    loads_before_niceness = True
+
     def __init__(self) -> None:
         super().__init__("aligner")
         self._aligner: Aligner | None = None  # used in the worker only
@@ -133,6 +136,7 @@ class AlignerNode(SelfAlignNode):
         self._aligner = Aligner(policy, prompt=parameters["prompt"])
         if policy.e_token is None:
             raise ConfigError(f"checkpoint {parameters['checkpoint']!r}: found no E-Token; expected one to align")
+        self.set_niceness()
         return policy.e_token
 
     def _on_loaded(self, outcome: Outcome[EToken]) -> None:

@@ -48,10 +48,14 @@ class SelfAlignNode(Node):
     ``step``.
     """
 
+    loads_before_niceness = False
+    """True: the node calls ``set_niceness`` itself, in the thread whose work shall give way."""
+
     def __init__(self, kind: str) -> None:
         super().__init__(kind)
         self.parameters = Parameters(self, kind)
-        self._set_niceness(self.parameters.values.get("niceness", 0))
+        if not self.loads_before_niceness:
+            self.set_niceness()
         self.contract = RobotContract.from_yaml(config_file(self.parameters["contract"]))
         self.lockstep: bool = self.parameters.values.get("lockstep", False)
         self._mailbox: deque[Callable[[], None]] = deque()
@@ -160,7 +164,9 @@ class SelfAlignNode(Node):
     def _has_received(self, expected: dict[str, int]) -> bool:
         return all(self._received.get(topic, count) >= count for topic, count in expected.items())
 
-    def _set_niceness(self, niceness: int) -> None:
+    def set_niceness(self) -> None:
+        """Give way to others as the parameter ``niceness`` says, with this thread and those it starts."""
+        niceness = self.parameters.values.get("niceness", 0)
         if not niceness:
             return
         try:
