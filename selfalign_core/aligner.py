@@ -262,7 +262,7 @@ class Aligner:
         if policy.config.model.alignment_prefix == "full":
             prompts = [policy.tokenize(self._prompt, s) for s in state]
             inputs = ModelInputs(
-                [policy.images_to_model(np.ascontiguousarray(batch.frames[batch.obs_index, 0]))] * len(features),
+                [],
                 masks,
                 torch.cat([tokens for tokens, _ in prompts]),
                 torch.cat([mask for _, mask in prompts]),
