@@ -146,7 +146,11 @@ class SensorInputs:
         # now.
         state = positions_in_order(newest, contract.joint_names, topic)
         for message in reversed(self.joint_states.messages):
-            if to_ns(message.header.stamp) <= stamp_ns:
+            message_ns = to_ns(message.header.stamp)
+            if message_ns <= stamp_ns:
+                # After a gap the one before the images can be far older than they are: where the robot was, not is.
+                limit_s = contract.max_joint_state_age_s
+                _check_age("joint states at the oldest image", topic, message_ns, stamp_ns, limit_s)
                 if message is not newest:
                     state = positions_in_order(message, contract.joint_names, topic)
                 break

@@ -80,7 +80,8 @@ class PolicyNode(SelfAlignNode):
         self._inferring = False
         self._due_ns: int | None = None
         self._hold_reason = _STARTING
-        self._last_tick_ns: int | None = None
+        self._last_now_ns: int | None = None
+        self._time_jumps = 0
 
         self._late_chunks = self._holds = 0
         self._last_hold = ""
@@ -199,10 +200,17 @@ class PolicyNode(SelfAlignNode):
         prompt, seed = self._prompt, self.parameters["seed"]
         self._inferring = True
         self._due_ns = now_ns + self._replan_ns()
-        self.worker.submit(lambda: self._infer(selection, prompt, seed, now_ns), self._on_inference)
+        jumps = self._time_jumps
+        self.worker.submit(
+            lambda: self._infer(selection, prompt, seed, now_ns), lambda outcome: self._on_inference(outcome, jumps)
+        )
 
-    def _on_inference(self, outcome: Outcome[Inference]) -> None:
+    def _on_inference(self, outcome: Outcome[Inference], jumps: int) -> None:
+        """``jumps``: how often time had jumped back when this inference started."""
         self._inferring = False
+        self._look_at_the_clock(self.now_ns())
+        if jumps != self._time_jumps:
+            return  # made from what was seen in another time; its stamps mean nothing now
         if outcome.error is not None:
             if not isinstance(outcome.error, InputError):
                 text = "".join(traceback.format_exception(outcome.error))
@@ -240,9 +248,7 @@ class PolicyNode(SelfAlignNode):
     def _control(self) -> None:
         """One control step."""
         now_ns = self.now_ns()
-        if self._last_tick_ns is not None and now_ns < self._last_tick_ns:
-            self._reset_time()
-        self._last_tick_ns = now_ns
+        self._look_at_the_clock(now_ns)
         self.diagnostics.state(self._hold_reason)
         if reason := self._why_not(now_ns):
             self._hold(reason)
@@ -328,10 +334,14 @@ class PolicyNode(SelfAlignNode):
         self._hold_reason = reason
         self._complaint.say("" if reason in (_STARTING, _FIRST_CHUNK, _STOPPING) else f"holding: {reason}")
 
-    def _reset_time(self) -> None:
-        self._hold("time jumped back")
-        self.inputs.clear()
-        self._due_ns = None
+    def _look_at_the_clock(self, now_ns: int) -> None:
+        """Start afresh if time has jumped back since the last look."""
+        if self._last_now_ns is not None and now_ns < self._last_now_ns:
+            self._time_jumps += 1
+            self._hold("time jumped back")
+            self.inputs.clear()
+            self._due_ns = None
+        self._last_now_ns = now_ns
 
     # --- lock-step ---
 

@@ -1,0 +1,115 @@
+"""The policy node and time: what was seen too long ago, or in a time that is over, moves nothing.
+
+The node lives in the test process and its clock, worker and publisher are played by the test, so every race is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.ros
+
+S = 1_000_000_000
+
+
+class Stage:
+    """A policy node on the simulated arm's contract, with a clock that is set and jobs that end when told to."""
+
+    def __init__(self) -> None:
+        from selfalign_ros.policy_node import PolicyNode
+
+        self.now_ns = 100 * S
+        self.commands: list[Any] = []
+        self.jobs: list[Callable[[Any], None]] = []
+        self.node = PolicyNode()
+        self.node._loaded = True
+        self.node.now_ns = lambda: self.now_ns
+        self.node.worker.submit = lambda job, done: self.jobs.append(done)
+        self.node._command_publisher = SimpleNamespace(publish=self.commands.append)
+
+    def close(self) -> None:
+        self.node.close()
+        self.node.destroy_node()
+
+    def joints(self, stamp_ns: int, position: float = 0.0) -> None:
+        from selfalign_ros.conversions import joint_state_message
+
+        names = self.node.contract.joint_names
+        message = joint_state_message(names, np.full(len(names), position), stamp_ns)
+        self.node.inputs.joint_states._on_arrival(message)
+
+    def images(self, stamp_ns: int) -> None:
+        from selfalign_ros.conversions import image_message, to_stamp
+
+        for camera in self.node.contract.cameras:
+            rgb = np.zeros((camera.height, camera.width, 3), np.uint8)
+            self.node.inputs.cameras[camera.name]._on_arrival(image_message(rgb, to_stamp(stamp_ns), camera.name))
+
+    def end_inference(self, stamp_ns: int) -> None:
+        """The running inference answers with a chunk for an observation of that stamp."""
+        from selfalign_core.types import ActionChunk
+        from selfalign_ros.policy_node import Inference
+        from selfalign_ros.worker import Outcome
+
+        contract = self.node.contract
+        actions = np.full((16, len(contract.joints)), 0.1, np.float32)
+        chunk = ActionChunk(actions, contract.dt, stamp_ns, 0, 0.01)
+        self.jobs.pop(0)(Outcome(Inference(chunk, 0.0, 0.01)))
+
+
+@pytest.fixture
+def stage(probe) -> Iterator[Stage]:
+    stage = Stage()
+    yield stage
+    stage.close()
+
+
+def test_a_chunk_from_before_time_jumped_back_moves_nothing(stage: Stage) -> None:
+    stage.joints(stage.now_ns)
+    stage.images(stage.now_ns)
+    stage.node._control()
+    assert len(stage.jobs) == 1
+    stage.now_ns -= 50 * S  # a simulation was reset, and its robot reports at once
+    stage.joints(stage.now_ns)
+    stage.images(stage.now_ns)
+    stage.end_inference(100 * S)
+    assert stage.commands == []
+    stage.joints(stage.now_ns)
+    stage.images(stage.now_ns)
+    stage.node._control()
+    stage.end_inference(stage.now_ns)  # the first one of the new time is executed
+    assert len(stage.commands) == 1
+
+
+def test_a_joint_state_from_before_a_gap_is_not_taken_for_where_the_robot_is(stage: Stage) -> None:
+    from selfalign_core.errors import InputError
+
+    stage.joints(90 * S, position=0.5)  # then the driver stalls for ten seconds, and the arm is moved by hand
+    stage.images(100 * S - S // 50)
+    stage.joints(100 * S, position=-0.5)
+    with pytest.raises(InputError, match=r"joint states at the oldest image .*found age 9.980 s"):
+        stage.node.inputs.select(stage.now_ns)
+    stage.images(100 * S)
+    np.testing.assert_allclose(stage.node.inputs.select(stage.now_ns).state, -0.5)
+
+
+def test_first_commands_go_from_the_measured_position_however_far_the_chunk_is(stage: Stage) -> None:
+    stage.joints(stage.now_ns, position=-1.0)  # the chunk will ask for 0.1
+    stage.images(stage.now_ns)
+    stage.node._control()
+    stage.now_ns += S // 10
+    stage.end_inference(100 * S)
+    contract = stage.node.contract
+    previous, previous_ns = np.full(len(contract.joints), -1.0), stage.now_ns
+    message = stage.commands[0]
+    for point in message.points:
+        due_ns = 100 * S + point.time_from_start.sec * S + point.time_from_start.nanosec
+        reach = contract.speed_limit * (due_ns - previous_ns) / S + 1e-9
+        position = np.array(point.positions)
+        assert (np.abs(position - previous) <= reach).all()
+        previous, previous_ns = position, due_ns
