@@ -8,6 +8,7 @@ do, nor import ``rclpy``: only processes, signals, pipes and exit codes.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import random
 import re
@@ -100,6 +101,31 @@ def check_domain(environment: Mapping[str, str], participants: int) -> None:
         )
 
 
+def claim_names(environment: Mapping[str, str], graph: Graph) -> list[socket.socket]:
+    """Claim the names of ``graph``'s nodes in their ROS domain, on this machine, until the sockets are closed.
+
+    Two policies of one name would both command the same robot. The kernel gives a claim back however its process
+    ends. Raises ``GraphError`` when another supervisor holds one.
+    """
+    domain = int(environment.get("ROS_DOMAIN_ID") or "0")
+    claims: list[socket.socket] = []
+    for node in graph.nodes:
+        claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        claims.append(claim)
+        try:
+            claim.bind(f"\0selfalign/{domain}{node.full_name}")
+        except OSError as error:
+            for held in claims:
+                held.close()
+            if error.errno != errno.EADDRINUSE:
+                raise GraphError(f"ROS_DOMAIN_ID {domain}: cannot claim node {node.full_name}: {error}") from None
+            raise GraphError(
+                f"ROS_DOMAIN_ID {domain}: found node {node.full_name} running already, started by another bringup, "
+                "record or replay; expected to be the only one: stop it, or choose another domain or namespace"
+            ) from None
+    return claims
+
+
 def free_domain() -> int:
     """A ROS domain that nothing on this machine uses, from those whose ports are clear of the ephemeral ones.
 
@@ -161,6 +187,7 @@ class Supervisor:
     def run(self) -> int:
         """Start everything, watch it, and return when it has ended or was told to end (SIGINT, SIGTERM, SIGHUP)."""
         check_domain(self._environment, len(self._processes))
+        claims = claim_names(self._environment, self._graph)
         wakeup_read, wakeup_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._selector.register(wakeup_read, selectors.EVENT_READ, None)
         previous_wakeup = signal.set_wakeup_fd(wakeup_write, warn_on_full_buffer=False)
@@ -177,6 +204,8 @@ class Supervisor:
             self._selector.close()
             os.close(wakeup_read)
             os.close(wakeup_write)
+            for claim in claims:
+                claim.close()
             self._terminal.close()
         return self._exit_code
 

@@ -217,6 +217,20 @@ def _read_terminal(descriptor: int) -> bytes:
         return b""
 
 
+def test_a_second_graph_with_the_same_nodes_is_refused_until_the_first_is_gone(start: Start) -> None:
+    first = start({"one": STOPS_CLEANLY, "two": STOPS_CLEANLY})
+    first.wait_for_line("ready", 2)
+    second = start({"three": STOPS_CLEANLY, "two": STOPS_CLEANLY})
+    second.wait_for_line("found node /two running already")
+    assert second.wait() != 0
+    assert "process started" not in second.output
+    other = start({"two": STOPS_CLEANLY}, nodes={"two": {"namespace": "/left"}})
+    other.wait_for_line("ready")
+    first.process.kill()
+    first.process.wait()
+    start({"two": STOPS_CLEANLY}).wait_for_line("ready")
+
+
 @pytest.mark.parametrize("text", ["seven", "-1", "233", "1.5"])
 def test_a_domain_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(GraphError, match=r"ROS_DOMAIN_ID: found .*expected an integer from 0 to 232"):
