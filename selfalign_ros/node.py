@@ -209,7 +209,11 @@ def run(make_node: Callable[[], SelfAlignNode], args: list[str] | None = None) -
     # Own handlers: rclpy's would invalidate the context before the robot can be told to hold.
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
-    rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
+    try:
+        rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
+    except Exception as error:  # an argument or a parameter file that ROS cannot read
+        _say(None, f"ROS arguments: {error}")
+        sys.exit(EXIT_CONFIGURATION)
     executor = SingleThreadedExecutor()
     node: SelfAlignNode | None = None
     try:

@@ -31,5 +31,5 @@ def config_file(name: str) -> Path:
     for path in candidates:
         if path.is_file():
             return path
-    places = " or ".join(str(path) for path in candidates)
+    places = " nor ".join(str(path) for path in candidates)
     raise ConfigError(f"file {name!r}: found neither {places}; expected one of them to exist")

@@ -6,10 +6,13 @@ It only listens, so it can be left out, killed or started late without the robot
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,7 @@ from rclpy.clock import Clock, ClockType
 from std_msgs.msg import Float64
 
 from selfalign.msg import ActionChunk, AlignReport, EToken
+from selfalign_core.errors import ConfigError
 from selfalign_ros import qos, run_summary
 from selfalign_ros.conversions import NS_PER_S, to_ns
 from selfalign_ros.run_summary import AlignRecord, ChunkRecord, RunRecords, StatusRecord, TokenRecord
@@ -36,6 +40,10 @@ class RunReport(ToolNode):
         super().__init__("run_report")
         self._started = time.monotonic()
         self._path = Path(self.parameters["report"]) if self.parameters["report"] else None
+        if self._path is not None:
+            with _reporting_to(self._path):  # found here, before a run whose report could not be kept
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                _partial(self._path).touch()
         self._records = RunRecords(self.contract.name, start=0.0)
         for camera in camera_topics(self.contract):
             stamps = self._records.frames.setdefault(camera.name, [])
@@ -75,13 +83,13 @@ class RunReport(ToolNode):
         return self.get_clock().now().nanoseconds / NS_PER_S - self._records.duration
 
     def _write(self, report: dict, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # First beside it, then in its place: a reader never sees half a report.
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text(json.dumps(run_summary.finite(report), indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
         picture = path.with_suffix(".png")
-        run_summary.draw(report, picture)
+        with _reporting_to(path):
+            # First beside it, then in its place: a reader never sees half a report.
+            partial = _partial(path)
+            partial.write_text(json.dumps(run_summary.finite(report), indent=1) + "\n", encoding="utf-8")
+            partial.replace(path)
+            run_summary.draw(report, picture)
         self.get_logger().info(f"report written to {path} and {picture.name}")
 
     # --- what is heard ---
@@ -153,6 +161,21 @@ class RunReport(ToolNode):
     def _print_line(self, text: str, end: str) -> None:
         start = "\r\x1b[K" if sys.stdout.isatty() else ""
         print(f"{start}{text}", end=end, flush=True)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial")
+
+
+@contextlib.contextmanager
+def _reporting_to(path: Path) -> Iterator[None]:
+    """Turn a file that cannot be written into an error that names the parameter."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        yield
+    except OSError as error:
+        raise ConfigError(f"parameter report: found {path}, {error}; expected a file that can be written") from error
 
 
 def main(args: list[str] | None = None) -> int:

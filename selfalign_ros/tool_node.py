@@ -68,7 +68,11 @@ def run_tool(make_node: Callable[[], ToolNode], args: list[str] | None = None) -
     # Only noted: what has been collected is still to be written.
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
-    rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
+    try:
+        rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
+    except Exception as error:  # an argument or a parameter file that ROS cannot read
+        print(f"[FATAL] ROS arguments: {error}", file=sys.stderr, flush=True)
+        return EXIT_CONFIGURATION
     node: ToolNode | None = None
     executor = SingleThreadedExecutor()
     try:

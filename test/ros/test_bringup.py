@@ -89,6 +89,37 @@ def test_a_robot_without_cameras_gives_no_chunk_and_says_so(ros_domain: int, tmp
     assert not report["ok"] and report["chunks"]["count"] == 0 and "no action chunk was made" in report["reason"]
 
 
+@pytest.mark.parametrize("place", ["", "file/run.json"], ids=["folder", "below_a_file"])
+def test_a_report_that_cannot_be_written_is_refused_before_the_run(ros_domain: int, tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").touch()
+    path = tmp_path / place
+    run = GraphRun.module("selfalign_ros.bringup", "use_sim:=false", f"report:={path}", cwd=tmp_path)
+    try:
+        assert run.wait() == 2
+    finally:
+        run.close()
+    assert f"parameter report: found {path}" in run.output
+    assert "expected a file that can be written" in run.output
+    assert "Traceback" not in run.output
+
+
+@pytest.mark.parametrize("text", [None, "policy: [ros__parameters"], ids=["missing", "no_yaml"])
+def test_a_parameter_file_that_cannot_be_read_stops_everything_at_once(
+    ros_domain: int, tmp_path: Path, text: str | None
+) -> None:
+    path = tmp_path / "mine.yaml"
+    if text is not None:
+        path.write_text(text)
+    run = GraphRun.module("selfalign_ros.bringup", f"params_file:={path}", cwd=tmp_path)
+    try:
+        assert run.wait() == 2
+    finally:
+        run.close()
+    assert str(path) in run.output
+    assert "restarting" not in run.output
+    assert "Traceback" not in run.output
+
+
 @pytest.fixture
 def broken_contract(tmp_path: Path) -> Path:
     contract = yaml.safe_load((ROOT / "config" / "contracts" / "sim_arm.yaml").read_text())
