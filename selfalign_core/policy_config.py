@@ -61,10 +61,9 @@ class PolicyConfig:
                 )
         if self.num_steps < 1:
             raise ConfigError(f"PolicyConfig.num_steps: found {self.num_steps}, expected >= 1")
-        if self.delta_mask and any(self.delta_mask) and self.state_dim != self.action_dim:
+        if any((self.delta_mask or ())[self.state_dim :]):
             raise ConfigError(
-                f"PolicyConfig.delta_mask: found delta actions with state_dim={self.state_dim} and "
-                f"action_dim={self.action_dim}, expected them equal"
+                f"PolicyConfig.delta_mask: found {self.delta_mask}, expected True only below state_dim={self.state_dim}"
             )
 
     def to_dict(self) -> dict[str, Any]:

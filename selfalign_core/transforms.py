@@ -17,7 +17,8 @@ from safetensors.numpy import load_file
 from selfalign_core.errors import CheckpointError, InputError
 
 NormMode = Literal["identity", "z_score", "quantile"]
-EPSILON = 1e-6  # openpi and LeRobot
+EPSILON = 1e-6
+"""openpi's. LeRobot has 1e-8 for z-scores, none when undoing them, and none for a quantile range that is not empty."""
 STATISTICS = ("mean", "std", "q01", "q99", "min", "max")
 
 
@@ -76,25 +77,27 @@ class Normalizer:
         if self.mode == "quantile" and (self.stats.q01 is None or self.stats.q99 is None):
             raise InputError("normalisation quantile: found statistics without q01 and q99, expected both")
 
-    def _offset_scale(self, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    def _parts(self, dim: int) -> tuple[np.ndarray | float, np.ndarray | float, float]:
+        """Origin, scale and shift, float64: normalised = (x - origin) / scale - shift."""
         if self.mode == "identity":
-            return np.zeros(dim, np.float32), np.ones(dim, np.float32)
+            return 0.0, 1.0, 0.0
         if dim != len(self.stats.mean):
             raise InputError(f"normalisation: found a vector of {dim}, expected {len(self.stats.mean)} (statistics)")
         if self.mode == "z_score":
-            return self.stats.mean, self.stats.std + EPSILON
-        half = (self.stats.q99 - self.stats.q01 + EPSILON) / 2
-        return self.stats.q01 + half, half
+            return self.stats.mean.astype(np.float64), self.stats.std.astype(np.float64) + EPSILON, 0.0
+        # The shift stays apart: added to the origin, half of a range near EPSILON would be lost in rounding.
+        q01 = self.stats.q01.astype(np.float64)
+        return q01, (self.stats.q99 - q01 + EPSILON) / 2, 1.0
 
     def normalize(self, x: np.ndarray) -> np.ndarray:
         """Robot units → model units, float32."""
-        offset, scale = self._offset_scale(x.shape[-1])
-        return ((x - offset) / scale).astype(np.float32)
+        origin, scale, shift = self._parts(x.shape[-1])
+        return ((x - origin) / scale - shift).astype(np.float32)
 
     def unnormalize(self, x: np.ndarray) -> np.ndarray:
         """Model units → robot units, float32."""
-        offset, scale = self._offset_scale(x.shape[-1])
-        return (x * scale + offset).astype(np.float32)
+        origin, scale, shift = self._parts(x.shape[-1])
+        return ((x + shift) * scale + origin).astype(np.float32)
 
 
 def pad_to_dim(x: np.ndarray, dim: int) -> np.ndarray:
@@ -105,13 +108,22 @@ def pad_to_dim(x: np.ndarray, dim: int) -> np.ndarray:
 
 
 def to_delta(actions: np.ndarray, state: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Absolute (..., K, A) → relative to ``state`` (..., A) in the dimensions where ``mask`` (A,) is True."""
-    return actions - np.where(mask, state, 0)[..., None, :].astype(actions.dtype)
+    """Absolute (..., K, A) → relative to ``state`` (..., S) in the dimensions where ``mask`` (A,) is True.
+
+    S may differ from A: a dimension where ``mask`` is True is one that both have, at the same place.
+    """
+    return actions - _reference(state, mask)[..., None, :].astype(actions.dtype)
 
 
 def to_absolute(actions: np.ndarray, state: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Inverse of :func:`to_delta`."""
-    return actions + np.where(mask, state, 0)[..., None, :].astype(actions.dtype)
+    return actions + _reference(state, mask)[..., None, :].astype(actions.dtype)
+
+
+def _reference(state: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """(..., A): ``state`` (..., S) where ``mask`` (A,) is True, 0 elsewhere."""
+    state = state[..., : len(mask)]
+    return np.where(mask, pad_to_dim(state, len(mask)), 0)
 
 
 def load_norm_stats(path: Path) -> dict[str, NormStats]:

@@ -54,12 +54,28 @@ def test_formulas_are_openpis() -> None:
     np.testing.assert_array_equal(Normalizer(None, "identity").normalize(x), x)
 
 
+@pytest.mark.parametrize("where", [0.0, 1.57, -300.0])
+def test_a_constant_dimension_is_the_lower_end_wherever_it_lies(where: float) -> None:
+    value = np.array([where], np.float32)
+    normalizer = Normalizer(NormStats(value, np.zeros(1), value, value), "quantile")
+    np.testing.assert_array_equal(normalizer.normalize(value), [-1.0])  # openpi and LeRobot
+    np.testing.assert_array_equal(normalizer.unnormalize(np.array([-1.0], np.float32)), value)
+
+
 def test_a_constant_dimension_stays_finite() -> None:
     stats = NormStats(np.zeros(2), np.zeros(2), np.ones(2), np.ones(2))
     for mode in ("z_score", "quantile"):
         there = Normalizer(stats, mode).normalize(np.ones((1, 2), np.float32))
         assert np.isfinite(there).all()
         np.testing.assert_allclose(Normalizer(stats, mode).unnormalize(there), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("states", [2, 3, 5])
+def test_states_need_not_be_as_many_as_actions(states: int) -> None:
+    state, actions = np.arange(1, states + 1, dtype=np.float32), np.zeros((4, DIM), np.float32)
+    relative = to_delta(actions, state, np.array([True, True, False]))
+    np.testing.assert_array_equal(relative, np.tile([[-1.0, -2.0, 0.0]], (4, 1)))
+    np.testing.assert_array_equal(to_absolute(relative, state, np.array([True, True, False])), actions)
 
 
 @given(arrays(np.float32, (2, 5, DIM), elements=numbers), arrays(np.float32, (2, DIM), elements=numbers),
