@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from selfalign_core.config import GemmaSize, ModelConfig, VisionSize
+from selfalign_core.config import GemmaSize, ModelConfig, VisionSize, build_dataclass
 from selfalign_core.errors import CheckpointError
 from selfalign_core.model.pi0 import Pi0
 from selfalign_core.types import EToken
@@ -217,7 +217,7 @@ def infer_model_config(tensors: TensorFile, **overrides: Any) -> ModelConfig:
     values.setdefault("use_peft_prefix_token", E_TOKEN_PARAMETER in shapes)
     if E_TOKEN_PARAMETER in shapes:
         values.setdefault("peft_num_tokens", shapes[E_TOKEN_PARAMETER][0])
-    return ModelConfig(**values)
+    return build_dataclass(ModelConfig, values, "model options")
 
 
 # ------------------------------------------------------------------------------------------------ loading and saving

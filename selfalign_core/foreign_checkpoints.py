@@ -18,6 +18,7 @@ from selfalign_core.transforms import NormStats, load_norm_stats
 
 OPENPI_CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 _IMAGES = "observation.images."
+_OBSERVATION = "observation."
 _EMPTY = _IMAGES + "empty_camera_"
 
 
@@ -34,7 +35,7 @@ def read_foreign(
     *,
     cameras: Sequence[str | None] | None = None,
     delta_mask: Sequence[bool] | None = None,
-    norm_stats: Path | None = None,
+    norm_stats: str | Path | None = None,
     embodiment: str = "",
     **model_overrides: Any,
 ) -> ForeignCheckpoint:
@@ -51,7 +52,7 @@ def read_foreign(
         CheckpointError: naming the file and what it lacks.
     """
     values = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-    lerobot = values.get("type") in ("pi0", "pi05")
+    lerobot = _is_lerobot(path / "config.json", values)
     horizon = values.get("chunk_size" if lerobot else "action_horizon")
     if horizon is not None:
         model_overrides.setdefault("action_horizon", horizon)
@@ -59,7 +60,7 @@ def read_foreign(
         model_overrides.setdefault("max_token_len", values["tokenizer_max_length"])
     with open_tensors(path) as tensors:
         model = infer_model_config(tensors, **model_overrides)
-    stats_file = norm_stats or _find_stats(path)
+    stats_file = _find_stats(path) if norm_stats is None else Path(norm_stats)
     stats = {} if stats_file is None else load_norm_stats(stats_file)
     if lerobot:
         return _lerobot(path, values, model, stats, cameras, delta_mask, embodiment)
@@ -118,22 +119,23 @@ def _lerobot(
     embodiment: str,
 ) -> ForeignCheckpoint:
     file = path / "config.json"
-    inputs, outputs = values.get("input_features", {}), values.get("output_features", {})
+    inputs, outputs = values.get("input_features") or {}, values.get("output_features") or {}
     for name, features in (("observation.state", inputs), ("action", outputs)):
         if name not in features:
             raise CheckpointError(f"{file}: found features {sorted(features)}, expected {name!r}")
     state_dim, action_dim = inputs["observation.state"]["shape"][0], outputs["action"]["shape"][0]
     if cameras is None:
         cameras = [
-            None if key.startswith(_EMPTY) else key.removeprefix(_IMAGES) for key in inputs if key.startswith(_IMAGES)
+            None if key.startswith(_EMPTY) else key.removeprefix(_IMAGES).removeprefix(_OBSERVATION)
+            for key, feature in inputs.items()
+            if key.startswith(_IMAGES) or feature.get("type") == "VISUAL"
         ]
     if delta_mask is None and values.get("use_relative_actions"):
-        names = values.get("action_feature_names") or [""] * action_dim
-        excluded = values.get("relative_exclude_joints", [])
-        delta_mask = [not any(part in name for part in excluded) for name in names]
+        delta_mask = _relative_mask(values, action_dim)
     modes, converted = {}, {}
+    default = dict.fromkeys(("STATE", "ACTION"), "QUANTILES" if model.pi05 else "MEAN_STD")  # LeRobot's
     for name, kind in (("state", "STATE"), ("actions", "ACTION")):
-        mapping = values.get("normalization_mapping", {}).get(kind, "IDENTITY")
+        mapping = values.get("normalization_mapping", default).get(kind, "IDENTITY")
         if mapping not in ("IDENTITY", "MEAN_STD", "QUANTILES", "MIN_MAX"):
             raise CheckpointError(
                 f"{file}: found normalization_mapping.{kind}={mapping!r}, "
@@ -158,6 +160,22 @@ def _lerobot(
         embodiment=embodiment,
     )
     return ForeignCheckpoint(config, converted)
+
+
+def _is_lerobot(file: Path, values: dict[str, Any]) -> bool:
+    """True for LeRobot's configuration, which names its features; openpi's does neither that nor name a type."""
+    kind = values.get("type")
+    if kind not in (None, "pi0", "pi05"):
+        raise CheckpointError(f"{file}: found a policy of type {kind!r}, expected 'pi0' or 'pi05'")
+    return kind is not None or "input_features" in values
+
+
+def _relative_mask(values: dict[str, Any], action_dim: int) -> list[bool]:
+    """LeRobot's rule: every dimension is relative but those whose name contains one of the excluded, in any case."""
+    names = [str(name).lower() for name in values.get("action_feature_names") or []][:action_dim]
+    excluded = [str(part).lower() for part in values.get("relative_exclude_joints", ["gripper"]) if part]
+    mask = [not any(part in name for part in excluded) for name in names]
+    return mask + [True] * (action_dim - len(mask))
 
 
 def _find_stats(path: Path) -> Path | None:

@@ -154,3 +154,63 @@ def test_missing_statistics_are_named(tmp_path, weights, pi05):
     (directory / "assets" / "robot" / "norm_stats.json").unlink()
     with pytest.raises(CheckpointError, match="found no norm_stats"):
         read_foreign(directory)
+
+
+def edit_config(directory, edit):
+    values = json.loads((directory / "config.json").read_text())
+    edit(values)
+    (directory / "config.json").write_text(json.dumps(values))
+    return directory
+
+
+@pytest.mark.parametrize("missing", ["type", "normalization_mapping"])
+def test_a_lerobot_config_without_a_field_reads_as_lerobot_would(tmp_path, weights, pi05, missing):
+    directory = lerobot_directory(tmp_path / "c", weights, pi05)
+    expected = read_foreign(directory).config
+    assert expected.state_norm == ("quantile" if pi05 else "z_score")
+    assert read_foreign(edit_config(directory, lambda v: v.pop(missing))).config == expected
+
+
+def test_a_policy_of_another_type_is_refused(tmp_path, weights, pi05):
+    directory = lerobot_directory(tmp_path / "c", weights, pi05)
+    with pytest.raises(CheckpointError, match="found a policy of type 'pi0_fast', expected 'pi0' or 'pi05'"):
+        read_foreign(edit_config(directory, lambda v: v.update(type="pi0_fast")))
+
+
+def test_every_visual_feature_of_lerobot_is_a_camera_in_its_order(tmp_path, weights, pi05):
+    features = {
+        "observation.images.wrist": {"type": "VISUAL", "shape": [3, 28, 28]},
+        "observation.state": {"type": "STATE", "shape": [STATE_DIM]},
+        "observation.image": {"type": "VISUAL", "shape": [3, 28, 28]},
+        "observation.images.empty_camera_0": {"type": "VISUAL", "shape": [3, 28, 28]},
+    }
+    directory = lerobot_directory(tmp_path / "c", weights, pi05)
+    edit_config(directory, lambda v: v.update(input_features=features))
+    assert read_foreign(directory).config.cameras == ("wrist", "image", None)
+
+
+@pytest.mark.parametrize(
+    ("values", "mask"),
+    [
+        ({"action_feature_names": ["a", "Gripper.pos", "b"]}, (True, False, True)),  # LeRobot excludes grippers
+        ({"action_feature_names": ["a", "Grip", "b"], "relative_exclude_joints": ["A", ""]}, (False, True, True)),
+        ({"action_feature_names": ["gripper"], "relative_exclude_joints": ["gripper"]}, (False, True, True)),
+        ({"action_feature_names": None}, (True, True, True)),
+    ],
+)
+def test_relative_dimensions_follow_lerobots_rule(tmp_path, weights, pi05, values, mask):
+    directory = lerobot_directory(tmp_path / "c", weights, pi05)
+    edit_config(directory, lambda v: v.update(use_relative_actions=True, **values))
+    assert read_foreign(directory).config.delta_mask == mask
+
+
+def test_an_unknown_model_option_is_named(tmp_path, weights, pi05):
+    directory = openpi_directory(tmp_path / "c", weights, pi05)
+    with pytest.raises(ConfigError, match=r"model options: found unknown key\(s\) \['peft_tokens'\]"):
+        Policy.from_checkpoint(directory, dt=0.05, peft_tokens=3)
+
+
+def test_statistics_may_be_named_by_their_path(tmp_path, weights, pi05):
+    directory = openpi_directory(tmp_path / "c", weights, pi05)
+    stats = str(directory / "assets" / "robot" / "norm_stats.json")
+    np.testing.assert_array_equal(read_foreign(directory, norm_stats=stats).stats["state"].std[0], np.float32(1.5))
