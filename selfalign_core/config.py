@@ -7,6 +7,7 @@ are never stated at all, they follow from the inputs (see ``selfalign_core.model
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -122,6 +123,10 @@ class ModelConfig:
             self, "vocab_size", "action_dim", "action_horizon", "max_token_len", "peft_num_tokens",
             "transition_horizon", "feature_tokens_per_camera",
         )  # fmt: skip
+        for name in ("pi05", "use_peft_prefix_token", "restrict_image_to_language"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ConfigError(f"ModelConfig.{name}: found {value!r}, expected True or False")
         if self.peft_init not in ("zeros", "normal"):
             raise ConfigError(f"ModelConfig.peft_init: found {self.peft_init!r}, expected 'zeros' or 'normal'")
         if self.alignment_prefix not in ("images_only", "full"):
@@ -130,7 +135,7 @@ class ModelConfig:
             )
         for name in ("lambda_perc", "lambda_dyn", "lambda_inv", "peft_lr"):
             value = getattr(self, name)
-            if not value >= 0:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise ConfigError(f"ModelConfig.{name}: found {value!r}, expected a number >= 0")
         if not isinstance(self.expert_layer_offset, int) or self.expert_layer_offset < 0:
             raise ConfigError(
@@ -184,7 +189,7 @@ class ModelConfig:
         """``pi0``, ``pi05`` (the public sizes with a 300M alignment expert) or ``tiny`` (runs on a laptop's CPU)."""
         if name not in _PRESETS:
             raise ConfigError(f"model preset: found {name!r}, expected one of {sorted(_PRESETS)}")
-        return cls(**{**_PRESETS[name], **changes})
+        return build_dataclass(cls, {**_PRESETS[name], **changes}, f"model preset {name}")
 
 
 def build_dataclass(kind: type, values: dict[str, Any], where: str) -> Any:

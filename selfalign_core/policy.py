@@ -158,6 +158,11 @@ class Policy:
             initialise: parts to start fresh if the file lacks them: ``"e_token"``, ``"alignment"``.
         """
         path = Path(path)
+        if foreign and (config is not None or not is_foreign(path)):
+            raise ConfigError(
+                f"{path}: found option(s) {sorted(foreign)}, expected none (they describe openpi's and LeRobot's "
+                "directories; here the configuration says everything)"
+            )
         if config is None:
             if is_foreign(path):
                 read = read_foreign(path, **foreign)
@@ -274,6 +279,11 @@ class Policy:
         """Prompt ids and mask, each (1, max_token_len); ``state`` (state_dim,) in robot units."""
         normalised = None if state is None else self._state_norm.normalize(state)
         tokens, mask = self._prompt(prompt, normalised)
+        if tokens.max() >= self.config.model.vocab_size:
+            raise InputError(
+                f"prompt: found token id {tokens.max()} in {prompt!r}, expected ids below the model's vocab_size="
+                f"{self.config.model.vocab_size} (is this the checkpoint's tokenizer?)"
+            )
         return torch.from_numpy(tokens)[None].to(self._device), torch.from_numpy(mask)[None].to(self._device)
 
     def inputs(self, observation: Observation) -> ModelInputs:

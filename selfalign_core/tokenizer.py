@@ -35,9 +35,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"{file}: found no such file, expected a tokenizer.json (PaliGemma's, or the checkpoint's own)"
         )
     try:
-        return Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
         raise CheckpointError(f"{file}: found {error}, expected a tokenizer.json") from error
+    # A file saved after use may carry these; padding is ours to add, and nothing is ever cut.
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 class PromptTokenizer:
@@ -62,6 +66,8 @@ class PromptTokenizer:
         Raises:
             InputError: the prompt is empty, too long, or holds a word that the tokenizer does not know.
         """
+        if not isinstance(prompt, str):
+            raise InputError(f"prompt: found {type(prompt).__name__} {prompt!r}, expected a string")
         text = prompt.strip().replace("_", " ").replace("\n", " ")
         if not text.strip():
             raise InputError(f"prompt: found {prompt!r}, expected a task in words")

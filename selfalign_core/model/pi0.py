@@ -362,8 +362,8 @@ class Pi0(nn.Module):
             embeddings (B, S, width), pad masks (B, S), the block mask (S, S) and the conditioning (B, width) of the
             adaptive norms, None for π0.
         """
-        layout = self.alignment_layout(transitions)
-        batch, project = transitions.state.shape[0], self.alignment_in_proj
+        batch = self._check_transitions(transitions, noise)
+        layout, project = self.alignment_layout(transitions), self.alignment_in_proj
         time_emb = flow.time_embedding(noise.time, self.alignment_time_mlp_out.out_features)
         cond = None
         if self.config.pi05:
@@ -523,6 +523,15 @@ class Pi0(nn.Module):
         Returns:
             ``L_total = L_action + λ_p·L_perc + λ_d·L_dyn + λ_i·L_inv`` and each part, scalars or (B,).
         """
+        batch, config = len(inputs.state), self.config
+        _check_shape("actions", actions, (batch, *actions.shape[1:2], config.action_dim))
+        _check_shape("noise", noise, tuple(actions.shape))
+        if action_masks is not None:
+            _check_shape("action_masks", action_masks, tuple(actions.shape[:2]))
+        if dim_mask is not None:
+            _check_shape("dim_mask", dim_mask, (config.action_dim,))
+        if image_features is None:
+            self.check_inputs(inputs)
         features = self.embed_images(inputs.images) if image_features is None else image_features
         prefix = self.prefix(inputs, image_features=features)
         per_step = None if action_masks is None else action_masks[..., None]
@@ -537,6 +546,10 @@ class Pi0(nn.Module):
         with torch.no_grad():
             if next_image_features is None:
                 next_image_features = self.embed_images(next_images)
+            for index, tokens in enumerate(next_image_features):
+                _check_shape(
+                    f"next_images[{index}] as tokens", tokens, (batch, config.vision.num_patches, config.text.width)
+                )
             next_obs = self.next_observation_features(next_image_features)
         transitions = Transitions(
             state=inputs.state,
@@ -554,7 +567,6 @@ class Pi0(nn.Module):
             token=token,
             dim_mask=dim_mask,
         )
-        config = self.config
         weighted = losses.weighted(config.lambda_perc, config.lambda_dyn, config.lambda_inv)
         return _reduced(
             Losses(action + weighted, action, losses.perception, losses.dynamics, losses.inverse_dynamics), reduction
@@ -587,6 +599,8 @@ class Pi0(nn.Module):
             raise InputError(
                 f"committed: found shape {tuple(committed.shape)}, expected at most the first actions of {expected}"
             )
+        if num_steps < 1:
+            raise InputError(f"num_steps: found {num_steps}, expected >= 1")
         prefix = self.prefix(inputs)
         dt = torch.tensor(-1.0 / num_steps, dtype=torch.float32, device=noise.device)
         x_t = noise
@@ -614,6 +628,25 @@ class Pi0(nn.Module):
             if not name.startswith("paligemma_with_expert."):
                 tensor.data = tensor.data.float()
         return self
+
+    def _check_transitions(self, transitions: Transitions, noise: AlignmentNoise) -> int:
+        """The batch size, or :class:`InputError` naming what has the wrong shape."""
+        config, batch = self.config, len(transitions.state)
+        actions, tokens = transitions.actions.shape[1:2], transitions.next_obs.shape[1:2]
+        expected = {
+            "state": (batch, config.action_dim),
+            "actions": (batch, *actions, config.action_dim),
+            "next_obs": (batch, *tokens, config.text.width),
+        }
+        for name, shape in expected.items():
+            _check_shape(f"transitions.{name}", getattr(transitions, name), shape)
+            _check_shape(f"alignment noise of {name}", getattr(noise, name), shape)
+        _check_shape("alignment noise's time", noise.time, (batch,))
+        for name, shape in (("action_masks", (batch, *actions)), ("next_obs_masks", (batch, *tokens))):
+            if (mask := getattr(transitions, name)) is not None:
+                _check_shape(f"transitions.{name}", mask, shape)
+                _check_bool(f"transitions.{name}", mask)
+        return batch
 
     def check_inputs(self, inputs: ModelInputs, image_features: Sequence[Tensor] | None = None) -> None:
         """Raise :class:`InputError` naming the input, what was found and what was expected.

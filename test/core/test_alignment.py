@@ -29,7 +29,7 @@ from torch import Tensor
 
 import selfalign_core
 from selfalign_core.config import ModelConfig
-from selfalign_core.errors import ConfigError
+from selfalign_core.errors import ConfigError, InputError
 from selfalign_core.model.gemma import PrefixCache
 from selfalign_core.model.pi0 import AlignmentNoise, ModelInputs, Pi0, Transitions
 
@@ -456,6 +456,36 @@ def test_one_time_for_all_actions_is_the_same_as_one_each(pi05_: bool) -> None:
 
 
 # ---------------------------------------------------------------- nothing of the abandoned way
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda b: {"actions": b["actions"][..., :2]}, r"actions: found shape \(2, 4, 2\), expected \(2, 4, 5\)"),
+        (lambda b: {"noise": b["noise"][:1]}, r"noise: found shape \(1, 4, 5\), expected \(2, 4, 5\)"),
+        (lambda b: {"action_masks": torch.ones(2, 3, dtype=torch.bool)}, "action_masks: found shape"),
+        (lambda b: {"dim_mask": torch.ones(3, dtype=torch.bool)}, "dim_mask: found shape"),
+        (lambda b: {"executed": b["executed"][..., :2]}, r"transitions\.actions: found shape"),
+        (lambda b: {"executed": b["executed"][:1]}, r"transitions\.actions: found shape"),
+        (lambda b: {"executed_masks": torch.ones(2, 9, dtype=torch.bool)}, r"transitions\.action_masks: found shape"),
+        (lambda b: {"executed_masks": torch.ones(2, 3)}, r"transitions\.action_masks: found dtype"),
+        (lambda b: {"next_images": [i[:1] for i in b["next_images"]]}, r"next_images\[0\] as tokens: found shape"),
+        (lambda b: {"next_image_masks": [torch.ones(2) > 0]}, r"transitions\.next_obs_masks: found shape"),
+        (lambda b: {"alignment_noise": dataclasses.replace(b["alignment_noise"], time=torch.ones(1))},
+         "noise's time: found shape"),
+    ],
+)  # fmt: skip
+def test_bad_training_inputs_are_refused_by_name(change, message: str) -> None:
+    model = small_model()
+    actions, noise, time = random_actions(model.config)
+    transitions, alignment_noise = random_transitions(model.config)
+    batch = {
+        "actions": actions, "noise": noise, "time": time, "executed": transitions.actions,
+        "next_images": random_inputs(model.config, seed=9).images, "alignment_noise": alignment_noise,
+    }  # fmt: skip
+    model(random_inputs(model.config), **batch)
+    with pytest.raises(InputError, match=message):
+        model(random_inputs(model.config), **{**batch, **change(batch)})
 
 
 def test_no_test_time_training_anywhere() -> None:

@@ -234,11 +234,12 @@ def changed(observation: Observation, **changes) -> Observation:
         (lambda o: {"state": np.array([0, np.inf, 0])}, "state: found .*expected finite"),
         (lambda o: {"state": np.zeros(4)}, r"state: found shape \(4,\), expected \(3,\)"),
         (lambda o: {"prompt": ""}, "prompt: found '', expected a task in words"),
+        (lambda o: {"prompt": None}, "prompt: found NoneType None, expected a string"),
         (lambda o: {"prompt": "pick up the banana"}, "prompt: found 'pick up the banana', expected only words"),
         (lambda o: {"prompt": "pick up the red cube " * 9}, "prompt: found .* tokens in"),
     ],
     ids=["missing camera", "float image", "grey image", "four channels", "nan", "inf", "state size", "empty prompt",
-         "unknown word", "too long"],
+         "no prompt", "unknown word", "too long"],
 )  # fmt: skip
 def test_a_bad_observation_is_refused_by_name(change, message: str) -> None:
     for pi05 in (False, True):
@@ -279,8 +280,16 @@ def test_bad_model_inputs_are_refused_by_name(policy: Policy, change, message: s
         policy.model.sample_actions(dataclasses.replace(inputs, **change(inputs)), noise)
 
 
+def test_a_tokenizer_of_another_model_is_refused_by_its_ids() -> None:
+    policy = small_policy(vocab_size=8)
+    with pytest.raises(InputError, match=r"found token id \d+ in 'red cube', .* vocab_size=8"):
+        policy.infer(changed(random_observation(policy), prompt="red cube"))
+
+
 def test_noise_of_the_wrong_shape_is_refused(policy: Policy) -> None:
     inputs = policy.inputs(random_observation(policy))
+    with pytest.raises(InputError, match="num_steps: found 0, expected >= 1"):
+        policy.model.sample_actions(inputs, torch.zeros(1, 4, 5), num_steps=0)
     with pytest.raises(InputError, match=r"noise: found shape \(1, 9, 5\), expected \(1, 4, 5\)"):
         policy.model.sample_actions(inputs, torch.zeros(1, 9, 5))
 
@@ -396,6 +405,20 @@ def test_a_bad_config_file_is_named_with_its_key(tmp_path: Path, edit, message: 
         Policy.from_checkpoint(tmp_path, dt=0.05)
 
 
+def test_options_that_would_not_be_read_are_refused(tmp_path: Path) -> None:
+    small_policy().save(tmp_path)
+    with pytest.raises(ConfigError, match=r"found option\(s\) \['cameras', 'peft_num_tokens'\], expected none"):
+        Policy.from_checkpoint(tmp_path, dt=0.05, cameras=("front",), peft_num_tokens=3)
+
+
+def test_relative_dimensions_are_dimensions_of_the_state() -> None:
+    config = small_policy().config
+    libero = dataclasses.replace(config, state_dim=5, delta_mask=(True, True, False))
+    assert libero.delta_mask == (True, True, False)
+    with pytest.raises(ConfigError, match=r"delta_mask: found .* expected True only below state_dim=1"):
+        dataclasses.replace(config, state_dim=1, delta_mask=(True, True, False))
+
+
 def test_a_missing_or_broken_config_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json: found no such file"):
         PolicyConfig.load(tmp_path)
@@ -423,6 +446,8 @@ def test_a_configuration_survives_its_dict() -> None:
         assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     with pytest.raises(ConfigError, match=r"model preset: found 'pi1', expected one of \['pi0', 'pi05', 'tiny'\]"):
         ModelConfig.preset("pi1")
+    with pytest.raises(ConfigError, match=r"model preset tiny: found unknown key\(s\) \['lambda_ttt'\]"):
+        ModelConfig.preset("tiny", lambda_ttt=1.0)
 
 
 @pytest.mark.parametrize(
@@ -436,6 +461,8 @@ def test_a_configuration_survives_its_dict() -> None:
         ({"vocab_size": True}, "vocab_size: found True"),
         ({"peft_lr": -1.0}, r"peft_lr: found -1\.0"),
         ({"lambda_inv": float("nan")}, "lambda_inv: found nan"),
+        ({"lambda_inv": "3"}, "lambda_inv: found '3'"),
+        ({"restrict_image_to_language": "no"}, "restrict_image_to_language: found 'no', expected True or False"),
     ],
 )
 def test_a_bad_model_size_is_named(change: dict, message: str) -> None:

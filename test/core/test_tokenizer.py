@@ -116,6 +116,17 @@ def test_tokenizers_load_from_a_file_or_its_directory(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
+def test_padding_and_truncation_saved_with_a_tokenizer_are_not_used(tmp_path: Path) -> None:
+    tokenizer = word_tokenizer(WORDS)
+    plain = PromptTokenizer(tokenizer, max_len=8, pi05=False)("pick up the cube")
+    tokenizer.enable_padding(length=6)
+    tokenizer.enable_truncation(2)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = PromptTokenizer(load_tokenizer(tmp_path), max_len=8, pi05=False)("pick up the cube")
+    for found, expected in zip(loaded, plain, strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
 def test_a_subword_tokenizer_works_too() -> None:
     """Public checkpoints bring their own; nothing relies on whole words."""
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "<bos>": 1, **{c: i for i, c in enumerate("abc \n", 2)}},
