@@ -82,7 +82,10 @@ def decode_compressed(data: BytesLike) -> np.ndarray:
 def resize_with_pad(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """Fit (H, W, 3) uint8 into (height, width, 3) uint8: keep the aspect ratio, centre it, pad with black.
 
-    The rule openpi's checkpoints were trained with. Shrinks with area averaging, enlarges linearly.
+    openpi's geometry. Shrinks with area averaging, enlarges linearly; openpi's policies use PIL's bilinear filter (with
+    antialiasing), its model's fallback plain bilinear interpolation without. Measured to 224 pixels from smooth
+    480 x 640 and 720 x 1280 images: 0.3 and 1.0 of 255 levels apart from the former in the mean (3 and 9 at most), 0.4
+    and 1.0 from the latter, which lie 0.7 and 1.9 apart from each other.
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise InputError(f"image: found shape {image.shape} {image.dtype}; expected (H, W, 3) uint8")

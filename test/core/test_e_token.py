@@ -27,7 +27,7 @@ def pi05(request) -> bool:
     return request.param
 
 
-@pytest.fixture(params=[1, 3], ids=["1 token", "3 tokens"])
+@pytest.fixture(params=[1, 3, 8], ids=["1 token", "3 tokens", "8 tokens"])
 def num_tokens(request) -> int:
     return request.param
 
