@@ -385,15 +385,7 @@ def load_e_token(path: str | Path, *, model_digest: str, shape: tuple[int, int])
     Raises:
         CheckpointError: the file is not a token, is damaged, or is of another model, shape or holds NaN.
     """
-    path = Path(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata, names = file.metadata() or {}, list(file.keys())
-            if metadata.get("format") != "selfalign-e-token-1" or names != [E_TOKEN_PARAMETER]:
-                raise CheckpointError(f"{path}: found tensors {names}, expected an E-Token file ({E_TOKEN_PARAMETER})")
-            data = file.get_tensor(E_TOKEN_PARAMETER).float().numpy()
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: found {error}, expected an E-Token file") from error
+    data, metadata = _read_e_token(Path(path))
     owner = metadata.get("model_digest", "")
     if owner != model_digest:
         raise CheckpointError(f"{path}: found a token of model {owner[:12]!r}, expected model {model_digest[:12]!r}")
@@ -405,3 +397,23 @@ def load_e_token(path: str | Path, *, model_digest: str, shape: tuple[int, int])
     if not (version.isascii() and version.isdigit()):
         raise CheckpointError(f"{path}: found version {version!r}, expected an integer >= 0")
     return EToken(data, int(version), metadata.get("embodiment", ""), model_digest)
+
+
+def load_e_token_losses(path: str | Path) -> dict[str, float]:
+    """The losses that :func:`save_e_token` wrote beside a token; empty if it was given none."""
+    text = _read_e_token(Path(path))[1].get("losses", "{}")
+    try:
+        return {str(name): float(value) for name, value in json.loads(text).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: found losses {text!r}, expected a JSON object of numbers") from error
+
+
+def _read_e_token(path: Path) -> tuple[np.ndarray, dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata, names = file.metadata() or {}, list(file.keys())
+            if metadata.get("format") != "selfalign-e-token-1" or names != [E_TOKEN_PARAMETER]:
+                raise CheckpointError(f"{path}: found tensors {names}, expected an E-Token file ({E_TOKEN_PARAMETER})")
+            return file.get_tensor(E_TOKEN_PARAMETER).float().numpy(), metadata
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: found {error}, expected an E-Token file") from error

@@ -87,7 +87,7 @@ def resize_with_pad(image: np.ndarray, height: int, width: int) -> np.ndarray:
     480 x 640 and 720 x 1280 images: 0.3 and 1.0 of 255 levels apart from the former in the mean (3 and 9 at most), 0.4
     and 1.0 from the latter, which lie 0.7 and 1.9 apart from each other.
     """
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
         raise InputError(f"image: found shape {image.shape} {image.dtype}; expected (H, W, 3) uint8")
     if image.shape[:2] == (height, width):
         return image

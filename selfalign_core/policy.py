@@ -6,6 +6,7 @@ Owned by one thread. Knows neither ROS nor the clock; ``stamp_ns`` is passed thr
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -56,6 +57,8 @@ class Policy:
         trained: bool = True,
         bank: Tensor | None = None,
     ):
+        if not 0 < dt < math.inf:
+            raise ConfigError(f"dt: found {dt}, expected seconds > 0")
         self.model = model.eval().requires_grad_(False)
         self.config = config
         self.tokenizer = tokenizer
@@ -292,7 +295,10 @@ class Policy:
         Raises:
             InputError: a missing camera, a wrong shape or dtype, NaN, or a prompt the tokenizer refuses.
         """
-        state = np.asarray(observation.state, np.float32)
+        try:
+            state = np.asarray(observation.state, np.float32)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"state: found {observation.state!r}, expected numbers") from error
         if state.shape != (self.state_dim,):
             raise InputError(f"state: found shape {state.shape}, expected ({self.state_dim},)")
         if not np.isfinite(state).all():
@@ -305,7 +311,9 @@ class Policy:
                 raise InputError(f"images: found cameras {sorted(observation.images)}, expected {camera!r} too")
             else:
                 image = observation.images[camera]
-                if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+                if not isinstance(image, np.ndarray):
+                    raise InputError(f"images[{camera!r}]: found {type(image).__name__}, expected a numpy array")
+                if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
                     raise InputError(f"images[{camera!r}]: found {image.shape} {image.dtype}, expected (H, W, 3) uint8")
                 if image.shape[:2] != self.image_size:
                     image = resize_with_pad(image, *self.image_size)

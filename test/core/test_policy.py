@@ -230,6 +230,9 @@ def changed(observation: Observation, **changes) -> Observation:
          r"images\['wrist'\]: found \(28, 28, 3\) float32, expected \(H, W, 3\) uint8"),
         (lambda o: {"images": {**o.images, "front": o.images["front"][..., 0]}}, r"'front'\]: found \(28, 28\)"),
         (lambda o: {"images": {**o.images, "front": np.zeros((28, 28, 4), np.uint8)}}, r"found \(28, 28, 4\)"),
+        (lambda o: {"images": {**o.images, "front": None}}, r"images\['front'\]: found NoneType"),
+        (lambda o: {"images": {**o.images, "front": np.zeros((0, 28, 3), np.uint8)}}, r"found \(0, 28, 3\)"),
+        (lambda o: {"state": np.array(["a", "b", "c"])}, "state: found array.* expected numbers"),
         (lambda o: {"state": np.array([0, np.nan, 0])}, r"state: found \[0.0, nan, 0.0\], expected finite"),
         (lambda o: {"state": np.array([0, np.inf, 0])}, "state: found .*expected finite"),
         (lambda o: {"state": np.zeros(4)}, r"state: found shape \(4,\), expected \(3,\)"),
@@ -238,8 +241,8 @@ def changed(observation: Observation, **changes) -> Observation:
         (lambda o: {"prompt": "pick up the banana"}, "prompt: found 'pick up the banana', expected only words"),
         (lambda o: {"prompt": "pick up the red cube " * 9}, "prompt: found .* tokens in"),
     ],
-    ids=["missing camera", "float image", "grey image", "four channels", "nan", "inf", "state size", "empty prompt",
-         "no prompt", "unknown word", "too long"],
+    ids=["missing camera", "float image", "grey image", "four channels", "no image", "empty image", "text", "nan", "inf",
+         "state size", "empty prompt", "no prompt", "unknown word", "too long"],
 )  # fmt: skip
 def test_a_bad_observation_is_refused_by_name(change, message: str) -> None:
     for pi05 in (False, True):
@@ -438,6 +441,12 @@ def test_statistics_of_the_wrong_size_are_named(policy: Policy) -> None:
 
 
 # ---------------------------------------------------------------- configuration
+
+
+@pytest.mark.parametrize("dt", [0.0, -0.1, float("nan"), float("inf")])
+def test_a_bad_time_step_is_named(policy: Policy, dt: float) -> None:
+    with pytest.raises(ConfigError, match=r"dt: found .* expected seconds > 0"):
+        Policy(policy.model, policy.config, policy.tokenizer, {}, dt=dt)
 
 
 def test_a_configuration_survives_its_dict() -> None:
