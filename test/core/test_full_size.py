@@ -1,9 +1,12 @@
-"""The public sizes have openpi's exact parameter names, shapes and counts. On the meta device: no memory needed."""
+"""The public sizes: openpi's exact parameter names, shapes and counts on the meta device; bfloat16 on a GPU, if any."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+from small_models import random_inputs, small_config
 
 from selfalign_core.config import ModelConfig
 from selfalign_core.model.pi0 import Pi0
@@ -18,6 +21,11 @@ PUBLISHED_COUNT = {"pi0": 3_238_048_528, "pi05": 3_353_433_872}
 EXPERT_LM_HEAD = VOCABULARY * EXPERT  # in every PyTorch checkpoint, never used
 
 Shapes = dict[str, tuple[int, ...]]
+
+
+def has_gpu() -> bool:
+    """Room for the largest preset in float32 and a copy of its largest tensor."""
+    return torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory > 23 * 2**30
 
 
 def linear(name: str, out: int, into: int, *, bias: bool = True) -> Shapes:
@@ -139,3 +147,40 @@ def test_prompt_length_and_horizon_are_openpis(preset: str, plain: Pi0) -> None:
     assert plain.config.max_token_len == (200 if preset == "pi05" else 48)
     assert (plain.config.action_horizon, plain.config.action_dim) == (50, 32)
     assert plain.config.image_size == (224, 224)
+
+
+@pytest.mark.parametrize("pi05", [False, True], ids=["pi0", "pi05"])
+@pytest.mark.parametrize(
+    "size",
+    [
+        "small",
+        pytest.param("full", marks=pytest.mark.skipif(not has_gpu(), reason="no GPU of 24 GiB at hand")),
+    ],
+)
+def test_bfloat16_is_finite_and_near_float32(size: str, pi05: bool, record_property, capsys) -> None:
+    """Random weights; the error is reported, relative to the root mean square of the float32 velocity."""
+    device = "cuda" if size == "full" else "cpu"
+    torch.manual_seed(0)
+    config = ModelConfig.preset("pi05" if pi05 else "pi0") if size == "full" else small_config(pi05)
+    with torch.device(device):
+        model = Pi0(config).eval().requires_grad_(False)
+    inputs = random_inputs(config)
+    inputs = dataclasses.replace(
+        inputs,
+        images=[image.to(device) for image in inputs.images],
+        image_masks=[mask.to(device) for mask in inputs.image_masks],
+        **{name: getattr(inputs, name).to(device) for name in ("tokens", "token_masks", "state")},
+    )
+    noise = torch.randn(2, config.action_horizon, config.action_dim).to(device)
+    time = torch.tensor([0.3, 0.9], device=device)
+    velocities = []
+    for precision in ("float32", "bfloat16"):
+        model.to_precision(precision)
+        velocities.append(model.predict_velocity(model.prefix(inputs), inputs.state, noise, time))
+    exact, rough = velocities
+    assert torch.isfinite(exact).all() and torch.isfinite(rough).all()
+    error = float((rough - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+    record_property("bfloat16_relative_error", error)
+    with capsys.disabled():
+        print(f"\n{size} {'pi05' if pi05 else 'pi0'}: bfloat16 against float32, relative error {error:.2e}")
+    assert 0 < error < 0.1
