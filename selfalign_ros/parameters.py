@@ -108,6 +108,13 @@ class ParameterSpec:
 
 
 @cache
+def _known_names() -> frozenset[str]:
+    """Every name a parameter file may hold: those of all our nodes, and those rclpy declares."""
+    document = yaml.safe_load((config_folder() / "parameters.yaml").read_text(encoding="utf-8"))
+    return frozenset({"use_sim_time", "start_type_description_service"}.union(*document.values()))
+
+
+@cache
 def load_specs(kind: str) -> dict[str, ParameterSpec]:
     """The parameters of one kind of node (``policy``, ``buffer``, ``aligner``, ``robot_sim``), by name."""
     path = config_folder() / "parameters.yaml"
@@ -138,6 +145,9 @@ class Parameters:
             except ParameterException:
                 found = node._parameter_overrides[name].value
                 raise ConfigError(f"parameter {name}: found {found!r}; allowed: {spec.allowed}") from None
+        if unknown := sorted(set(node._parameter_overrides) - _known_names()):
+            # Not refused: a file for all nodes (/**) may hold what only nodes of other packages know.
+            node.get_logger().warning(f"parameters {', '.join(unknown)}: not known to {kind}; ignored")
         self.values: dict[str, Any] = {name: node.get_parameter(name).value for name in self._specs}
         for name, value in self.values.items():
             if (problem := self._specs[name].problem(value)) is not None:

@@ -29,7 +29,7 @@ from selfalign_ros import qos, run_summary
 from selfalign_ros.bag import Bag, BagError, BagMessage
 from selfalign_ros.conversions import NS_PER_S, to_ns, to_stamp
 from selfalign_ros.recorder_node import ABOUT_NAMESPACE
-from selfalign_ros.tool_node import ToolNode, run_tool
+from selfalign_ros.tool_node import ToolNode, check_report_path, run_tool, write_report
 from selfalign_ros.topics import Topic, camera_topics, graph_topics, header_stamp_ns
 
 SCHEMA = "selfalign/replay"
@@ -56,6 +56,8 @@ class Replay(ToolNode):
         if not self.parameters["bag"]:
             raise ConfigError("parameter bag: found nothing; expected the folder of a bag")
         self._bag = Bag(Path(self.parameters["bag"]))
+        if self.parameters["report"]:
+            check_report_path(Path(self.parameters["report"]))
         self._earlier = _read_earlier(self.parameters["compare"])
         self._inputs = self._recorded_inputs()
         self._first_ns, self._last_ns = self._bag.check(list(self._inputs))
@@ -278,9 +280,7 @@ class Replay(ToolNode):
             }
         )
         if self.parameters["report"]:
-            path = Path(self.parameters["report"])
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            write_report(Path(self.parameters["report"]), report)
         print(self._progress(self._last_ns), flush=True)
         if self._error:
             return 1

@@ -6,13 +6,9 @@ It only listens, so it can be left out, killed or started late without the robot
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import json
 import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +17,11 @@ from rclpy.clock import Clock, ClockType
 from std_msgs.msg import Float64
 
 from selfalign.msg import ActionChunk, AlignReport, EToken
-from selfalign_core.errors import ConfigError
 from selfalign_ros import qos, run_summary
 from selfalign_ros.conversions import NS_PER_S, to_ns
 from selfalign_ros.run_summary import AlignRecord, ChunkRecord, RunRecords, StatusRecord, TokenRecord
 from selfalign_ros.supervisor import STATUS_LINE_ENVIRONMENT
-from selfalign_ros.tool_node import ToolNode, run_tool
+from selfalign_ros.tool_node import ToolNode, check_report_path, run_tool, write_report, writing_report
 from selfalign_ros.topics import camera_topics, header_stamp_ns
 
 _LINE_PERIOD_S = 5.0  # where there is no status line
@@ -41,9 +36,7 @@ class RunReport(ToolNode):
         self._started = time.monotonic()
         self._path = Path(self.parameters["report"]) if self.parameters["report"] else None
         if self._path is not None:
-            with _reporting_to(self._path):  # found here, before a run whose report could not be kept
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                _partial(self._path).touch()
+            check_report_path(self._path)
         self._records = RunRecords(self.contract.name, start=0.0)
         for camera in camera_topics(self.contract):
             stamps = self._records.frames.setdefault(camera.name, [])
@@ -84,11 +77,8 @@ class RunReport(ToolNode):
 
     def _write(self, report: dict, path: Path) -> None:
         picture = path.with_suffix(".png")
-        with _reporting_to(path):
-            # First beside it, then in its place: a reader never sees half a report.
-            partial = _partial(path)
-            partial.write_text(json.dumps(run_summary.finite(report), indent=1) + "\n", encoding="utf-8")
-            partial.replace(path)
+        write_report(path, run_summary.finite(report))
+        with writing_report(picture):
             run_summary.draw(report, picture)
         self.get_logger().info(f"report written to {path} and {picture.name}")
 
@@ -161,21 +151,6 @@ class RunReport(ToolNode):
     def _print_line(self, text: str, end: str) -> None:
         start = "\r\x1b[K" if sys.stdout.isatty() else ""
         print(f"{start}{text}", end=end, flush=True)
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f"{path.name}.partial")
-
-
-@contextlib.contextmanager
-def _reporting_to(path: Path) -> Iterator[None]:
-    """Turn a file that cannot be written into an error that names the parameter."""
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        yield
-    except OSError as error:
-        raise ConfigError(f"parameter report: found {path}, {error}; expected a file that can be written") from error
 
 
 def main(args: list[str] | None = None) -> int:

@@ -6,10 +6,16 @@ What they share is start, parameters, signals and exit code; a node that runs un
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import json
+import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import rclpy
 from rclpy.executors import SingleThreadedExecutor
@@ -17,7 +23,7 @@ from rclpy.node import Node
 from rclpy.signals import SignalHandlerOptions
 
 from selfalign_core.contract import RobotContract
-from selfalign_core.errors import SelfAlignError
+from selfalign_core.errors import ConfigError, SelfAlignError
 from selfalign_ros.graph import EXIT_CONFIGURATION
 from selfalign_ros.parameters import Parameters
 from selfalign_ros.resources import config_file
@@ -55,6 +61,36 @@ class ToolNode(Node):
 
     def abort(self) -> None:
         """Give up what was begun: ``work`` raised."""
+
+
+def check_report_path(path: Path) -> None:
+    """Raise ``ConfigError`` if no report could be written to ``path``: at the start, not after a run for nothing."""
+    with writing_report(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _partial(path).touch()
+        _partial(path).unlink()
+
+
+def write_report(path: Path, report: dict[str, Any]) -> None:
+    """Write ``report`` as JSON: first beside ``path``, then in its place, so that a reader never sees half of it."""
+    with writing_report(path):
+        _partial(path).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        _partial(path).replace(path)
+
+
+@contextlib.contextmanager
+def writing_report(path: Path) -> Iterator[None]:
+    """Turn a file that cannot be written into a ``ConfigError`` that names the parameter."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        yield
+    except OSError as error:
+        raise ConfigError(f"parameter report: found {path}, {error}; expected a file that can be written") from error
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial")
 
 
 def run_tool(make_node: Callable[[], ToolNode], args: list[str] | None = None) -> int:

@@ -46,6 +46,13 @@ def test_missing_checkpoint_ends_the_policy_after_it_has_started(graph) -> None:
     assert "Traceback" not in node.log
 
 
+def test_misspelt_parameter_is_named(graph) -> None:
+    node = graph.start("buffer", contract=graph.contract(), capasity=64, use_sim_time=True)
+    wait_for(lambda: "parameters capasity: not known to buffer" in node.log, "the misspelt name is warned of")
+    assert node.stop() == 0, node.log
+    assert "use_sim_time" not in node.log
+
+
 def test_whole_number_is_accepted_for_a_double(graph) -> None:
     node = graph.start("robot_sim", contract=graph.contract(), camera_rate=10)
     wait_for(lambda: "simulated arm ready" in node.log, "the simulated arm starts")

@@ -294,6 +294,13 @@ def test_a_report_that_is_none_cannot_be_compared_with(ros_domain: int, tmp_path
     assert "expected ('selfalign/replay', 1)" in _refusing_replay(bag, "-p", f"compare:={tmp_path}/other.json")
 
 
+def test_a_report_that_cannot_be_written_is_refused_before_the_replay(ros_domain: int, tmp_path: Path) -> None:
+    bag = write_bag(tmp_path / "bag")
+    output = _refusing_replay(bag, "-p", f"report:={tmp_path}/bag/metadata.yaml/replay.json")
+    assert "parameter report: found" in output
+    assert "Traceback" not in output
+
+
 def test_unknown_types_are_refused_when_recording(tmp_path: Path) -> None:
     with (
         pytest.raises(BagError, match="topic /x: found unknown type my_msgs/msg/Thing"),
