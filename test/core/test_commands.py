@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -65,3 +67,21 @@ def test_path_interpolates_and_holds_its_ends() -> None:
     np.testing.assert_allclose(path.at(DT // 2), [0.5, 0.5])
     np.testing.assert_allclose(path.at(-DT), [0.0, 1.0])
     np.testing.assert_allclose(path.at(10**18), [1.0, 0.0])
+
+
+@given(
+    actions=st.lists(st.tuples(st.floats(-1e30, 1e30), st.floats(-1e30, 1e30)), min_size=1, max_size=8).map(np.array),
+    reference=st.tuples(st.floats(-1.0, 1.0), st.floats(0.0, 0.5)).map(np.array),
+    late_ns=st.integers(-2 * DT, 8 * DT),
+    times=st.lists(st.integers(0, 12 * DT), min_size=2, max_size=8).map(sorted),
+)
+def test_no_chunk_whatever_it_holds_makes_a_path_leave_the_limits(actions, reference, late_ns, times) -> None:
+    path = plan_path(actions, stamp_ns=0, dt_ns=DT, now_ns=late_ns, reference=reference, limiter=LIMITER)
+    if path is None:
+        return
+    np.testing.assert_array_equal(path.positions[0], reference)
+    positions = [*path.positions, *(path.at(late_ns + time) for time in times)]
+    assert all(((LIMITER.lower <= position) & (position <= LIMITER.upper)).all() for position in positions)
+    for earlier, later in itertools.pairwise(times):
+        moved = np.abs(path.at(late_ns + later) - path.at(late_ns + earlier))
+        assert (moved <= LIMITER.speed * (later - earlier) / 1e9 + 1e-9).all()
