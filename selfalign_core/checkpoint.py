@@ -11,6 +11,7 @@ import json
 import os
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from selfalign_core.config import GemmaSize, ModelConfig, VisionSize, build_dataclass
-from selfalign_core.errors import CheckpointError
+from selfalign_core.errors import CheckpointError, ConfigError
 from selfalign_core.model.pi0 import Pi0
 from selfalign_core.types import EToken
 
@@ -36,6 +37,7 @@ OWN_ALIGNMENT = ("alignment_", "next_obs_", "paligemma_with_expert.alignment_exp
 _PALI = "paligemma_with_expert.paligemma."
 _EMBED = _PALI + "model.language_model.embed_tokens.weight"
 _LM_HEAD = _PALI + "lm_head.weight"
+_EXPERT_LM_HEAD = "paligemma_with_expert.gemma_expert.lm_head.weight"
 _EXPERT = "paligemma_with_expert.gemma_expert.model."
 _VISION = _PALI + "model.vision_tower.vision_model."
 
@@ -173,20 +175,31 @@ def infer_model_config(tensors: TensorFile, **overrides: Any) -> ModelConfig:
     """
     shapes = tensors.shapes
 
-    def shape(name: str) -> tuple[int, ...]:
-        if name not in shapes:
-            raise CheckpointError(f"{tensors.path}: missing tensor {name}")
-        return shapes[name]
+    def shape(*names: str) -> tuple[int, ...]:
+        """Of the first name that the file has; of most layers for a name with ``*`` in place of the layer."""
+        for name in names:
+            pattern = re.compile(re.escape(name).replace(r"\*", r"\d+"))
+            found = Counter(size for other, size in shapes.items() if pattern.fullmatch(other))
+            if found:
+                return found.most_common(1)[0][0]
+        raise CheckpointError(f"{tensors.path}: missing tensor {names[0].replace("*", "0")}")
 
     def depth(prefix: str) -> int:
         found = {int(m.group(1)) for name in shapes if (m := re.match(re.escape(prefix) + r"layers\.(\d+)\.", name))}
         return max(found, default=-1) + 1
 
     def stack(prefix: str) -> GemmaSize:
-        mlp, width = shape(prefix + "layers.0.mlp.up_proj.weight")
-        head_dim = shape(prefix + "layers.0.self_attn.k_proj.weight")[0]
-        heads = shape(prefix + "layers.0.self_attn.q_proj.weight")[0] // head_dim
-        return GemmaSize(width, depth(prefix), mlp, heads, 1, head_dim)
+        mlp, width = shape(prefix + "layers.*.mlp.up_proj.weight")
+        head_dim = shape(prefix + "layers.*.self_attn.k_proj.weight")[0]
+        heads = shape(prefix + "layers.*.self_attn.q_proj.weight")[0] // head_dim
+        try:
+            return GemmaSize(width, depth(prefix), mlp, heads, 1, head_dim)
+        except ConfigError as error:
+            raise CheckpointError(f"{tensors.path}: the shapes of {prefix}layers imply {error}") from error
+
+    def action_dim() -> int:
+        into = shapes.get("action_in_proj.weight")
+        return into[1] if into else shape("action_out_proj.weight", "action_out_proj.bias")[0]
 
     def vision() -> VisionSize:
         width, _, patch, _ = shape(_VISION + "embeddings.patch_embedding.weight")
@@ -194,7 +207,7 @@ def infer_model_config(tensors: TensorFile, **overrides: Any) -> ModelConfig:
         return VisionSize(
             width,
             depth(_VISION + "encoder."),
-            shape(_VISION + "encoder.layers.0.mlp.fc1.weight")[0],
+            shape(_VISION + "encoder.layers.*.mlp.fc1.weight")[0],
             max(width // 72, 1),
             round(positions**0.5) * patch,
             patch,
@@ -206,8 +219,8 @@ def infer_model_config(tensors: TensorFile, **overrides: Any) -> ModelConfig:
         ("vision", vision),
         ("text", lambda: stack(_PALI + "model.language_model.")),
         ("action_expert", lambda: stack(_EXPERT)),
-        ("vocab_size", lambda: shape(_LM_HEAD)[0]),
-        ("action_dim", lambda: shape("action_in_proj.weight")[1]),
+        ("vocab_size", lambda: shape(_LM_HEAD, _EXPERT_LM_HEAD)[0]),
+        ("action_dim", action_dim),
     ):
         if name not in values:
             values[name] = read()

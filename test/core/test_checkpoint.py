@@ -212,6 +212,33 @@ def test_everything_that_does_not_fit_is_listed_at_once(tmp_path: Path, pi05: bo
         assert line in message
 
 
+@pytest.mark.parametrize(
+    "gone",
+    [
+        "action_in_proj.weight", HEAD, PALI + "model.language_model.layers.0.mlp.up_proj.weight",
+        "paligemma_with_expert.gemma_expert.model.layers.0.self_attn.k_proj.weight",
+    ],
+)  # fmt: skip
+def test_tensors_that_give_the_sizes_are_listed_with_the_rest(tmp_path: Path, pi05: bool, gone: str) -> None:
+    state = model_state(public_model(pi05))
+    del state[gone], state["action_out_proj.weight"]
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        load_model(tmp_path, action_horizon=4)
+    message = str(caught.value)
+    assert f"missing {gone}" in message
+    assert "missing action_out_proj.weight" in message
+
+
+def test_a_shape_that_no_stack_can_have_names_the_file(tmp_path: Path, pi05: bool) -> None:
+    state = model_state(public_model(pi05))
+    for name in [n for n in state if n.endswith("self_attn.k_proj.weight") and "language_model" in n]:
+        state[name] = torch.zeros(7, 24)
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"language_model\.layers imply GemmaSize\.head_dim: found 7"):
+        load_model(tmp_path, action_horizon=4)
+
+
 def test_the_wrong_family_does_not_load(tmp_path: Path, pi05: bool) -> None:
     save_model(public_model(pi05), tmp_path / "model.safetensors")
     config = public_model(not pi05).config
