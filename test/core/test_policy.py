@@ -241,8 +241,8 @@ def changed(observation: Observation, **changes) -> Observation:
         (lambda o: {"prompt": "pick up the banana"}, "prompt: found 'pick up the banana', expected only words"),
         (lambda o: {"prompt": "pick up the red cube " * 9}, "prompt: found .* tokens in"),
     ],
-    ids=["missing camera", "float image", "grey image", "four channels", "no image", "empty image", "text", "nan", "inf",
-         "state size", "empty prompt", "no prompt", "unknown word", "too long"],
+    ids=["missing camera", "float image", "grey image", "four channels", "no image", "empty image", "text", "nan",
+         "inf", "state size", "empty prompt", "no prompt", "unknown word", "too long"],
 )  # fmt: skip
 def test_a_bad_observation_is_refused_by_name(change, message: str) -> None:
     for pi05 in (False, True):
