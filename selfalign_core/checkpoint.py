@@ -182,7 +182,7 @@ def infer_model_config(tensors: TensorFile, **overrides: Any) -> ModelConfig:
             found = Counter(size for other, size in shapes.items() if pattern.fullmatch(other))
             if found:
                 return found.most_common(1)[0][0]
-        raise CheckpointError(f"{tensors.path}: missing tensor {names[0].replace("*", "0")}")
+        raise CheckpointError(f"{tensors.path}: missing tensor {names[0].replace('*', '0')}")
 
     def depth(prefix: str) -> int:
         found = {int(m.group(1)) for name in shapes if (m := re.match(re.escape(prefix) + r"layers\.(\d+)\.", name))}
