@@ -42,13 +42,16 @@ replay:  ## play a bag through the same nodes, in lock-step: BAG=directory
 lint:  ## ruff
 	@$(BOOTSTRAP) run python3 -m ruff check .
 
-# Tests that start nodes run one after the other in one worker (test/conftest.py), the others beside them. One thread
-# per process keeps the workers from fighting for the cores.
+# First the tests without nodes, side by side, then those that start nodes (marked in test/conftest.py), one after the
+# other, so that no two graphs share the cores. Exit code 5 of pytest means that ARGS selected none of that kind.
 test: export ROS_AUTOMATIC_DISCOVERY_RANGE := LOCALHOST
 test: export OMP_NUM_THREADS := 1
 test: export HF_HUB_OFFLINE := 1
 test: lint  ## lint and every test
-	@$(BOOTSTRAP) run python3 -m pytest -n $(PYTEST_WORKERS) --dist loadgroup $(ARGS)
+	@$(BOOTSTRAP) run python3 -m pytest -n $(PYTEST_WORKERS) -m "not ros" $(ARGS); core=$$?; \
+	if [ $$core -ne 0 ] && [ $$core -ne 5 ]; then exit $$core; fi; \
+	$(BOOTSTRAP) run python3 -m pytest -m ros $(ARGS); graph=$$?; \
+	if [ $$graph -eq 5 ] && [ $$core -eq 0 ]; then exit 0; fi; exit $$graph
 
 clean:  ## remove what was built and every cache; keeps installed packages
 	rm -rf build install log .venv/build .pytest_cache .ruff_cache .hypothesis

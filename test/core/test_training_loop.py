@@ -18,7 +18,7 @@ from selfalign_core.errors import CheckpointError, ConfigError
 from selfalign_core.policy import Policy
 from selfalign_core.training.logging import read_log
 from selfalign_core.training.state import list_checkpoints
-from selfalign_core.training.trainer import LOSSES, TrainingError
+from selfalign_core.training.trainer import LOSSES, Gap, Trainer, TrainingError
 from selfalign_core.types import Observation
 
 FROZEN = {"freeze": ["vision_tower", "projector"], "cache_features": True}
@@ -180,7 +180,9 @@ def test_lora_trains_adapters_and_writes_plain_weights(tmp_path: Path, data: Pat
         trainer(tmp_path / "x", data, lora={"targets": "nothing"})
 
 
-def test_a_gap_appears_where_bodies_differ_and_a_warning_where_not(tmp_path: Path) -> None:
+def test_a_gap_appears_where_bodies_differ_and_a_warning_where_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options: dict[str, Any] = {"log__gap_samples": 64, "batch_size": 16, "steps": 150, "optim__peft_lr": 0.03, **FROZEN}
     data = write_dataset(tmp_path / "set", action_offset=0.6)
     made = trainer(tmp_path / "run", data, log__gap_every=150, **options)
@@ -192,8 +194,10 @@ def test_a_gap_appears_where_bodies_differ_and_a_warning_where_not(tmp_path: Pat
     with torch.no_grad():  # tokens that say nothing
         made.joint.bank.weight.copy_(made.joint.bank.mean())
     assert made.measure_gap()["inverse_dynamics"].mean == 0.0
-    new = trainer(tmp_path / "new", data, **{**options, "steps": 3, "log__gap_every": 3, "optim__peft_lr": 1e-6})
-    new.run()
+    monkeypatch.setattr(
+        Trainer, "measure_gap", lambda self: {"inverse_dynamics": Gap(own=1.0, other=1.01, stderr=0.02)}
+    )
+    trainer(tmp_path / "new", data, **{**options, "steps": 3, "log__gap_every": 3}).run()
     (warning,) = [line["text"] for line in log_of(tmp_path / "new", "note") if "WARNING" in line["text"]]
     assert "inverse dynamics does not use the token" in warning
 
