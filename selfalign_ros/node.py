@@ -171,6 +171,8 @@ class SelfAlignNode(Node):
             return
         try:
             os.setpriority(os.PRIO_PROCESS, 0, niceness)
+            if niceness == 19:  # the lowest: run only when nothing else wants the processor
+                os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
             # Where Linux groups processes by session (autogroup), niceness counts only within the session. A node in
             # a session of its own, as the supervisor starts them, has to say it for the whole session.
             if os.getsid(0) == os.getpid() and _AUTOGROUP.exists():
