@@ -20,7 +20,7 @@ help:  ## show this text
 	@echo
 	@echo "  DURATION=30       seconds after which bringup or record stops by itself"
 	@echo "  REPORT=out.json   where bringup or replay writes its report (a .png goes next to it)"
-	@echo "  PARAMS=my.yaml    parameter file to use instead of config/parameters.yaml"
+	@echo "  PARAMS=my.yaml    ROS parameter file with values that differ from config/parameters.yaml"
 	@echo "  BAG=directory     bag to record or to replay"
 	@echo "  ARGS='...'        more arguments: NAME:=VALUE for bringup, options for the others"
 
