@@ -1,18 +1,21 @@
 """Demonstrations and play on simulated bodies, as a dataset.
 
-    python -m selfalign_core.data.sim_demos --output DIR --bodies 256
+    python -m selfalign_core.data.sim_demos --output DIR --bodies 256 --jobs 2
 
 One embodiment per body. Half of the episodes (``--play``) are play: smooth off-expert motion that shows what the body
 does. In the others the scripted expert, disturbed, chases one target after another. Every frame of both is labelled
-with the expert's chunk for every prompt. Deterministic: the same arguments give the same bytes. Each body is kept in
-the dataset's ``meta.json`` under ``sources``. Must not know ROS, the model or torch.
+with the expert's chunk for every prompt. Images are drawn at the size that the robot's cameras publish and shrunk as
+the policy shrinks them. Deterministic: the same arguments give the same bytes, whatever the number of processes. Each
+body is kept in the dataset's ``meta.json`` under ``sources``. Must not know ROS, the model or torch.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,12 +23,12 @@ from tqdm import tqdm
 
 from selfalign_core.data.dataset import DatasetWriter, image_size_argument, run_command
 from selfalign_core.errors import ConfigError
+from selfalign_core.images import resize_with_pad
 from selfalign_core.sim import FAMILIES, JOINTS, TARGET_NAMES, ArmSim, BodyConfig, PlayPolicy, ReachExpert, prompt_for
 
 REACH_JOINTS = JOINTS[:3]
 """Enough to bring the tip to any target: pan, lift and elbow."""
 
-TRAINING_FAMILIES = ("sign", "gain", "offset", "link", "camera", "mirror", "colour", "light")
 _SETTLE_S = 1.2
 _CHASE_STEPS = (15, 45)  # control steps on one target
 _DISTURBANCE = 0.05  # rad, drawn anew for each target; a slow random walk of a fifth of it on top
@@ -33,22 +36,29 @@ _DISTURBANCE = 0.05  # rad, drawn anew for each target; a slow random walk of a 
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """What to record: ``frames`` control steps of ``dt_s`` seconds per episode, ``play`` the share of play episodes."""
+    """What to record: ``frames`` control steps of ``dt_s`` seconds per episode, ``play`` the share of play episodes.
+
+    ``episodes``: per body; ``nominal_episodes``: of the nominal body, if it is to be seen more than the others.
+    ``camera_size`` and ``image_size``: (H, W) in pixels as drawn and as kept.
+    """
 
     cameras: tuple[str, ...] = ("overhead",)
+    camera_size: tuple[int, int] = (224, 224)
     image_size: tuple[int, int] = (64, 64)
     joints: tuple[str, ...] = REACH_JOINTS
-    families: tuple[str, ...] = TRAINING_FAMILIES
+    families: tuple[str, ...] = FAMILIES
     episodes: int = 4
+    nominal_episodes: int | None = None
     frames: int = 60
     play: float = 0.5
     chunk: int = 16
     dt_s: float = 0.05
 
     def __post_init__(self) -> None:
-        for name in ("episodes", "frames", "chunk"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"DemoConfig.{name}: found {getattr(self, name)}, expected >= 1")
+        for name in ("episodes", "nominal_episodes", "frames", "chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"DemoConfig.{name}: found {value}, expected >= 1")
         if not 0 <= self.play <= 1:
             raise ConfigError(f"DemoConfig.play: found {self.play}, expected a share from 0 to 1")
         for joint in self.joints:
@@ -90,7 +100,7 @@ def record_episode(sim: ArmSim, rng: np.random.Generator, config: DemoConfig, *,
     constant = drift = np.zeros(len(columns))
     for row in range(config.frames):
         for camera, image in zip(config.cameras, episode["images"][row], strict=True):
-            sim.render(camera, *config.image_size, out=image)
+            image[:] = resize_with_pad(sim.render(camera, *config.camera_size), *config.image_size)
         episode["states"][row] = sim.joint_state().position[columns]
         chunks = [expert.chunk(config.chunk, target=name, dt=config.dt_s) for name in TARGET_NAMES]
         episode["expert_chunks"][row] = np.stack(chunks)[:, :, columns]
@@ -111,9 +121,15 @@ def record_episode(sim: ArmSim, rng: np.random.Generator, config: DemoConfig, *,
 
 
 def record(
-    output: str, bodies: dict[str, BodyConfig], seed: int, config: DemoConfig, *, progress: bool = False
+    output: str,
+    bodies: dict[str, BodyConfig],
+    seed: int,
+    config: DemoConfig,
+    *,
+    jobs: int = 1,
+    progress: bool = False,
 ) -> None:
-    """Record ``config.episodes`` episodes on each body into the dataset directory ``output``."""
+    """Record the episodes of each body into the dataset directory ``output``."""
     with DatasetWriter(
         output,
         cameras=config.cameras,
@@ -125,15 +141,35 @@ def record(
         chunk_horizon=config.chunk,
         joint_names=config.joints,
     ) as writer:
-        for index, (name, body) in enumerate(tqdm(bodies.items(), unit="body", disable=not progress)):
-            rng = np.random.default_rng([seed, index])
-            sim = ArmSim(body)
+        recorded = _recorded(list(bodies.values()), seed, config, jobs)
+        bar = tqdm(zip(bodies.items(), recorded, strict=True), total=len(bodies), unit="body", disable=not progress)
+        for (name, body), episodes in bar:
             writer.sources.append({"embodiment": name, "body": body.to_dict()})
-            for episode in range(config.episodes):
-                play = _is_play(episode, config)
-                arrays = record_episode(sim, rng, config, play=play)
+            for arrays in episodes:
                 writer.add_episode(embodiment=name, prompt=None, **arrays)
-            sim.close()
+
+
+def _recorded(
+    bodies: Sequence[BodyConfig], seed: int, config: DemoConfig, jobs: int
+) -> Iterator[list[dict[str, np.ndarray]]]:
+    """The episodes of each body, in order; several bodies at a time if ``jobs`` is more than 1."""
+    count = len(bodies)
+    arguments = (bodies, [[seed, index] for index in range(count)], [config] * count)
+    if jobs == 1:
+        yield from map(_record_body, *arguments)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(_record_body, *arguments)
+
+
+def _record_body(body: BodyConfig, seed: Sequence[int], config: DemoConfig) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(seed)
+    sim = ArmSim(body)
+    try:
+        episodes = config.nominal_episodes if body == BodyConfig() and config.nominal_episodes else config.episodes
+        return [record_episode(sim, rng, config, play=_is_play(e, config)) for e in range(episodes)]
+    finally:
+        sim.close()
 
 
 def _is_play(episode: int, config: DemoConfig) -> bool:
@@ -158,7 +194,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--bodies", type=int, default=64, help="number of bodies; the first is the nominal one")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--episodes", type=int, default=defaults.episodes, help="per body")
+    parser.add_argument("--nominal-episodes", type=int, help="of the nominal body, if not as many as of the others")
     parser.add_argument("--frames", type=int, default=defaults.frames, help="control steps per episode")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--play", type=float, default=defaults.play, help="share of play episodes")
     parser.add_argument("--image-size", type=int, nargs="+", default=list(defaults.image_size), metavar="PIXELS")
     parser.add_argument(
@@ -177,10 +215,11 @@ def _run(args: argparse.Namespace) -> None:
         image_size=image_size_argument(args.image_size),
         families=tuple(args.families),
         episodes=args.episodes,
+        nominal_episodes=args.nominal_episodes,
         frames=args.frames,
         play=args.play,
     )
-    record(args.output, sample_bodies(args.bodies, args.seed, config), args.seed, config, progress=True)
+    record(args.output, sample_bodies(args.bodies, args.seed, config), args.seed, config, jobs=args.jobs, progress=True)
 
 
 if __name__ == "__main__":

@@ -225,6 +225,12 @@ class ArmSim:
         self._target = str(rng.choice(TARGET_NAMES))
         mujoco.mj_kinematics(self.model, self.data)
 
+    def place(self, pose: np.ndarray) -> None:
+        """Put the arm at rest in the kinematic pose (7,) [rad], out of nowhere: for pictures, not for episodes."""
+        self.data.qpos[:] = self.data.ctrl[:] = self._goal[:] = np.clip(pose, *nominal_limits())
+        self.data.qvel[:] = 0.0
+        mujoco.mj_forward(self.model, self.data)
+
     def reach_point(self, name: str | None = None) -> np.ndarray:
         """(3,) float64 table-frame point [m] just above the named target (default: the present one)."""
         index = TARGET_NAMES.index(name or self._target)
@@ -267,6 +273,26 @@ class ArmSim:
         optics = self.body.camera(camera) if camera in CAMERAS else CameraBody()
         self._renderer.draw(self.model, self.data, camera, optics, out)
         return out
+
+    def project(self, camera: str, points: np.ndarray, *, aspect: float = 1.0) -> np.ndarray:
+        """Where a camera sees table-frame points, occluded or not.
+
+        Args:
+            camera: one of ``CAMERAS``.
+            points: (n, 3) positions [m].
+            aspect: width of the picture over its height.
+
+        Returns:
+            (n, 2) float64 (x, y) as fractions of the picture from its top left corner; outside 0..1 out of view, NaN
+            behind the camera.
+        """
+        index = self.model.camera(camera).id
+        axes = self.data.cam_xmat[index].reshape(3, 3)
+        right, up, back = ((points - self.data.cam_xpos[index]) @ axes).T
+        depth = np.where(back < 0.0, -back, np.nan)
+        focal = 0.5 / math.tan(math.radians(self.model.cam_fovy[index]) / 2)
+        x, y = 0.5 + focal / aspect * right / depth, 0.5 - focal * up / depth
+        return np.stack([1.0 - x if self.body.camera(camera).mirror else x, y], axis=1)
 
     def close(self) -> None:
         """Free the drawing context. Further ``render`` calls open a new one."""

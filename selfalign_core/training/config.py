@@ -115,12 +115,14 @@ class OptimSection:
 class BankSection:
     """``mode``: one token per embodiment, or one ``shared`` by all. ``capacity``: rows, those of the data by default.
 
-    ``init_std``: standard deviation of the normal initialisation.
+    ``init_std``: standard deviation of the normal initialisation. ``deploy``: the embodiment whose token the policy is
+    written with; the bank's mean by default.
     """
 
     mode: Literal["embodiment", "shared"] = "embodiment"
     capacity: int | None = None
     init_std: float = 1.0
+    deploy: str | None = None
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "capacity")

@@ -176,7 +176,11 @@ class Trainer:
             policy = Policy.from_checkpoint(path, dt=self.dataset.meta.dt_ns / 1e9, initialise=section.initialise)
             if changes:
                 config = ModelConfig.from_dict({**policy.config.model.to_dict(), **changes})
-                policy.model = load_model(path, config, initialise=section.initialise, seed=self.config.seed)
+                without = () if config.use_peft_prefix_token else ("e_token",)
+                without += () if config.alignment_expert is not None else ("alignment",)
+                policy.model = load_model(
+                    path, config, initialise=section.initialise, leave_out=without, seed=self.config.seed
+                )
             model = policy.model.float().requires_grad_(True)
             model.paligemma_with_expert.gemma_expert.lm_head.requires_grad_(False)
             bank = None if policy.bank is None else (policy.config.bank_keys, policy.bank)
@@ -225,6 +229,8 @@ class Trainer:
             init_std=section.init_std,
             seed=self.config.seed,
         )
+        if section.deploy is not None and section.deploy not in bank.keys:
+            raise ConfigError(f"bank.deploy: found {section.deploy!r}, expected one of the bank's keys: {bank.keys}")
         if start is not None:  # bodies that the checkpoint knows keep their tokens, new ones start from its mean
             known, weight = start
             mean = bank_mean(weight[: len(known)])
@@ -329,7 +335,7 @@ class Trainer:
         checkpoint = self._checkpoint
         try:
             while self.step < config.steps:
-                figures = self._train_step(next(batches))
+                figures = self.train_step(next(batches))
                 self.step += 1
                 shown = self._report(log, figures)
                 if self._due(config.log.gap_every):
@@ -376,8 +382,8 @@ class Trainer:
             f"{self.ranks.device.type}"
         )
 
-    def _train_step(self, batch: Batch) -> dict[str, Any]:
-        """One optimiser step; returns what it measured, as tensors of this rank."""
+    def train_step(self, batch: Batch) -> dict[str, Any]:
+        """One optimiser step (:meth:`run` counts them); returns what it measured, as tensors of this rank."""
         config = self.config
         torch.manual_seed(_mix(config.seed, self.step, self.ranks.rank))
         rates = set_lr(self.optimizer, lr_factor(self.step, config.steps, config.optim))
@@ -563,11 +569,12 @@ class Trainer:
 
     def _write_policy(self, values: dict[str, Tensor], directory: Path) -> None:
         values = {name: value.float() if value.is_floating_point() else value for name, value in values.items()}
-        weight, keys = values.pop("bank.weight", None), ()
+        weight, keys, deploy = values.pop("bank.weight", None), (), self.config.bank.deploy
         state = {name.removeprefix("model."): value for name, value in values.items()}
         if weight is not None:
             keys = self.joint.bank.keys
-            state["peft_prefix_token"] = bank_mean(weight[: len(keys)])
+            deployed = bank_mean(weight[: len(keys)]) if deploy is None else weight[keys.index(deploy)].clone()
+            state["peft_prefix_token"] = deployed
         if self.config.lora is not None:
             state = lora.merge(state, self.config.lora)
         embedding = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
@@ -575,7 +582,7 @@ class Trainer:
         with torch.device("meta"):
             model = Pi0(self.policy_config.model)
         model.load_state_dict(state, assign=True)
-        config = replace(self.policy_config, bank_keys=keys, embodiment=keys[0] if len(keys) == 1 else "")
+        config = replace(self.policy_config, bank_keys=keys, embodiment=deploy or (keys[0] if len(keys) == 1 else ""))
         dt = self.dataset.meta.dt_ns / 1e9
         Policy(model, config, self.tokenizer, self.stats, dt=dt, bank=weight).save(directory)
 

@@ -39,3 +39,13 @@ def test_a_refused_argument_writes_nothing(tmp_path, capsys):
     assert main(["--output", str(tmp_path / "demos"), *ARGUMENTS, "--play", "1.5"]) == 2
     assert "DemoConfig.play: found 1.5" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_number_of_processes_changes_nothing(tmp_path):
+    for name, jobs in (("one", "1"), ("two", "2")):
+        assert main(["--output", str(tmp_path / name), *ARGUMENTS, "--nominal-episodes", "3", "--jobs", jobs]) == 0
+    for array in ("images", "states", "actions", "expert_chunks"):
+        one, two = (np.load(tmp_path / name / f"{array}.npy") for name in ("one", "two"))
+        np.testing.assert_array_equal(one, two)
+    episodes = TransitionDataset(tmp_path / "one").meta.episodes
+    assert [e.embodiment for e in episodes] == [0, 0, 0, 1, 1], "the nominal body has more episodes than the other"

@@ -113,6 +113,14 @@ def test_the_policy_written_acts_with_the_averaged_weights_and_the_bank(tmp_path
     assert torch.equal(written[name], plain.joint.model.state_dict()[name])
 
 
+def test_the_policy_can_be_written_for_one_of_the_bodies(tmp_path: Path, data: Path) -> None:
+    train(tmp_path / "run", data, steps=3, bank__deploy="arm b")
+    policy = Policy.from_checkpoint(tmp_path / "run/policy", dt=0.05)
+    assert np.array_equal(policy.e_token.data, policy.bank[1]) and policy.e_token.embodiment == "arm b"
+    with pytest.raises(ConfigError, match=r"bank\.deploy: found 'arm z'.*arm a"):
+        trainer(tmp_path / "refused", data, bank__deploy="arm z")
+
+
 def test_training_goes_on_from_a_policy_with_tokens_for_the_bodies_it_knows(tmp_path: Path, data: Path) -> None:
     two = write_dataset(tmp_path / "two", bodies=2)
     train(tmp_path / "first", two, ema_decay=None)
