@@ -1,8 +1,12 @@
 """The simulated robot as a node: cameras, joint states and a command topic, in real time, as the contract says.
 
 It behaves like a robot behind ros2_control: a joint trajectory controller that interpolates, or a forward command
-controller; both hold their last position when nothing is commanded, and refuse a malformed command with a reason. The
-simulation runs in the worker, the only thread that touches physics and OpenGL; callbacks leave the newest command.
+controller; both hold their last position when nothing is commanded, and refuse a malformed command with a reason.
+Joints that the contract does not name hold the pose they start in; their state is published after that of the others.
+
+The task goes on for ever: once the target is reached, or its time is over, the objects are placed anew and the prompt
+names another target. The simulation runs in the worker, the only thread that touches physics and OpenGL; callbacks
+leave the newest command.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import cv2
 import numpy as np
 from rosgraph_msgs.msg import Clock as ClockMsg
 from sensor_msgs.msg import CompressedImage, Image, JointState
-from std_msgs.msg import Float64, Float64MultiArray, String
+from std_msgs.msg import Bool, Float64, Float64MultiArray, String
 from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
@@ -43,7 +47,6 @@ if TYPE_CHECKING:
 
 _SUBSTEP_S = 0.005  # how often the commanded position is interpolated
 _CLOCK_HZ = 100.0
-_DISTANCE_HZ = 20.0
 _SLIP_S = 0.1  # lag behind the wall clock beyond which the simulation stops trying to catch up
 
 
@@ -54,6 +57,21 @@ class Repeating:
     hz: float
     action: Callable[[], None]
     due_s: float = 0.0
+
+
+@dataclass
+class Task:
+    """Reaching one target after another; times in simulated seconds."""
+
+    number: int = 0  # of the target, from 0
+    begun_s: float = 0.0
+    steps_near: int = 0  # control steps in a row that the tip has been near the target
+    attempted: int = 0
+    reached: int = 0
+
+    def next(self, now_s: float) -> None:
+        """Begin with another target."""
+        self.number, self.begun_s, self.steps_near = self.number + 1, now_s, 0
 
 
 class RobotSimNode(SelfAlignNode):
@@ -69,15 +87,18 @@ class RobotSimNode(SelfAlignNode):
                 raise ConfigError(
                     f"contract cameras[{i}].name: found {camera.name!r}; expected one of {', '.join(CAMERAS)}"
                 )
-        if set(contract.joint_names) != set(JOINTS):
-            raise ConfigError(f"contract joints: found {contract.joint_names}; expected {JOINTS}")
-        self._order = [contract.joint_names.index(name) for name in JOINTS]  # contract -> simulator
+        for i, name in enumerate(contract.joint_names):
+            if name not in JOINTS:
+                raise ConfigError(f"contract joints[{i}].name: found {name!r}; expected one of {', '.join(JOINTS)}")
+        self._names = [*contract.joint_names, *(name for name in JOINTS if name not in contract.joint_names)]
+        self._columns = [JOINTS.index(name) for name in self._names]  # of the simulator's joints, in that order
         self._body = BodyConfig.from_yaml(config_file(self.parameters["body"]))
 
         # Written by callbacks, read by the simulation; each a single reference, replaced as a whole.
         self._settings: dict[str, Any] = dict(self.parameters.values)
         self._new_command: Callable[[np.ndarray, int], CommandPath] | None = None
         self._reset_target = False
+        self._task = Task()
 
         self._real_time = 1.0
         self._slips = self._commands = self._refused = 0
@@ -93,6 +114,7 @@ class RobotSimNode(SelfAlignNode):
         }
         self._joint_states = self.create_publisher(JointState, contract.joint_state_topic, qos.SENSOR)
         self._distance = self.create_publisher(Float64, "distance_to_target", 10)
+        self._target_reached = self.create_publisher(Bool, "target_reached", 10)
         self._prompt = self.create_publisher(String, "prompt", qos.LATCHED)
         self._clock_publisher = (
             self.create_publisher(ClockMsg, "/clock", 10) if self.parameters["publish_clock"] else None
@@ -172,10 +194,10 @@ class RobotSimNode(SelfAlignNode):
             sim.close()
 
     def _run_in_real_time(self, sim: ArmSim, seed: int) -> None:
-        to_contract = np.argsort(self._order)
+        commanded = self._columns[: len(self.contract.joints)]
         origin_ns, wall_s = time.time_ns(), time.monotonic()
-        path = CommandPath(np.array([origin_ns]), sim.setpoint()[to_contract][None])
-        episode = 0
+        goal = sim.setpoint()  # joints that are not commanded keep this
+        path = CommandPath(np.array([origin_ns]), goal[commanded][None])
         now_ns = origin_ns
 
         def publish_cameras() -> None:
@@ -186,31 +208,22 @@ class RobotSimNode(SelfAlignNode):
 
         def publish_joints() -> None:
             state = sim.joint_state()
-            message = joint_state_message(self.contract.joint_names, state.position[to_contract], now_ns)
-            message.velocity = fill("d", state.velocity[to_contract])
-            message.effort = fill("d", state.effort[to_contract])
+            message = joint_state_message(self._names, state.position[self._columns], now_ns)
+            message.velocity = fill("d", state.velocity[self._columns])
+            message.effort = fill("d", state.effort[self._columns])
             self._joint_states.publish(message)
             self._joint_rate.tick()
 
-        def publish_distance() -> None:
-            self._distance.publish(Float64(data=sim.distance()))
-
         cameras = Repeating(self._settings["camera_rate"], publish_cameras)
         joints = Repeating(self._settings["joint_state_rate"], publish_joints)
-        repeating = [joints, cameras, Repeating(_DISTANCE_HZ, publish_distance)]
+        repeating = [joints, cameras, Repeating(self.contract.rate_hz, lambda: self._judge(sim, seed))]
         if self._clock_publisher is not None:
             clock = self._clock_publisher
             repeating.insert(0, Repeating(_CLOCK_HZ, lambda: clock.publish(ClockMsg(clock=to_stamp(now_ns)))))
-        next_episode_s = self._settings["episode_seconds"]
         self._prompt.publish(String(data=sim.prompt))
         self.get_logger().info(f"simulated arm ready, body {self.parameters['body']}, {sim.prompt!r}")
         while not self.worker.should_stop():
             cameras.hz, joints.hz = self._settings["camera_rate"], self._settings["joint_state_rate"]
-            if self._reset_target or sim.time >= next_episode_s:
-                episode, self._reset_target = episode + 1, False
-                next_episode_s = sim.time + self._settings["episode_seconds"]
-                sim.reset_targets(np.random.default_rng([seed, episode]))
-                self._prompt.publish(String(data=sim.prompt))
             for item in repeating:
                 if item.due_s <= sim.time + 1e-9:
                     item.action()
@@ -220,7 +233,8 @@ class RobotSimNode(SelfAlignNode):
                 self._new_command = None
                 path = self._start(command, path, now_ns)
             span_s = min(_SUBSTEP_S, max(min(item.due_s for item in repeating) - sim.time, 1e-4))
-            sim.command(path.at(now_ns)[self._order])
+            goal[commanded] = path.at(now_ns)
+            sim.command(goal)
             sim.step(span_s)
             now_ns = origin_ns + round(sim.time * NS_PER_S)
             ahead_s = (now_ns - origin_ns) / NS_PER_S - (time.monotonic() - wall_s)
@@ -231,6 +245,27 @@ class RobotSimNode(SelfAlignNode):
                 self._slips += 1
                 slip_ns = round(-ahead_s * NS_PER_S)
                 origin_ns, wall_s, now_ns = origin_ns + slip_ns, wall_s - ahead_s, now_ns + slip_ns
+
+    def _judge(self, sim: ArmSim, seed: int) -> None:
+        """Once per control step: how far it is to the target, and whether it is time for another one."""
+        task, settings, distance = self._task, self._settings, sim.distance()
+        self._distance.publish(Float64(data=distance))
+        task.steps_near = task.steps_near + 1 if distance < settings["reach_distance"] else 0
+        reached = task.steps_near >= settings["reach_steps"]
+        elapsed_s = sim.time - task.begun_s
+        over = reached or elapsed_s >= settings["episode_seconds"]
+        if over:
+            task.attempted, task.reached = task.attempted + 1, task.reached + reached
+            self._target_reached.publish(Bool(data=reached))
+            what = "reached" if reached else "did not reach"
+            self.get_logger().info(
+                f"{what} the {sim.target} in {elapsed_s:.1f} s ({task.reached} of {task.attempted} targets reached)"
+            )
+        if over or self._reset_target:
+            self._reset_target = False
+            task.next(sim.time)
+            sim.reset_targets(np.random.default_rng([seed, task.number]))
+            self._prompt.publish(String(data=sim.prompt))
 
     def _start(self, command: Callable[[np.ndarray, int], CommandPath], path: CommandPath, now_ns: int) -> CommandPath:
         try:
@@ -259,6 +294,8 @@ class RobotSimNode(SelfAlignNode):
             "fell behind real time": self._slips,
             "commands": self._commands,
             "commands refused": self._refused,
+            "targets reached": self._task.reached,
+            "targets attempted": self._task.attempted,
         }
         level, message = OK, "running in real time"
         if self._joint_rate.count == 0:

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.clock import Clock, ClockType
-from std_msgs.msg import Float64
+from std_msgs.msg import Bool, Float64
 
 from selfalign.msg import ActionChunk, AlignReport, EToken
-from selfalign_ros import qos, run_summary
+from selfalign_ros import qos, run_picture, run_summary
 from selfalign_ros.conversions import NS_PER_S, to_ns
 from selfalign_ros.run_summary import AlignRecord, ChunkRecord, RunRecords, StatusRecord, TokenRecord
 from selfalign_ros.supervisor import STATUS_LINE_ENVIRONMENT
@@ -52,6 +52,7 @@ class RunReport(ToolNode):
         self.create_subscription(AlignReport, "align_report", self._on_align, qos.EVENTS)
         self.create_subscription(EToken, "e_token", self._on_token, qos.LATCHED)
         self.create_subscription(Float64, "distance_to_target", self._on_distance, qos.EVENTS)
+        self.create_subscription(Bool, "target_reached", self._on_target_reached, qos.EVENTS)
         self.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 100)
         # The supervisor keeps a line that ends with a carriage return at the bottom of the terminal.
         self._has_status_line = os.environ.get(STATUS_LINE_ENVIRONMENT) == "1" or sys.stdout.isatty()
@@ -73,13 +74,16 @@ class RunReport(ToolNode):
 
     def _first_time(self) -> float:
         """When this node started, on the clock of the stamps (simulated time may have begun only later)."""
-        return self.get_clock().now().nanoseconds / NS_PER_S - self._records.duration
+        return self._now() - self._records.duration
+
+    def _now(self) -> float:
+        return self.get_clock().now().nanoseconds / NS_PER_S
 
     def _write(self, report: dict, path: Path) -> None:
         picture = path.with_suffix(".png")
         write_report(path, run_summary.finite(report))
         with writing_report(picture):
-            run_summary.draw(report, picture)
+            run_picture.draw(report, picture)
         self.get_logger().info(f"report written to {path} and {picture.name}")
 
     # --- what is heard ---
@@ -126,7 +130,10 @@ class RunReport(ToolNode):
         self._records.tokens.append(TokenRecord(to_ns(message.header.stamp) / NS_PER_S, message.version, norm))
 
     def _on_distance(self, message: Float64) -> None:
-        self._records.distances.append((self.get_clock().now().nanoseconds / NS_PER_S, message.data))
+        self._records.distances.append((self._now(), message.data))
+
+    def _on_target_reached(self, message: Bool) -> None:
+        self._records.targets.append((self._now(), message.data))
 
     def _on_diagnostics(self, message: DiagnosticArray) -> None:
         for status in message.status:

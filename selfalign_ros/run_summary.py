@@ -1,4 +1,4 @@
-"""What a run was like, in numbers and in one picture: from records of what was received to the run report.
+"""What a run was like, in numbers: from records of what was received to the run report.
 
 Pure functions over plain records; this module must not know ROS. The report is one JSON object:
 
@@ -17,8 +17,9 @@ frames               per camera topic: received, dropped (gaps in the stamps), r
 e_token              first_version, last_version, norm (of the last)
 align                calls, accepted, refused, duration_s (statistics)
 distance_to_target_m first, last, mean, minimum
+targets              of a simulated robot: attempted (over, reached or not), reached, seconds_to_reach (statistics)
 diagnostics          last status of each name: level (ok, warn, error, stale), message, values
-series               rows over time: chunks, align, e_token, distance_to_target, each with its ``columns`` and ``rows``
+series               over time: chunks, align, e_token, distance_to_target, targets, each with ``columns`` and ``rows``
 ==================== ==================================================================================================
 
 Statistics are ``count, mean, p50, p95, p99, max``, the last five null when count is 0. A number that was not finite is
@@ -27,10 +28,10 @@ null.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -111,6 +112,7 @@ class RunRecords:
     tokens: list[TokenRecord] = field(default_factory=list)
     frames: dict[str, list[float]] = field(default_factory=dict)  # camera topic -> header stamps
     distances: list[tuple[float, float]] = field(default_factory=list)  # (time of arrival, metres)
+    targets: list[tuple[float, bool]] = field(default_factory=list)  # (when it was over, whether it was reached)
     statuses: dict[str, StatusRecord] = field(default_factory=dict)
 
 
@@ -196,6 +198,7 @@ def summarise(records: RunRecords) -> dict[str, Any]:
             "duration_s": statistics([call.duration for call in records.aligns]),
         },
         "distance_to_target_m": _distance_summary([distance for _, distance in records.distances]),
+        "targets": _target_summary(records.targets),
         "diagnostics": {
             name: {"level": LEVELS.get(status.level, "?"), "message": status.message, "values": dict(status.values)}
             for name, status in sorted(records.statuses.items())
@@ -229,6 +232,8 @@ def progress_line(records: RunRecords, elapsed: float, total: float) -> str:
         parts.append(f"E-Token v{records.tokens[-1].version}")
     if records.distances:
         parts.append(f"{records.distances[-1][1] * 100:.1f} cm to target")
+    if records.targets:
+        parts.append(f"{sum(reached for _, reached in records.targets)} of {len(records.targets)} targets reached")
     if not records.chunks:
         worst = max(records.statuses.items(), key=lambda item: item[1].level, default=None)
         if worst is not None and worst[1].level > 0:
@@ -259,6 +264,16 @@ def _distance_summary(distances: Sequence[float]) -> dict[str, float | None]:
         return {"first": None, "last": None, "mean": None, "minimum": None}
     mean = math.fsum(distances) / len(distances)
     return {"first": distances[0], "last": distances[-1], "mean": mean, "minimum": min(distances)}
+
+
+def _target_summary(targets: Sequence[tuple[float, bool]]) -> dict[str, Any]:
+    # The first one may have begun before anyone listened.
+    times = [end - begin for (begin, _), (end, reached) in itertools.pairwise(targets) if reached]
+    return {
+        "attempted": len(targets),
+        "reached": sum(reached for _, reached in targets),
+        "seconds_to_reach": statistics(times),
+    }
 
 
 def _series(records: RunRecords) -> dict[str, dict[str, list[Any]]]:
@@ -294,109 +309,8 @@ def _series(records: RunRecords) -> dict[str, dict[str, list[Any]]]:
             "columns": ["t", "metres"],
             "rows": [[stamp - start, distance] for stamp, distance in records.distances],
         },
+        "targets": {
+            "columns": ["t", "reached"],
+            "rows": [[stamp - start, reached] for stamp, reached in records.targets],
+        },
     }
-
-
-# --- the picture ---
-
-
-def draw(report: Mapping[str, Any], path: Path) -> None:
-    """Draw a run report: six panels over one time axis, written to ``path`` (PNG)."""
-    import matplotlib  # late: it takes a second to import, and a robot's run may need no picture
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    series = {name: _columns(table) for name, table in report["series"].items()}
-    chunks, aligns, tokens, distance = (series[name] for name in ("chunks", "align", "e_token", "distance_to_target"))
-    figure, axes = plt.subplots(6, 1, figsize=(11, 14), sharex=True, layout="constrained")
-    figure.suptitle(_headline(report), fontsize=11)
-    latency_axis, age_axis, loss_axis, difference_axis, token_axis, distance_axis = axes
-
-    for index, (t, duration) in enumerate(zip(aligns["t"], aligns["duration_s"], strict=True)):
-        for axis in axes:
-            label = "align call" if index == 0 and axis is latency_axis else None
-            axis.axvspan(t - duration, t, color="0.88", lw=0, label=label)
-
-    latency_axis.plot(chunks["t"], _scaled(chunks["latency_s"], 1e3), ".-", ms=4, lw=0.7, label="inference")
-    for name, style in (("p50", ":"), ("p99", "--")):
-        if (value := report["latency_s"]["all"][name]) is not None:
-            latency_axis.axhline(value * 1e3, color="0.4", lw=0.9, ls=style, label=f"{name} {value * 1e3:.1f} ms")
-    latency_axis.set_ylabel("chunk latency [ms]")
-
-    age_axis.plot(chunks["t"], _scaled(chunks["observation_age_s"], 1e3), ".-", ms=4, lw=0.7, color="C4")
-    age_axis.set_ylabel("observation age [ms]")
-
-    for colour, loss in zip(("C0", "C1", "C2"), LOSSES, strict=False):
-        name = loss.replace("_", " ")
-        loss_axis.plot(aligns["t"], aligns[f"holdout_before.{loss}"], "-", marker="o", ms=3, color=colour, label=name)
-        loss_axis.plot(aligns["t"], aligns[f"holdout_after.{loss}"], ":", marker="x", ms=4, color=colour)
-    loss_axis.plot([], [], "-o", color="0.4", ms=3, label="current token")
-    loss_axis.plot([], [], ":x", color="0.4", ms=4, label="shadow token")
-    loss_axis.set_ylabel("hold-out loss")
-
-    times, means, errors = (np.array(aligns[name]) for name in ("t", "difference_mean", "difference_stderr"))
-    verdicts = np.array(aligns["accepted"], bool)
-    for mask, colour, name in ((verdicts, "C2", "accepted"), (~verdicts, "C3", "refused")):
-        if mask.any():
-            difference_axis.errorbar(
-                times[mask], means[mask], 2 * errors[mask], fmt="o", ms=4, capsize=2, color=colour, label=name
-            )
-    difference_axis.axhline(0.0, color="0.4", lw=0.8)
-    difference_axis.set_ylabel("shadow − current\n(hold-out total, ± 2 s.e.)")
-
-    token_axis.step(chunks["t"], chunks["e_token_version"], where="post", color="C0", label="version used by chunks")
-    token_axis.plot(tokens["t"], tokens["version"], "o", ms=4, color="C1", label="version published")
-    token_axis.set_ylabel("E-Token version")
-    token_axis.yaxis.get_major_locator().set_params(integer=True)
-    norm_axis = token_axis.twinx()
-    norm_axis.plot(aligns["t"], aligns["e_token_norm"], "-", color="C3", lw=0.9, label="norm of E")
-    norm_axis.set_ylabel("norm of E", color="C3")
-
-    distance_axis.plot(distance["t"], _scaled(distance["metres"], 100), color="C5", lw=1)
-    distance_axis.set_ylabel("distance to target [cm]")
-    distance_axis.set_xlabel("time [s]")
-    distance_axis.set_xlim(0, max(report["duration_s"], 1e-3))
-    for axis in (latency_axis, age_axis, distance_axis):
-        axis.set_ylim(bottom=0)
-
-    for axis in axes:
-        axis.grid(alpha=0.3)
-        handles, labels = axis.get_legend_handles_labels()
-        if axis is token_axis:
-            more_handles, more_labels = norm_axis.get_legend_handles_labels()
-            handles, labels = handles + more_handles, labels + more_labels
-        if handles:
-            # Above the panel: inside it would cover data.
-            axis.legend(
-                handles, labels, fontsize=8, ncols=len(labels), loc="lower right", bbox_to_anchor=(1, 1), frameon=False
-            )
-        if not any(line.get_xdata().size for line in axis.get_lines() if hasattr(line.get_xdata(), "size")):
-            axis.text(0.5, 0.5, "nothing received", transform=axis.transAxes, ha="center", va="center", color="0.5")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def _headline(report: Mapping[str, Any]) -> str:
-    if not report["ok"]:
-        return f"{report['contract']}: {report['reason']}"
-    align, latency, token = report["align"], report["latency_s"], report["e_token"]
-    text = (
-        f"{report['contract']}, {report['duration_s']:.0f} s: {report['chunks']['count']} chunks, "
-        f"latency p50 {latency['all']['p50'] * 1e3:.1f} ms, p99 {latency['all']['p99'] * 1e3:.1f} ms; "
-        f"{align['calls']} align calls, {align['accepted']} accepted; E-Token {token['first_version']} → "
-        f"{token['last_version']}"
-    )
-    ratio = latency["ratio"]["p99"]
-    dropped = sum(camera["dropped"] for camera in report["frames"].values())
-    text += f"\nframes dropped: {dropped}"
-    return text + (f"; p99 while aligning / otherwise: {ratio:.2f}" if ratio is not None else "")
-
-
-def _columns(table: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-    rows = table["rows"]
-    return {name: [row[index] for row in rows] for index, name in enumerate(table["columns"])}
-
-
-def _scaled(values: Sequence[float], factor: float) -> list[float]:
-    return [value * factor for value in values]

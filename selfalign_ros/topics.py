@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import CompressedImage, Image, JointState
-from std_msgs.msg import Float64, Float64MultiArray, String
+from std_msgs.msg import Bool, Float64, Float64MultiArray, String
 from trajectory_msgs.msg import JointTrajectory
 
 from selfalign.msg import ActionChunk, AlignReport, EToken
@@ -58,6 +58,7 @@ def graph_topics(contract: RobotContract) -> list[Topic]:
         Topic("e_token", EToken, qos.LATCHED),
         Topic("align_report", AlignReport, qos.EVENTS),
         Topic("distance_to_target", Float64, qos.EVENTS),
+        Topic("target_reached", Bool, qos.EVENTS),
         Topic("/diagnostics", DiagnosticArray, _DIAGNOSTICS),
     ]
 

@@ -21,15 +21,18 @@ _QUICK = {
 
 
 def write_quick_parameters(folder: Path) -> Path:
-    """A parameter file for quick tests: a contract with small cameras and patient age limits, small align calls."""
+    """A parameter file for quick tests: all joints and cameras, the latter small, patient age limits, the untrained
+    model, small align calls, a new target every second.
+    """
     contract = yaml.safe_load((ROOT / "config" / "contracts" / "sim_arm.yaml").read_text())
     for camera in contract["cameras"]:
         camera["height"] = camera["width"] = 64
     contract["control"].update(max_image_age=5.0, max_joint_state_age=5.0)
     (folder / "contract.yaml").write_text(yaml.safe_dump(contract))
     parameters = {
-        "/**": {"ros__parameters": {"contract": str(folder / "contract.yaml")}},
+        "/**": {"ros__parameters": {"contract": str(folder / "contract.yaml"), "checkpoint": "tiny"}},
         "/aligner": {"ros__parameters": _QUICK},
+        "/robot_sim": {"ros__parameters": {"episode_seconds": 1.0}},
     }
     path = folder / "quick.yaml"
     path.write_text(yaml.safe_dump(parameters))

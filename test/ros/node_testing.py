@@ -190,7 +190,11 @@ class NodeGraph:
         self.nodes: dict[str, NodeProcess] = {}
 
     def start(self, kind: str, remappings: dict[str, str] | None = None, **parameters: Any) -> NodeProcess:
-        """Start ``policy``, ``buffer``, ``aligner`` or ``robot_sim``."""
+        """Start ``policy``, ``buffer``, ``aligner`` or ``robot_sim``; the model is the untrained one, which fits every
+        contract, unless ``checkpoint`` says otherwise.
+        """
+        if kind != "robot_sim":
+            parameters = {"checkpoint": "tiny"} | parameters
         self.nodes[kind] = node = NodeProcess(kind, self._folder, parameters, remappings or {})
         return node
 

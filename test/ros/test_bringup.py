@@ -70,6 +70,7 @@ def _check_report(folder: Path) -> None:
     for camera in ("overhead", "wrist"):
         assert report["frames"][f"camera/{camera}/image_raw"]["received"] > 10
     assert report["distance_to_target_m"]["minimum"] > 0
+    assert report["targets"]["attempted"] == len(report["series"]["targets"]["rows"]) >= 2
     assert {name.partition(":")[0] for name in report["diagnostics"]} >= {"policy", "buffer", "aligner"}
     times = [row[0] for row in report["series"]["chunks"]["rows"]]
     assert times == sorted(times) and times[0] > -1.0 and times[-1] < report["duration_s"] + 1.0

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from selfalign_ros.run_picture import draw
 from selfalign_ros.run_summary import (
     LOSSES,
     SETS,
@@ -17,7 +18,6 @@ from selfalign_ros.run_summary import (
     RunRecords,
     StatusRecord,
     TokenRecord,
-    draw,
     finite,
     frame_counts,
     progress_line,
@@ -45,6 +45,7 @@ def records() -> RunRecords:
     run.tokens = [TokenRecord(100.5, 0, 1.0), TokenRecord(102.0, 1, 1.5)]
     run.frames = {"camera/overhead": [100.0 + i / 30 for i in range(60) if i not in (7, 8, 20)]}
     run.distances = [(100.0, 0.4), (101.0, 0.3), (102.0, 0.35)]
+    run.targets = [(100.8, True), (102.0, True), (103.5, False)]
     run.statuses = {"policy: chunks": StatusRecord(0, "moving", {"chunks": "10"})}
     return run
 
@@ -101,6 +102,11 @@ def test_report_holds_what_happened() -> None:
     assert report["frames"]["camera/overhead"]["dropped"] == 3
     distance = report["distance_to_target_m"]
     assert (distance["first"], distance["last"], distance["minimum"]) == (0.4, 0.35, 0.3)
+    targets = report["targets"]
+    assert (targets["attempted"], targets["reached"]) == (3, 2)
+    # From the end of one target to that of the next; when the first one began is not known.
+    assert targets["seconds_to_reach"]["count"] == 1 and targets["seconds_to_reach"]["max"] == pytest.approx(1.2)
+    assert report["series"]["targets"]["rows"][2] == [pytest.approx(3.5), False]
     assert report["diagnostics"]["policy: chunks"] == {"level": "ok", "message": "moving", "values": {"chunks": "10"}}
     table = report["series"]["align"]
     assert len(table["rows"]) == 2 and len(table["columns"]) == len(table["rows"][0])
@@ -133,7 +139,9 @@ def test_numbers_that_are_not_finite_are_null_in_json() -> None:
 
 def test_progress_line_tells_the_state_of_the_run() -> None:
     line = progress_line(records(), elapsed=4.0, total=30.0)
-    for part in ("4/30 s", "10 chunks", "2 align calls (1 accepted)", "E-Token v1", "35.0 cm to target"):
+    for part in (
+        "4/30 s", "10 chunks", "2 align calls (1 accepted)", "E-Token v1", "35.0 cm to target", "2 of 3 targets reached"
+    ):  # fmt: skip
         assert part in line
 
 

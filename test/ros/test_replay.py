@@ -74,6 +74,7 @@ def test_recording_holds_every_topic_with_definitions_and_qos(recording: Path) -
         "/e_token": "selfalign/msg/EToken",
         "/align_report": "selfalign/msg/AlignReport",
         "/distance_to_target": "std_msgs/msg/Float64",
+        "/target_reached": "std_msgs/msg/Bool",
         "/diagnostics": "diagnostic_msgs/msg/DiagnosticArray",
     }
     assert {name: entry["topic_metadata"]["type"] for name, entry in topics.items()} == expected
@@ -263,7 +264,8 @@ def test_an_altered_message_is_found(tmp_path: Path) -> None:
 
 
 def _refusing_replay(bag: Path, *arguments: str) -> str:
-    command = [sys.executable, "-m", "selfalign_ros.replay_node", "--ros-args", "-p", f"bag:={bag}", *arguments]
+    command = [sys.executable, "-m", "selfalign_ros.replay_node", "--ros-args", "-p", f"bag:={bag}"]
+    command += ["-p", "contract:=contracts/sim_arm.yaml", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2, result.stdout + result.stderr
     return result.stderr
