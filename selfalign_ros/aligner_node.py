@@ -36,6 +36,7 @@ from selfalign_ros.conversions import (
 )
 from selfalign_ros.diagnostics import ERROR, OK, WARN, Complaint, Status
 from selfalign_ros.node import SelfAlignNode, run
+from selfalign_ros.resources import checkpoint_folder
 from selfalign_ros.worker import Outcome
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class AlignerNode(SelfAlignNode):
 
     def __init__(self) -> None:
         super().__init__("aligner")
+        self._checkpoint = checkpoint_folder(self.parameters["checkpoint"])
         self._aligner: Aligner | None = None  # used in the worker only
         self._token: EToken | None = None
         self._token_in_use: ETokenMsg | None = None
@@ -132,10 +134,10 @@ class AlignerNode(SelfAlignNode):
         from selfalign_core.aligner import Aligner
         from selfalign_core.policy import Policy
 
-        policy = Policy.load(parameters["checkpoint"], contract=self.contract, device=parameters["device"])
+        policy = Policy.load(self._checkpoint, contract=self.contract, device=parameters["device"])
         self._aligner = Aligner(policy, prompt=parameters["prompt"])
         if policy.e_token is None:
-            raise ConfigError(f"checkpoint {parameters['checkpoint']!r}: found no E-Token; expected one to align")
+            raise ConfigError(f"checkpoint {self._checkpoint!r}: found no E-Token; expected one to align")
         self.set_niceness()
         return policy.e_token
 

@@ -23,6 +23,7 @@ from selfalign_ros.conversions import fill_transitions, positions_in_order, to_n
 from selfalign_ros.diagnostics import OK, WARN, Complaint, Rate, Status
 from selfalign_ros.inputs import Selection, SensorInputs
 from selfalign_ros.node import SelfAlignNode, run
+from selfalign_ros.resources import checkpoint_folder
 from selfalign_ros.worker import Outcome
 
 
@@ -32,7 +33,7 @@ class BufferNode(SelfAlignNode):
     def __init__(self) -> None:
         super().__init__("buffer")
         contract = self.contract
-        checkpoint = self.parameters["checkpoint"]
+        checkpoint = checkpoint_folder(self.parameters["checkpoint"])
         self._image_size = image_size_of(checkpoint)
         # Used in the worker only.
         self._buffer = TransitionBuffer(

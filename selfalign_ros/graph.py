@@ -186,7 +186,8 @@ PARAMS_FILE = LaunchArgument(
     "params_file", "ROS parameter file handed to every node. Empty: the defaults.", kind="file"
 )
 CHECKPOINT = LaunchArgument(
-    "checkpoint", "Checkpoint folder. Empty: as in the parameters; the tiny untrained model by default."
+    "checkpoint",
+    "Checkpoint folder, or tiny: the untrained model, which fits every contract. Empty: as in the parameters.",
 )
 NAMESPACE = LaunchArgument("namespace", "Namespace of all nodes, for several robots in one domain.")
 DEVICE = LaunchArgument("device", "Torch device of policy and aligner. Empty: as in the parameters.")
@@ -353,7 +354,8 @@ def _assemble_replay(values: Mapping[str, ParameterValue]) -> Graph:
         (
             NodeProcess("policy", "policy_node", parameters=model, **common),
             NodeProcess("buffer", "buffer_node", parameters=buffer, **common),
-            NodeProcess("aligner", "aligner_node", parameters=model, **common),
+            # The others wait for it: giving way to other programs would only make the replay slower.
+            NodeProcess("aligner", "aligner_node", parameters=model | {"niceness": 0}, **common),
             NodeProcess("replay", "replay_node", parameters=player, **common),
         ),
         environment=_environment("LOCALHOST") | domain,

@@ -39,6 +39,7 @@ from selfalign_ros.conversions import (
 from selfalign_ros.diagnostics import ERROR, OK, WARN, Complaint, Rate, Status
 from selfalign_ros.inputs import Selection, SensorInputs
 from selfalign_ros.node import SelfAlignNode, run
+from selfalign_ros.resources import checkpoint_folder
 from selfalign_ros.worker import Outcome
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class PolicyNode(SelfAlignNode):
         self._limiter = CommandLimiter.from_contract(contract)
         self._policy: Policy | None = None  # used in the worker only
         self._loaded = False
+        self._checkpoint = checkpoint_folder(self.parameters["checkpoint"])
         self._prompt: str = self.parameters["prompt"]
 
         self._token_version = 0
@@ -127,7 +129,7 @@ class PolicyNode(SelfAlignNode):
         from selfalign_core.policy import Policy
 
         started = time.perf_counter()
-        policy = Policy.load(parameters["checkpoint"], contract=self.contract, device=parameters["device"])
+        policy = Policy.load(self._checkpoint, contract=self.contract, device=parameters["device"])
         # The first inference pays for lazy initialisation; the robot shall not wait for it.
         height, width = policy.image_size
         blank = {name: np.zeros((height, width, 3), np.uint8) for name in self.contract.camera_names}

@@ -6,19 +6,25 @@ from functools import cache
 from pathlib import Path
 
 from selfalign_core.errors import ConfigError
+from selfalign_core.policy_config import is_untrained
 
 
 @cache
-def config_folder() -> Path:
-    """The package's ``config`` folder: beside the source if there is one, else in the package's share
+def package_folder() -> Path:
+    """The folder that holds ``config`` and ``policies``: that of the source if there is one, else the package's share
     folder.
     """
-    beside_source = Path(__file__).resolve().parents[1] / "config"
-    if beside_source.is_dir():
-        return beside_source
+    source = Path(__file__).resolve().parents[1]
+    if (source / "config").is_dir():
+        return source
     from ament_index_python.packages import get_package_share_directory
 
-    return Path(get_package_share_directory("selfalign")) / "config"
+    return Path(get_package_share_directory("selfalign"))
+
+
+def config_folder() -> Path:
+    """The package's ``config`` folder."""
+    return package_folder() / "config"
 
 
 def config_file(name: str) -> Path:
@@ -33,3 +39,22 @@ def config_file(name: str) -> Path:
             return path
     places = " nor ".join(str(path) for path in candidates)
     raise ConfigError(f"file {name!r}: found neither {places}; expected one of them to exist")
+
+
+def checkpoint_folder(name: str) -> str:
+    """A checkpoint folder by absolute path, relative to the working directory, or relative to the package's folder;
+    ``""`` and ``"tiny"``, the model with random weights, as they are.
+
+    Raises ``ConfigError`` naming both places when it is in neither.
+    """
+    if is_untrained(name):
+        return name
+    candidates = [Path(name), package_folder() / name]
+    for path in candidates:
+        if path.is_dir():
+            return str(path)
+    places = " nor ".join(str(path) for path in dict.fromkeys(candidates))
+    raise ConfigError(
+        f"checkpoint {name!r}: found neither {places}; expected one of them to be a folder, or 'tiny' for the "
+        "untrained model"
+    )
