@@ -11,7 +11,8 @@ How a frame is put together, at a tick of the control rate:
 - action: the one in force in the middle of the step that starts at the tick (the rule of the online buffer): from
   ``executed_action`` by header stamp, or, in bags of robots that SelfAlign did not drive, from the contract's command
   topic by receive stamp
-- ticks that follow one another make an episode; a dropped tick or a jump of time ends it
+- prompt: the one in force at the tick, by receive stamp, from the topic ``prompt``; none before the first (play)
+- ticks that follow one another make an episode; a dropped tick, a jump of time or another prompt ends it
 
 Must not know the model, torch or rclpy.
 """
@@ -19,6 +20,7 @@ Must not know the model, torch or rclpy.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import struct
 import sys
@@ -49,8 +51,10 @@ from selfalign_core.errors import InputError
 from selfalign_core.images import decode_compressed, decode_image, resize_with_pad
 
 EXECUTED_TOPIC = "executed_action"
+PROMPT_TOPIC = "prompt"
 _IMAGE_TYPES = {"raw": "sensor_msgs/msg/Image", "compressed": "sensor_msgs/msg/CompressedImage"}
 _JOINT_STATE_TYPE = "sensor_msgs/msg/JointState"
+_PROMPT_TYPE = "std_msgs/msg/String"
 _COMMAND_TYPES = {
     "joint_trajectory": "trajectory_msgs/msg/JointTrajectory",
     "forward_command": "std_msgs/msg/Float64MultiArray",
@@ -73,7 +77,8 @@ class BagError(DatasetError):
 class Options:
     """What a user may choose besides the contract.
 
-    ``prompt``: what the robot was told in these bags; None: play. ``namespace``: of relative topic names.
+    ``prompt``: what the robot was told in these bags, "" for play; None: what their topic ``prompt`` says, and play in
+    bags that have none. ``namespace``: of relative topic names.
     ``max_action_age_s``: longest time an action is taken to stay in force [s]; None: 1.5 control steps.
     ``absolute``: joints whose actions are not taken relative to the state in the statistics (grippers).
     ``allow_early_end``: use what was recorded before a topic vanished, instead of refusing the bag.
@@ -202,7 +207,7 @@ def _add_bag(
             actions=run.actions,
             stamps=run.stamps,
             embodiment=options.embodiment or contract.embodiment,
-            prompt=options.prompt,
+            prompt=(run.prompt if options.prompt is None else options.prompt) or None,
         )
         for camera in contract.camera_names:
             for frame, ordinal in enumerate(run.images[camera]):
@@ -272,6 +277,13 @@ class Segment:
     cameras: dict[str, Track]
     joint_states: Track
     actions: Track | Commands
+    prompts: tuple[tuple[int, str], ...] = ()  # (in force from [ns], text), in order
+
+    def prompts_at(self, ticks_ns: np.ndarray) -> list[str]:
+        """The prompt in force at each tick; "" where there is none."""
+        begins = np.array([begin for begin, _ in self.prompts], np.int64)
+        texts = ["", *(text for _, text in self.prompts)]
+        return [texts[i] for i in np.searchsorted(begins, ticks_ns, side="right")]
 
     @property
     def first_action_ns(self) -> int:
@@ -298,6 +310,7 @@ class Frames:
     states: np.ndarray
     actions: np.ndarray
     images: dict[str, np.ndarray]
+    prompt: str = ""
 
 
 def make_frames(
@@ -329,8 +342,9 @@ def make_frames(
     none = ~known | (age > round(longest_s * _NS))
     counters["no action"] += int(none.sum())
     usable &= ~none
+    prompts = segment.prompts_at(ticks)
     episodes = []
-    for begin, end in _runs(usable):
+    for begin, end in _runs(usable, prompts):
         if end - begin < options.min_frames:
             counters["too short"] += end - begin
             usable[begin:end] = False
@@ -342,6 +356,7 @@ def make_frames(
                 states=segment.joint_states.values[chosen["joint_states"][rows]],
                 actions=actions[rows],
                 images={name: track.values[chosen[name][rows]] for name, track in segment.cameras.items()},
+                prompt=prompts[begin],
             )
         )
         for name in segment.cameras:
@@ -353,10 +368,14 @@ def make_frames(
     return episodes
 
 
-def _runs(flags: np.ndarray) -> Iterator[tuple[int, int]]:
-    """(begin, end) of every run of True."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], flags, [False]]).astype(np.int8)))
-    yield from ((int(begin), int(end)) for begin, end in zip(edges[::2], edges[1::2], strict=True))
+def _runs(flags: np.ndarray, labels: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """(begin, end) of every run of True with one label."""
+    begin = 0
+    for (flag, _), run in itertools.groupby(zip(flags, labels, strict=True)):
+        end = begin + sum(1 for _ in run)
+        if flag:
+            yield begin, end
+        begin = end
 
 
 # --- first pass ---
@@ -399,6 +418,7 @@ class _Recording:
     joint_states: _Stream
     executed: _Stream
     commands: list[tuple[int, Command]]  # with the number of their segment
+    prompts: list[tuple[int, int, str]]  # number of the segment, receive stamp [ns], text
     action_topic: str
     num_segments: int
     counters: Counter[str]
@@ -416,13 +436,19 @@ class _Recording:
             )
             if not all(len(track.stamps) for track in [*cameras.values(), joint_states]):
                 continue
+            prompts = self._prompts_of(number)
             if self.executed.stamps:
                 values = np.frombuffer(self.executed.values).reshape(-1, joints)
                 executed = self.executed.track(number, values, self.counters)
                 if len(executed.stamps):
-                    yield Segment(cameras, joint_states, executed)
+                    yield Segment(cameras, joint_states, executed, prompts)
             elif commands := [command for segment, command in self.commands if segment == number]:
-                yield Segment(cameras, joint_states, Commands(commands))
+                yield Segment(cameras, joint_states, Commands(commands), prompts)
+
+    def _prompts_of(self, number: int) -> tuple[tuple[int, str], ...]:
+        """The prompt a segment begins with, if it had been given before, and those given in it."""
+        before = [(np.iinfo(np.int64).min, text) for segment, _, text in self.prompts if segment < number]
+        return (*before[-1:], *((stamp, text) for segment, stamp, text in self.prompts if segment == number))
 
 
 class _Clock:
@@ -466,6 +492,9 @@ def _read_recording(bag: _Bag, contract: RobotContract, options: Options) -> _Re
     else:
         action_topic = command_topic
         types[command_topic] = _COMMAND_TYPES[contract.action.interface]
+    prompt_topic = options.topic(PROMPT_TOPIC)
+    if options.prompt is None and counts.get(prompt_topic):
+        types[prompt_topic] = _PROMPT_TYPE
     for topic in types:
         if not counts.get(topic):
             wanted = f"{topic} (or {executed_topic})" if topic == command_topic else topic
@@ -475,13 +504,18 @@ def _read_recording(bag: _Bag, contract: RobotContract, options: Options) -> _Re
             )
 
     names = contract.joint_names
-    streams = {topic: _Stream(topic) for topic in types}
+    streams = {topic: _Stream(topic) for topic in types if topic != prompt_topic}
     commands: list[tuple[int, Command]] = []
+    prompts: list[tuple[int, int, str]] = []
     counters: Counter[str] = Counter()
     clock = _Clock()
     offset = _Offset(bag.path)
     incomplete = ""
     for topic, received_ns, raw in bag.messages(types):
+        if topic == prompt_topic:
+            text = bag.decode(topic, _PROMPT_TYPE, raw).data.strip()
+            prompts.append((max(clock.number, 0), received_ns, text))
+            continue
         stream = streams[topic]
         if topic in cameras:
             stamp = bag.header_stamp(topic, raw)
@@ -513,8 +547,9 @@ def _read_recording(bag: _Bag, contract: RobotContract, options: Options) -> _Re
             raise BagError(f"{bag.path}: topic {topic}: {incomplete}, in every message")
     if not options.allow_early_end:
         _check_ends(bag.path, streams, {command_topic: commands[-1][1].end_ns} if commands else {})
-    if commands:
-        offset.check(command_topic)
+    for topic, found in ((command_topic, commands), (prompt_topic, prompts)):
+        if found:
+            offset.check(topic)
     if clock.number > 0:
         counters["time jumps"] = clock.number
     return _Recording(
@@ -523,6 +558,7 @@ def _read_recording(bag: _Bag, contract: RobotContract, options: Options) -> _Re
         joint_states=streams[joint_topic],
         executed=streams.get(executed_topic, _Stream(executed_topic)),
         commands=commands,
+        prompts=prompts,
         action_topic=action_topic,
         num_segments=clock.number + 1,
         counters=counters,
@@ -530,7 +566,7 @@ def _read_recording(bag: _Bag, contract: RobotContract, options: Options) -> _Re
 
 
 class _Offset:
-    """Commands are placed by receive stamps among header stamps, which needs one clock behind both."""
+    """Commands and prompts are placed by receive stamps among header stamps, which needs one clock behind both."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -544,8 +580,9 @@ class _Offset:
         if abs(median) * _NS > _JUMP_NS:
             raise BagError(
                 f"{self._path}: topic {topic}: found messages received {median:.3f} s after the header stamps of the "
-                "joint states, expected one clock; commands without stamps can only be placed by when they were "
-                f"received (record {EXECUTED_TOPIC}, or with --use-sim-time where the robot runs on simulated time)"
+                "joint states, expected one clock; messages without stamps can only be placed by when they were "
+                f"received (record {EXECUTED_TOPIC}, give the prompt, or record with --use-sim-time where the robot "
+                "runs on simulated time)"
             )
 
 
@@ -773,7 +810,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--image-size", type=int, nargs="+", default=[64], metavar="PIXELS",
         help="height and width of the stored images, or one number for both; what the model reads (default: 64)",
     )  # fmt: skip
-    parser.add_argument("--prompt", help="what the robot was told to do; without it the bags are play")
+    parser.add_argument(
+        "--prompt",
+        help="what the robot was told to do, '' for play (default: as recorded on the topic prompt; else play)",
+    )
     parser.add_argument("--embodiment", help="key of this body in the token bank (default: the contract's name)")
     parser.add_argument("--namespace", default="/", help="namespace of the topics (default: /)")
     parser.add_argument(

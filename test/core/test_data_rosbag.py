@@ -186,6 +186,31 @@ def test_without_a_prompt_bags_are_play(tmp_path: Path, contract: RobotContract)
     assert dataset.meta.embodiments == ("left_arm",)
 
 
+def prompted(*prompts: tuple[float, str]) -> Script:
+    script = whole()
+    script.messages += [(at, "/prompt", T["std_msgs/msg/String"](data=text)) for at, text in prompts]
+    return script
+
+
+def test_the_recorded_prompt_labels_the_frames_from_when_it_was_given(tmp_path: Path, contract: RobotContract) -> None:
+    script = prompted((0.975, "reach the cube"), (1.5, "reach the cube"), (1.975, "reach the ball"))
+    bag = script.write(tmp_path / "bag", types={"/prompt": "std_msgs/msg/String"})
+    meta = run([bag], contract, tmp_path / "set").meta
+    assert meta.prompts == ("reach the cube", "reach the ball")
+    assert [episode.prompt for episode in meta.episodes] == [-1, 0, 1]
+    assert [episode.start for episode in meta.episodes] == [0, 20, 40]  # the same prompt again ends nothing
+    assert run([bag], contract, tmp_path / "said", prompt="wave").meta.prompts == ("wave",)
+    assert run([bag], contract, tmp_path / "play", prompt="").meta.prompts == ()
+
+
+def test_a_prompt_stays_in_force_over_a_jump_of_time(tmp_path: Path, contract: RobotContract) -> None:
+    script = executed(joint_states(cameras(prompted((0.0, "reach the cube")), start=5.0, end=8.0), start=5.0, end=8.0),
+                      start=5.0, end=8.0)  # fmt: skip
+    bag = script.write(tmp_path / "bag", types={"/prompt": "std_msgs/msg/String"})
+    meta = run([bag], contract, tmp_path / "set").meta
+    assert [episode.prompt for episode in meta.episodes] == [0, 0]
+
+
 def test_sqlite_and_folders_of_bags_are_read(tmp_path: Path, contract: RobotContract) -> None:
     whole().write(tmp_path / "bags" / "one")
     whole(2.0).write(tmp_path / "bags" / "deep" / "two", plugin=StoragePlugin.SQLITE3)
