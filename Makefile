@@ -11,23 +11,28 @@ DURATION ?=
 REPORT ?=
 PARAMS ?=
 ARGS ?=
+CONFIG ?= config/training/example.yaml
+CHECKPOINT ?= policies/tiny_reach
 
 .DEFAULT_GOAL := help
-.PHONY: help build bringup record replay test lint clean clean-all
+.PHONY: help build bringup record replay train evaluate tiny-policy test lint clean clean-all
 
 help:  ## show this text
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  DURATION=30       seconds after which bringup or record stops by itself"
 	@echo "  REPORT=out.json   where bringup or replay writes its report (a .png goes next to it)"
 	@echo "  PARAMS=my.yaml    ROS parameter file with values that differ from config/parameters.yaml"
 	@echo "  BAG=directory     bag to record or to replay"
-	@echo "  ARGS='...'        more arguments: NAME:=VALUE for bringup, options for the others"
+	@echo "  CONFIG=my.yaml    what to train (default: $(CONFIG))"
+	@echo "  CHECKPOINT=DIR    policy to evaluate (default: $(CHECKPOINT))"
+	@echo "  ARGS='...'        more arguments: NAME:=VALUE for bringup (checkpoint:=DIR runs another policy),"
+	@echo "                    KEY=VALUE for train, options for the others"
 
 build:  ## prepare the environment and build the interfaces
 	@$(BOOTSTRAP)
 
-bringup:  ## start the robot simulation and the three nodes
+bringup:  ## start the simulated robot and the three nodes
 	@$(BOOTSTRAP) launch bringup $(if $(DURATION),duration:=$(DURATION)) $(if $(REPORT),report:=$(REPORT)) \
 	  $(if $(PARAMS),params_file:=$(PARAMS)) $(ARGS)
 
@@ -38,6 +43,15 @@ record:  ## record a run as a bag: BAG=directory DURATION=20
 replay:  ## play a bag through the same nodes, in lock-step: BAG=directory
 	@$(if $(BAG),,$(error make replay needs BAG=directory))$(BOOTSTRAP) run python3 -m selfalign_ros.replay \
 	  $(BAG) $(if $(REPORT),--report $(REPORT)) $(if $(PARAMS),--params $(PARAMS)) $(ARGS)
+
+train:  ## train a policy: CONFIG=my.yaml ARGS='--resume data.path=DATASET'
+	@$(BOOTSTRAP) run python3 -m selfalign_core.train --config $(CONFIG) $(ARGS)
+
+evaluate:  ## closed-loop episodes in the simulator: CHECKPOINT=directory
+	@$(BOOTSTRAP) run python3 -m selfalign_core.evaluate $(CHECKPOINT) $(ARGS)
+
+tiny-policy:  ## make the shipped policy from nothing (2 to 3 hours on 2 cores), in runs/tiny_policy
+	@$(BOOTSTRAP) run tools/tiny_policy.sh
 
 lint:  ## ruff
 	@$(BOOTSTRAP) run python3 -m ruff check .

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# The shipped policy from nothing: `make tiny-policy` runs this in the repository's folder. Each stage runs only if what
+# it makes is missing, and training goes on from its newest checkpoint, so it may be stopped and started again.
+set -euo pipefail
+
+run=runs/tiny_policy
+jobs=$(nproc)
+
+stage() { printf '\n[tiny-policy %(%H:%M:%S)T] %s\n' -1 "$1"; }
+
+if [ ! -d $run/demos ]; then
+  stage "1/4 demonstrations and play on 320 simulated bodies: $run/demos"
+  python3 -m selfalign_core.data.sim_demos --output $run/demos --bodies 320 --episodes 6 --nominal-episodes 48 \
+    --frames 36 --seed 1 --jobs "$jobs"
+fi
+
+if [ ! -d $run/pretrained ]; then
+  stage "2/4 the vision tower learns to see, the language model to read: $run/pretrained"
+  python3 -m selfalign_core.training.pretrain --output $run/pretrained --jobs "$jobs"
+fi
+
+stage "3/4 joint training of the three experts, one E-Token per body: $run/joint"
+python3 -m selfalign_core.train --config config/training/tiny_policy.yaml --resume
+
+if [ ! -d $run/evaluation ]; then
+  stage "4/4 200 closed-loop episodes: $run/evaluation"
+  python3 -m selfalign_core.evaluate $run/joint/policy --output $run/evaluation
+fi
+
+cat <<END
+
+The policy is in $run/joint/policy. To see it:  make bringup ARGS='checkpoint:=$run/joint/policy'
+To ship it, so that 'make bringup' runs it:      cp -L $run/joint/policy/* policies/tiny_reach/
+END
