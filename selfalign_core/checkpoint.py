@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,8 @@ E_TOKEN_BANK = "peft_bank"
 """(capacity, peft_num_tokens, width): tokens of the bodies trained on, beside the model's own tensors."""
 OWN_E_TOKEN = ("peft_",)
 OWN_ALIGNMENT = ("alignment_", "next_obs_", "paligemma_with_expert.alignment_expert.")
+_PARTS = {"e_token": OWN_E_TOKEN, "alignment": (*OWN_ALIGNMENT, "peft_type_alignment", "peft_alignment_proj")}
+"""Parts that public checkpoints lack, as beginnings of tensor names."""
 _PALI = "paligemma_with_expert.paligemma."
 _EMBED = _PALI + "model.language_model.embed_tokens.weight"
 _LM_HEAD = _PALI + "lm_head.weight"
@@ -242,6 +244,7 @@ def load_model(
     *,
     device: str = "cpu",
     initialise: tuple[str, ...] = (),
+    leave_out: tuple[str, ...] = (),
     seed: int = 0,
     **overrides: Any,
 ) -> Pi0:
@@ -250,6 +253,7 @@ def load_model(
     Args:
         config: sizes; inferred from the tensors if None (with ``overrides``).
         initialise: parts that the file may lack and that start fresh, of ``"e_token"`` and ``"alignment"``.
+        leave_out: such parts that the file may have and the model has not.
         seed: for the parts that start fresh.
 
     Raises:
@@ -261,8 +265,9 @@ def load_model(
         with torch.device("meta"):
             model = Pi0(config)
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        fresh = _fresh_names(expected, tensors.shapes, initialise)
-        _check_names(tensors, expected, fresh)
+        fresh = {name for name in _names_of("initialise", initialise, expected) if name not in tensors.shapes}
+        left = {name for name in _names_of("leave_out", leave_out, tensors.shapes) if name not in expected}
+        _check_names(tensors, expected, fresh, left)
         state = {name: tensors.read(name) for name in expected if name not in fresh and name != _LM_HEAD}
         wrong = [f"{name} {tensor.dtype}" for name, tensor in state.items() if not tensor.is_floating_point()]
         if wrong:
@@ -274,21 +279,20 @@ def load_model(
     return model.keep_float32_parts().eval()
 
 
-def _fresh_names(expected: dict, found: dict, initialise: tuple[str, ...]) -> set[str]:
-    groups = {"e_token": OWN_E_TOKEN, "alignment": OWN_ALIGNMENT}
-    unknown = set(initialise) - set(groups)
+def _names_of(option: str, parts: Collection[str], names: Collection[str]) -> set[str]:
+    """Those of ``names`` that belong to the ``parts``."""
+    unknown = set(parts) - set(_PARTS)
     if unknown:
-        raise CheckpointError(f"initialise: found {sorted(unknown)}, expected some of {sorted(groups)}")
-    prefixes = tuple(p for part in initialise for p in groups[part])
-    if "alignment" in initialise:
-        prefixes += ("peft_type_alignment", "peft_alignment_proj")
-    return {name for name in expected if name not in found and prefixes and name.startswith(prefixes)}
+        raise CheckpointError(f"{option}: found {sorted(unknown)}, expected some of {sorted(_PARTS)}")
+    prefixes = tuple(prefix for part in parts for prefix in _PARTS[part])
+    return {name for name in names if prefixes and name.startswith(prefixes)}
 
 
-def _check_names(tensors: TensorFile, expected: dict[str, tuple[int, ...]], fresh: set[str]) -> None:
+def _check_names(tensors: TensorFile, expected: dict[str, tuple[int, ...]], fresh: set[str], left: set[str]) -> None:
     found = tensors.shapes
     problems = [f"missing {name} {expected[name]}" for name in expected if name not in found and name not in fresh]
-    problems += [f"surplus {name} {found[name]}" for name in found if name not in expected and name != E_TOKEN_BANK]
+    known = {*expected, *left, E_TOKEN_BANK}
+    problems += [f"surplus {name} {found[name]}" for name in found if name not in known]
     problems += [
         f"misshapen {name}: found {found[name]}, expected {expected[name]}"
         for name in expected

@@ -301,6 +301,20 @@ def test_fresh_parts_start_only_when_asked(tmp_path: Path, pi05: bool) -> None:
     assert model.peft_prefix_token.grad.abs().sum() > 0
 
 
+def test_parts_that_the_model_has_not_are_left_out_only_when_asked(tmp_path: Path, pi05: bool) -> None:
+    whole = small_model(pi05)
+    save_model(whole, tmp_path / "model.safetensors", bank=whole.peft_prefix_token.detach()[None])
+    wanted = small_config(pi05, alignment_expert=None, use_peft_prefix_token=False)
+    for leave_out in ((), ("e_token",), ("alignment",)):
+        with pytest.raises(CheckpointError, match="surplus"):
+            load_model(tmp_path, wanted, leave_out=leave_out)
+    model = load_model(tmp_path, wanted, leave_out=("e_token", "alignment"))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, whole.state_dict()[name]), name
+    same = load_model(tmp_path, whole.config, leave_out=("e_token", "alignment"))  # nothing that the model has
+    assert model_digest(same) == model_digest(whole)
+
+
 def test_fresh_parts_are_those_the_file_lacks(tmp_path: Path, pi05: bool) -> None:
     with_token = small_model(pi05, alignment_expert=None)
     save_model(with_token, tmp_path / "model.safetensors")
