@@ -264,7 +264,9 @@ class RobotSimNode(SelfAlignNode):
         if over or self._reset_target:
             self._reset_target = False
             task.next(sim.time)
-            sim.reset_targets(np.random.default_rng([seed, task.number]))
+            rng, before = np.random.default_rng([seed, task.number]), sim.target
+            while sim.target == before:  # so that the prompt changes with the objects' places
+                sim.reset_targets(rng)
             self._prompt.publish(String(data=sim.prompt))
 
     def _start(self, command: Callable[[np.ndarray, int], CommandPath], path: CommandPath, now_ns: int) -> CommandPath:

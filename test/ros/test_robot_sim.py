@@ -126,7 +126,9 @@ def test_the_order_of_targets_depends_on_the_seed_alone(probe) -> None:
     sim = ArmSim(seed=3)
     prompts = [sim.prompt]
     for number in range(1, 4):
-        sim.reset_targets(np.random.default_rng([3, number]))
+        rng = np.random.default_rng([3, number])
+        while sim.prompt == prompts[-1]:  # never the same twice in a row
+            sim.reset_targets(rng)
         prompts.append(sim.prompt)
     sim.close()
     assert [message.data for message in probe.messages["prompt"]][: len(prompts)] == prompts
