@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import yaml
+
 from selfalign_ros.resources import config_folder
 
 PACKAGE = "selfalign"
@@ -178,16 +180,21 @@ class GraphDeclaration:
 
 # --- arguments that several graphs share ---
 
+_DECLARED = yaml.safe_load((config_folder() / "parameters.yaml").read_text(encoding="utf-8"))["policy"]
+
 CONTRACT = LaunchArgument(
     "contract",
-    "Robot contract, absolute or relative to the package's config folder. Empty: as in the parameters.",
+    "Robot contract, absolute or relative to the working directory or to the package's config folder. Empty: as in the "
+    f"parameters, {_DECLARED['contract']['default']} by default.",
 )
 PARAMS_FILE = LaunchArgument(
     "params_file", "ROS parameter file handed to every node. Empty: the defaults.", kind="file"
 )
 CHECKPOINT = LaunchArgument(
     "checkpoint",
-    "Checkpoint folder, or tiny: the untrained model, which fits every contract. Empty: as in the parameters.",
+    "Checkpoint folder, absolute or relative to the working directory or to the package's folder; tiny: the untrained "
+    f"model, which fits every contract. Empty: as in the parameters, {_DECLARED['checkpoint']['default'] or 'tiny'} by "
+    "default.",
 )
 NAMESPACE = LaunchArgument("namespace", "Namespace of all nodes, for several robots in one domain.")
 DEVICE = LaunchArgument("device", "Torch device of policy and aligner. Empty: as in the parameters.")
