@@ -31,7 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.report import MIB, print_table, record, run_command, write_json
 from selfalign_core.config import ModelConfig
-from selfalign_core.data.dataset import DatasetWriter
+from selfalign_core.data.dataset_writer import DatasetWriter
 from selfalign_core.errors import ConfigError
 from selfalign_core.training.config import TrainConfig
 from selfalign_core.training.inputs import Encoder, cache_features, unreached_parameters

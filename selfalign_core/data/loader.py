@@ -22,7 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from selfalign_core.data.dataset import DatasetError, TransitionDataset, run_command
+from selfalign_core.data.command_line import run_command
+from selfalign_core.data.dataset import TransitionDataset
+from selfalign_core.data.partial import DatasetError
 
 if TYPE_CHECKING:
     import torch

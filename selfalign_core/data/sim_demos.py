@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from selfalign_core.data.dataset import DatasetWriter, image_size_argument, run_command
+from selfalign_core.data.command_line import image_size_argument, run_command
+from selfalign_core.data.dataset_writer import DatasetWriter
 from selfalign_core.errors import ConfigError
 from selfalign_core.images import resize_with_pad
 from selfalign_core.sim import FAMILIES, JOINTS, TARGET_NAMES, ArmSim, BodyConfig, PlayPolicy, ReachExpert, prompt_for

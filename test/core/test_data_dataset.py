@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from selfalign_core.data import dataset as dataset_module
-from selfalign_core.data.dataset import DatasetError, DatasetWriter, TransitionDataset, main, merge
+from selfalign_core.data import statistics
+from selfalign_core.data.dataset import TransitionDataset, main, merge
+from selfalign_core.data.dataset_writer import DatasetWriter
+from selfalign_core.data.partial import DatasetError
 
 SHAPE = {"cameras": ["top"], "image_size": (4, 6), "state_dim": 2, "action_dim": 2, "dt_ns": 50}
 
@@ -102,7 +104,7 @@ def test_statistics_include_the_experts_chunks(tmp_path: Path) -> None:
 def test_statistics_of_many_rows_are_close_to_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = [episode(3000, seed=seed) for seed in range(3)]
     exact = write(tmp_path / "exact", *values).norm_stats["actions"]
-    monkeypatch.setattr(dataset_module, "_QUANTILE_ROWS", 20_000)
+    monkeypatch.setattr(statistics, "_QUANTILE_ROWS", 20_000)
     sampled = write(tmp_path / "sampled", *values).norm_stats["actions"]
     np.testing.assert_array_equal(sampled.mean, exact.mean)
     np.testing.assert_allclose(sampled.q99, exact.q99, atol=0.1)
@@ -192,7 +194,7 @@ def test_a_killed_writer_leaves_no_dataset_and_the_next_one_cleans_up(tmp_path: 
     script = """
         import os, signal, sys
         import numpy as np
-        from selfalign_core.data.dataset import DatasetWriter
+        from selfalign_core.data.dataset_writer import DatasetWriter
         shape = dict(cameras=["top"], image_size=(4, 6), state_dim=2, action_dim=2, dt_ns=50)
         with DatasetWriter(sys.argv[1], **shape) as writer:
             zeros = np.zeros((5, 2), np.float32)

@@ -10,8 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from selfalign_core.data.dataset import DatasetError, DatasetWriter, TransitionDataset
-from selfalign_core.data.lerobot import export_lerobot, import_lerobot, main
+from selfalign_core.data.dataset import TransitionDataset
+from selfalign_core.data.dataset_writer import DatasetWriter
+from selfalign_core.data.lerobot import main
+from selfalign_core.data.lerobot_reader import import_lerobot
+from selfalign_core.data.lerobot_writer import export_lerobot
+from selfalign_core.data.partial import DatasetError
 
 SIZE = (12, 16)
 EPISODES = ((7, "left", "red"), (5, "right", None), (9, "left", "blue"))

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from selfalign_core.data.dataset import DatasetError, DatasetWriter, TransitionDataset
+from selfalign_core.data.dataset import TransitionDataset
+from selfalign_core.data.dataset_writer import DatasetWriter
 from selfalign_core.data.loader import Loader, main
+from selfalign_core.data.partial import DatasetError
 
 CHUNK, TRANSITION = 3, 4
 LENGTHS = (9, 14, 6)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from selfalign_core.data.dataset import DatasetWriter
+from selfalign_core.data.dataset_writer import DatasetWriter
 from selfalign_core.training.config import TrainConfig
 from selfalign_core.training.parallel import Ranks, start_ranks
 from selfalign_core.training.trainer import Trainer

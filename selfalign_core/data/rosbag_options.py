@@ -1,0 +1,31 @@
+"""What a user may choose, besides the robot contract, when bags become a dataset."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may choose besides the contract.
+
+    ``prompt``: what the robot was told in these bags, "" for play; None: what their topic ``prompt`` says, and play in
+    bags that have none. ``namespace``: of relative topic names.
+    ``max_action_age_s``: longest time an action is taken to stay in force [s]; None: 1.5 control steps.
+    ``absolute``: joints whose actions are not taken relative to the state in the statistics (grippers).
+    ``allow_early_end``: use what was recorded before a topic vanished, instead of refusing the bag.
+    """
+
+    image_size: tuple[int, int] = (64, 64)
+    prompt: str | None = None
+    embodiment: str | None = None
+    namespace: str = "/"
+    max_action_age_s: float | None = None
+    min_frames: int = 2
+    allow_early_end: bool = False
+    absolute: tuple[str, ...] = ()
+    statistics_horizon: int | None = None
+
+    def topic(self, name: str) -> str:
+        """The absolute name of a topic of the contract."""
+        return name if name.startswith("/") else f"{self.namespace.rstrip('/')}/{name}"
