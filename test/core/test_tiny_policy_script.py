@@ -1,0 +1,55 @@
+"""`make tiny-policy`: stages in order, each only if what it makes is missing. What they do is tested elsewhere."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "tools" / "tiny_policy.sh"
+# Stands in for python3: notes its module, makes what --output names, and fails in the module that FAIL names.
+PYTHON = """#!/bin/bash
+module=$2
+echo "$module" >> calls.txt
+[ "$module" = "${FAIL:-}" ] && exit 3
+while [ $# -gt 0 ]; do [ "$1" = --output ] && mkdir -p "$2"; shift; done
+exit 0
+"""
+DEMOS, PRETRAIN, TRAIN, EVALUATE = (
+    f"selfalign_core.{name}" for name in ("data.sim_demos", "training.pretrain", "train", "evaluate")
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python3"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    return tmp_path
+
+
+def run(folder: Path, fail: str = "") -> tuple[int, list[str], str]:
+    """Exit code, the modules that were run, and what was printed."""
+    (folder / "calls.txt").unlink(missing_ok=True)
+    environment = os.environ | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "FAIL": fail}
+    result = subprocess.run([str(SCRIPT)], cwd=folder, env=environment, capture_output=True, text=True)
+    return result.returncode, (folder / "calls.txt").read_text().split(), result.stdout
+
+
+def test_a_first_run_goes_through_all_stages_and_says_where_the_policy_is(folder: Path) -> None:
+    code, calls, output = run(folder)
+    assert (code, calls) == (0, [DEMOS, PRETRAIN, TRAIN, EVALUATE])
+    assert "runs/tiny_policy/joint/policy" in output and "policies/tiny_reach" in output
+
+
+def test_what_is_there_is_not_made_again(folder: Path) -> None:
+    run(folder)
+    assert run(folder)[:2] == (0, [TRAIN])  # which finds its last checkpoint, and is done
+
+
+def test_it_goes_on_with_the_stage_that_failed(folder: Path) -> None:
+    assert run(folder, fail=PRETRAIN)[:2] == (3, [DEMOS, PRETRAIN])
+    assert run(folder)[:2] == (0, [PRETRAIN, TRAIN, EVALUATE])
