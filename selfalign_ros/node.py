@@ -10,7 +10,6 @@ outcome comes back to the executor. ``run`` is the main function of every node.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import traceback
 from collections import deque
@@ -23,7 +22,6 @@ from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.clock import Clock, ClockType
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
-from rclpy.signals import SignalHandlerOptions
 from rclpy.task import Future
 
 from selfalign.srv import Step
@@ -31,13 +29,14 @@ from selfalign_core.contract import RobotContract
 from selfalign_core.errors import SelfAlignError
 from selfalign_ros.conversions import to_ns
 from selfalign_ros.diagnostics import Diagnostics, Status
+from selfalign_ros.graph import EXIT_CONFIGURATION
 from selfalign_ros.parameters import Parameters
+from selfalign_ros.process import say_fatal, start_ros
 from selfalign_ros.resources import config_file
 from selfalign_ros.worker import Outcome, Worker
 
 Result = TypeVar("Result")
 
-EXIT_CONFIGURATION = 2  # a restart would fail in the same way
 _SPIN_TIMEOUT_S = 0.2  # how late a signal may be noticed when nothing else happens
 _WORKER_JOIN_S = 5.0
 _AUTOGROUP = Path("/proc/self/autogroup")
@@ -202,34 +201,21 @@ def run(make_node: Callable[[], SelfAlignNode], args: list[str] | None = None) -
 
     0 after a signal, 2 if the configuration is wrong (a restart would not help), 1 after a crash.
     """
-    stop = False
-
-    def on_signal(number: int, frame: object) -> None:
-        nonlocal stop
-        stop = True
-
-    # Own handlers: rclpy's would invalidate the context before the robot can be told to hold.
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
-    try:
-        rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
-    except Exception as error:  # an argument or a parameter file that ROS cannot read
-        _say(None, f"ROS arguments: {error}")
-        sys.exit(EXIT_CONFIGURATION)
-    executor = SingleThreadedExecutor()
     node: SelfAlignNode | None = None
     try:
+        is_stopped = start_ros(args)
+        executor = SingleThreadedExecutor()
         node = make_node()
         executor.add_node(node)
         node.activate()
-        while not stop:
+        while not is_stopped():
             executor.spin_once(timeout_sec=_SPIN_TIMEOUT_S)
         code = 0
     except SelfAlignError as error:
-        _say(node, str(error))
+        say_fatal(str(error), node)
         code = EXIT_CONFIGURATION
     except Exception:
-        _say(node, f"crashed:\n{traceback.format_exc()}")
+        say_fatal(f"crashed:\n{traceback.format_exc()}", node)
         code = 1
     finally:
         if node is not None:
@@ -243,10 +229,3 @@ def run(make_node: Callable[[], SelfAlignNode], args: list[str] | None = None) -
     # Everything that matters is closed. Unloading torch takes seconds more, in which a supervisor would see a node
     # that does not obey, and it crashes if a job that cannot be interrupted is still running.
     os._exit(code)
-
-
-def _say(node: Node | None, text: str) -> None:
-    if node is not None:
-        node.get_logger().fatal(text)
-    else:
-        print(f"[FATAL] {text}", file=sys.stderr, flush=True)

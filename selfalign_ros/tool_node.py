@@ -10,8 +10,6 @@ import contextlib
 import errno
 import json
 import os
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,12 +18,12 @@ from typing import Any
 import rclpy
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
-from rclpy.signals import SignalHandlerOptions
 
 from selfalign_core.contract import RobotContract
 from selfalign_core.errors import ConfigError, SelfAlignError
 from selfalign_ros.graph import EXIT_CONFIGURATION
 from selfalign_ros.parameters import Parameters
+from selfalign_ros.process import say_fatal, start_ros
 from selfalign_ros.resources import config_file
 
 _SPIN_TIMEOUT_S = 0.1
@@ -95,25 +93,13 @@ def _partial(path: Path) -> Path:
 
 def run_tool(make_node: Callable[[], ToolNode], args: list[str] | None = None) -> int:
     """Run one such node. Returns its exit code; 2 when what it was given cannot be used."""
-    interrupted = False
-
-    def on_signal(number: int, frame: object) -> None:
-        nonlocal interrupted
-        interrupted = True
-
-    # Only noted: what has been collected is still to be written.
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
-    try:
-        rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
-    except Exception as error:  # an argument or a parameter file that ROS cannot read
-        print(f"[FATAL] ROS arguments: {error}", file=sys.stderr, flush=True)
-        return EXIT_CONFIGURATION
     node: ToolNode | None = None
-    executor = SingleThreadedExecutor()
+    executor: SingleThreadedExecutor | None = None
     try:
+        is_interrupted = start_ros(args)
+        executor = SingleThreadedExecutor()
         node = make_node()
-        node.is_interrupted = lambda: interrupted
+        node.is_interrupted = is_interrupted
         node.executor_thread = executor
         executor.add_node(node)
         try:
@@ -123,10 +109,11 @@ def run_tool(make_node: Callable[[], ToolNode], args: list[str] | None = None) -
             raise
         return node.finish()
     except SelfAlignError as error:
-        print(f"[FATAL] {error}", file=sys.stderr, flush=True)
+        say_fatal(str(error))
         return EXIT_CONFIGURATION
     finally:
-        executor.shutdown(timeout_sec=1.0)
+        if executor is not None:
+            executor.shutdown(timeout_sec=1.0)
         if node is not None:
             node.destroy_node()
         rclpy.try_shutdown()
