@@ -21,7 +21,7 @@ settings.load_profile("selfalign")
 
 @pytest.fixture(scope="session")
 def toy() -> toy_bodies.Trained:
-    """A small policy trained for some seconds on eight bodies; tests that use it carry ``toy_bodies.TESTS``."""
+    """A small policy trained for some seconds on eight bodies."""
     import toy_bodies  # imports the model, which most test files do without
 
     return toy_bodies.train()

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from small_models import random_batch, small_policy
-from toy_bodies import BODIES, TESTS, Trained, transitions_of
+from toy_bodies import BODIES, Trained, transitions_of
 
 from selfalign_core import aligner as aligner_module
 from selfalign_core.aligner import AlignConfig, Aligner, AlignResult, bounded
@@ -290,14 +290,12 @@ def test_what_is_reported_is_what_decides(policy: Policy) -> None:
 # ---------------------------------------------------------------- it works
 
 
-@TESTS
 def test_training_lowers_the_total_and_every_part(toy: Trained) -> None:
     for name, values in toy.history.items():
         first, last = np.mean(values[:20]), np.mean(values[-20:])
         assert last < 0.6 * first, f"{name}: {first:.3f} → {last:.3f}"
 
 
-@TESTS
 def test_a_token_fits_its_own_body_in_every_loss(toy: Trained) -> None:
     """Without this gap alignment would have nothing to find."""
     own, other = toy.loss(BODIES[0], toy.bank[0]), toy.loss(BODIES[0], toy.bank[-1])
@@ -305,7 +303,6 @@ def test_a_token_fits_its_own_body_in_every_loss(toy: Trained) -> None:
         assert own[name] < 0.7 * other[name], name
 
 
-@TESTS
 @pytest.mark.parametrize("body", UNSEEN)
 def test_align_lowers_all_three_losses_on_a_body_never_seen(toy: Trained, body: tuple[float, float]) -> None:
     start = toy.bank[-1 if body[0] > 0 else 0]  # a body that sags the other way
@@ -319,7 +316,6 @@ def test_align_lowers_all_three_losses_on_a_body_never_seen(toy: Trained, body: 
         assert after[name] < 0.9 * before[name], name
 
 
-@TESTS
 def test_more_steps_on_fixed_data_lower_the_loss_further(toy: Trained) -> None:
     data = (transitions_of(UNSEEN[0], 32, 1), transitions_of(UNSEEN[0], 16, 2))
     totals = [
@@ -329,7 +325,6 @@ def test_more_steps_on_fixed_data_lower_the_loss_further(toy: Trained) -> None:
     assert totals[0] > totals[1] > totals[2]
 
 
-@TESTS
 def test_an_aligned_body_is_left_alone(toy: Trained) -> None:
     """Each body with its own token: there is nothing to gain, and the guard lets hardly anything by."""
     aligner, accepted, config = Aligner(toy.policy), 0, dataclasses.replace(REFINE, steps=10, learning_rate=0.02)

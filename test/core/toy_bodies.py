@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import pytest
 import torch
 from small_models import small_config
 from torch import Tensor, nn
@@ -25,7 +24,6 @@ from selfalign_core.types import TransitionBatch
 
 BODIES = [(sag, offset) for offset in (-0.9, -0.3, 0.3, 0.9) for sag in (0.8, -0.8)]
 STEPS, BATCH = 300, 32
-TESTS = pytest.mark.xdist_group("toy_bodies")  # one worker trains it once
 
 
 def pictures(position: np.ndarray) -> np.ndarray:
