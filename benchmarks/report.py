@@ -112,16 +112,6 @@ def _t_quantile(degrees: int) -> float:
     return z + first / degrees + second / degrees**2
 
 
-def share(successes: int, count: int) -> dict[str, float]:
-    """Share of successes with its 95 % interval (Wilson)."""
-    if count == 0:
-        return {"mean": math.nan, "low": math.nan, "high": math.nan, "count": 0}
-    z, p = statistics.NormalDist().inv_cdf(0.975), successes / count
-    centre = (p + z**2 / (2 * count)) / (1 + z**2 / count)
-    reach = z * math.sqrt(p * (1 - p) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
-    return {"mean": p, "low": centre - reach, "high": centre + reach, "count": count}
-
-
 def run_command(work: Callable[[], int]) -> int:
     """Exit status of ``work``, 2 on anything a user can act on."""
     try:

@@ -48,7 +48,11 @@ JOINTS = 7
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured. ``cached``: the vision tower is frozen and its features are read from a file."""
+    """What is measured.
+
+    ``cached``: the vision tower is frozen and its features are read from a file. ``full_size``: three cameras, bfloat16
+    with float32 master weights, layers recomputed in the backward pass.
+    """
 
     name: str
     preset: str
@@ -56,10 +60,7 @@ class Setting:
     batch_size: int
     cached: bool = False
     feature_tokens: int = 4
-
-    @property
-    def full_size(self) -> bool:
-        return self.preset != "tiny"
+    full_size: bool = False
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -88,7 +89,7 @@ class Setting:
 def settings(preset: str, device: str, batch_size: int | None) -> list[Setting]:
     """What is measured of ``preset``."""
     if preset != "tiny":
-        return [Setting(f"{preset}, all trained", preset, device, batch_size or 8)]
+        return [Setting(f"{preset}, all trained", preset, device, batch_size or 8, full_size=True)]
     batch_size = batch_size or 64
     return [
         Setting("tiny, all trained", preset, device, batch_size),
