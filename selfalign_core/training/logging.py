@@ -9,15 +9,20 @@ import json
 import math
 import os
 import sys
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from selfalign_core.errors import ConfigError
+from selfalign_core.errors import ConfigError, SelfAlignError
 
 LOG_NAME = "log.jsonl"
+
+
+class LogError(SelfAlignError):
+    """The log cannot be written, so the run ends; its checkpoints are as they were."""
 
 
 class RunLog:
@@ -26,13 +31,17 @@ class RunLog:
     Args:
         directory: run directory. steps: of the whole run. start: step resumed from; what an interrupted run logged
             after it is removed, so that the log reads as if nothing had happened.
+
+    Raises:
+        LogError: here and in :meth:`write`, when the disk is full for example.
     """
 
     def __init__(self, directory: Path, *, steps: int, start: int, tensorboard: bool, progress: bool):
-        directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / LOG_NAME
-        drop_after(self._path, start)
-        self._file = self._path.open("a", encoding="utf-8")
+        with _writing(self._path):
+            directory.mkdir(parents=True, exist_ok=True)
+            drop_after(self._path, start)
+            self._file = self._path.open("a", encoding="utf-8")
         self._board = _summary_writer(directory / "tensorboard", start) if tensorboard else None
         self._bar = tqdm(
             total=steps,
@@ -45,8 +54,9 @@ class RunLog:
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Log ``values`` (numbers or text) after ``step`` steps."""
-        self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
-        self._file.flush()
+        with _writing(self._path):
+            self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+            self._file.flush()
         if self._board is not None:
             for name, value in values.items():
                 if isinstance(value, int | float) and math.isfinite(value):
@@ -65,7 +75,8 @@ class RunLog:
 
     def close(self) -> None:
         self._bar.close()
-        self._file.close()
+        with suppress(OSError):  # every line has been flushed, and what could not be written has been told
+            self._file.close()
         if self._board is not None:
             self._board.close()
 
@@ -88,11 +99,22 @@ def drop_after(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = "".join(json.dumps(line) + "\n" for line in read_log(path) if line["step"] <= step)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
         file.write(kept)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(file.name, path)
+    os.replace(partial, path)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise LogError(
+            f"{path}: could not write the log ({error}); --resume goes on from the newest checkpoint"
+        ) from error
 
 
 def _summary_writer(directory: Path, start: int) -> Any:

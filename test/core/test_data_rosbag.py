@@ -434,12 +434,15 @@ def test_a_topic_that_vanishes_half_way_is_named(tmp_path: Path, contract: Robot
     assert 55 <= len(dataset) <= 62
 
 
+@pytest.mark.parametrize("topic", ["/executed_action", "/joint_states"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_actions_that_are_not_finite_are_named(tmp_path: Path, contract: RobotContract, value: float) -> None:
+def test_positions_that_are_not_finite_are_named(
+    tmp_path: Path, contract: RobotContract, topic: str, value: float
+) -> None:
     script = whole()
-    script.messages.append((1.0, "/executed_action", joint_state(BEGIN + NS, {"pan": 0.0, "lift": value})))
+    script.messages.append((1.0, topic, joint_state(BEGIN + NS, {"pan": 0.0, "lift": value})))
     bag = script.write(tmp_path / "bag")
-    assert_refused("topic /executed_action, message stamped .* joint lift: found (nan|inf)", bag, contract)
+    assert_refused(f"topic {topic}, message stamped .* joint lift: found (nan|inf)", bag, contract)
 
 
 def test_commands_that_are_not_finite_are_named(tmp_path: Path, contract: RobotContract) -> None:
@@ -448,6 +451,14 @@ def test_commands_that_are_not_finite_are_named(tmp_path: Path, contract: RobotC
     )
     bag = script.write(tmp_path / "bag", types={"/commands": "std_msgs/msg/Float64MultiArray"})
     assert_refused("topic /commands, .* joint lift: found NaN", bag, contract)
+
+
+def test_trajectories_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    contract = make_contract(tmp_path, interface="joint_trajectory")
+    points = [(0.0, {"pan": 0.0, "lift": 0.0}), (1.5, {"pan": float("nan"), "lift": 0.0})]
+    script = joint_states(cameras(Script())).every("/commands", 1.0, lambda ns, n: trajectory(ns, points))
+    bag = script.write(tmp_path / "bag", types={"/commands": "trajectory_msgs/msg/JointTrajectory"})
+    assert_refused("topic /commands, .* joint pan: found NaN", bag, contract)
 
 
 def test_another_message_type_is_named(tmp_path: Path, contract: RobotContract) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,6 +134,56 @@ def test_a_disk_that_is_full_leaves_the_earlier_checkpoint(tmp_path: Path, data:
     assert losses_of(output) == losses_of(tmp_path / "whole")
 
 
+FULL_DISK = """
+set -e
+mount -t tmpfs -o size="$1" disk "$2"
+if "$3" -m selfalign_core.train --config "$4"; then exit 99; fi
+ls -A "$2/checkpoints"
+mount -o remount,size=100m "$2"
+"$3" -m selfalign_core.train --config "$4" --resume
+cp -r "$2" "$5"
+"""
+"""A small disk in a namespace of its own, training until it is full, then room for more, and on from there."""
+
+
+def test_a_small_disk_that_fills_up_and_is_given_room(tmp_path: Path, data: Path) -> None:
+    options: dict[str, Any] = {"steps": 6, "checkpoint__every": 2}
+    whole = train(tmp_path / "whole", data, **options)
+    checkpoint = tmp_path / "whole/checkpoints" / f"step_{whole.step:08d}"
+    size = sum(path.stat().st_size for path in checkpoint.rglob("*"))
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    file = write_config(tmp_path / "run.yaml", disk, data, **options)
+    private = ["unshare", "--user", "--map-root-user", "--mount"]
+    mount = f"mount -t tmpfs disk {disk}"
+    if not shutil.which("unshare") or subprocess.run([*private, "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a disk")
+    half = size * 3 // 2  # the first checkpoint fits, the second one half
+    script = [*private, "sh", "-c", FULL_DISK, "sh", str(half), str(disk), sys.executable, str(file)]
+    result = subprocess.run(
+        [*script, str(tmp_path / "copy")],
+        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "step_00000004: could not write the checkpoint (disk full, " in result.stderr
+    assert f"newest complete one is {disk}/checkpoints/step_00000002" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout.splitlines()[0] == "step_00000002"
+    assert losses_of(tmp_path / "copy") == losses_of(tmp_path / "whole")
+    last = Path("checkpoints", checkpoint.name, "state-00000.safetensors")
+    assert (tmp_path / "copy" / last).read_bytes() == (tmp_path / "whole" / last).read_bytes()
+
+
+def run_on_two_ranks(files: list[Path]) -> None:
+    """Train with every configuration, or go on with it, in one job, for the time that it takes to start."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = subprocess.run(
+        [*launcher, str(Path(__file__).with_name("training_runs.py")), *map(str, files)],
+        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+
+
 def test_two_ranks_train_as_one_process_and_resume_as_one(tmp_path: Path, data: Path) -> None:
     options: dict[str, Any] = {
         "steps": 5, "checkpoint__every": 3, "log__gap_every": 2, "log__eval_every": 2, "log__gap_samples": 8,
@@ -140,16 +191,11 @@ def test_two_ranks_train_as_one_process_and_resume_as_one(tmp_path: Path, data: 
     }  # fmt: skip
     train(tmp_path / "one", data, **options)
     modes = ("ddp", "fsdp")
-    # The global batch of 8 in two ranks and two passes each; both modes in one job, for the time it takes to start.
+    # The global batch of 8 in two ranks and two passes each.
     files = [
         write_config(tmp_path / f"{m}.yaml", tmp_path / m, data, **options, parallel=m, accumulation=2) for m in modes
     ]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*launcher, str(Path(__file__).with_name("training_runs.py")), *map(str, files)],
-        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    run_on_two_ranks(files)
     one = losses_of(tmp_path / "one")
     for mode in modes:
         two = losses_of(tmp_path / mode)
@@ -166,9 +212,11 @@ def test_two_ranks_train_as_one_process_and_resume_as_one(tmp_path: Path, data: 
             assert b == pytest.approx(a, rel=1e-3, abs=1e-4), mode
 
 
-def test_a_rank_that_dies_ends_the_job(tmp_path: Path, data: Path) -> None:
-    output = tmp_path / "run"
-    file = write_config(tmp_path / "run.yaml", output, data, steps=100_000, checkpoint__every=2)
+def test_a_rank_that_dies_ends_the_job_and_resuming_repeats_an_uninterrupted_one(tmp_path: Path, data: Path) -> None:
+    # A constant rate after the warm-up: the steps do not depend on how many there will be.
+    options: dict[str, Any] = {"checkpoint__every": 2, "optim__final_lr_fraction": 1.0}
+    output = tmp_path / "killed"
+    file = write_config(tmp_path / "run.yaml", output, data, steps=100_000, **options)
     with started("--config", str(file), ranks=2) as process:
         wait_for(lambda: bool(list_checkpoints(output / "checkpoints")), process)
         (victim,) = [
@@ -178,7 +226,14 @@ def test_a_rank_that_dies_ends_the_job(tmp_path: Path, data: Path) -> None:
         text, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode != 0
     assert "rank      : 1" in text and "Signal 9 (SIGKILL)" in text  # torchrun names the rank and the signal
-    assert trainer(output, data, steps=100_000, checkpoint__every=2, resume=True).step >= 2
+    reached = int(list_checkpoints(output / "checkpoints")[-1].name.split("_")[1])
+    runs = (output, tmp_path / "whole")
+    run_on_two_ranks(
+        [write_config(tmp_path / f"{run.name}.yaml", run, data, steps=reached + 3, **options) for run in runs]
+    )
+    killed, whole = map(losses_of, runs)
+    assert len(whole) == reached + 3
+    assert killed == whole
 
 
 def test_the_command_line_names_what_is_wrong(

@@ -16,7 +16,7 @@ from training_runs import train, trainer, write_dataset
 
 from selfalign_core.errors import CheckpointError, ConfigError
 from selfalign_core.policy import Policy
-from selfalign_core.training.logging import read_log
+from selfalign_core.training.logging import LogError, read_log
 from selfalign_core.training.state import list_checkpoints
 from selfalign_core.training.trainer import LOSSES, Gap, Trainer, TrainingError
 from selfalign_core.types import Observation
@@ -244,6 +244,21 @@ def test_what_a_killed_writer_left_is_not_a_checkpoint(tmp_path: Path, data: Pat
     made.run()
     assert [line["step"] for line in log_of(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
     assert not list(folder.glob(".*"))
+
+
+def test_a_log_that_cannot_be_written_is_named_and_the_run_goes_on_from_its_checkpoint(
+    tmp_path: Path, data: Path
+) -> None:
+    output, log = tmp_path / "run", tmp_path / "run/log.jsonl"
+    train(output, data, steps=2, optim__warmup_steps=1)
+    kept = log.rename(tmp_path / "kept")
+    log.symlink_to("/dev/full")
+    with pytest.raises(LogError, match=r"log.jsonl: could not write the log \(.*No space left on device"):
+        train(output, data, steps=4, resume=True)
+    assert [path.name for path in list_checkpoints(output / "checkpoints")] == ["step_00000002"]
+    kept.rename(log)
+    train(output, data, steps=4, resume=True)
+    assert [line["step"] for line in log_of(output)] == [1, 2, 3, 4]
 
 
 def test_tensorboard_has_the_numbers_of_the_log(tmp_path: Path, data: Path) -> None:

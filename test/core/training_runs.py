@@ -135,7 +135,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-if __name__ == "__main__":  # one training run after the other as a rank of one torchrun job
+if __name__ == "__main__":  # one training run after the other, begun or resumed, as a rank of one torchrun job
     with start_ranks("cpu") as ranks:
         for file in sys.argv[1:]:
-            Trainer(TrainConfig.load(file), ranks).run()
+            Trainer(TrainConfig.load(file), ranks, resume=True).run()
