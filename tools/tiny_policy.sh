@@ -22,9 +22,9 @@ fi
 stage "3/4 joint training of the three experts, one E-Token per body: $run/joint"
 python3 -m selfalign_core.train --config config/training/tiny_policy.yaml --resume
 
-if [ ! -d $run/evaluation ]; then
-  stage "4/4 200 closed-loop episodes: $run/evaluation"
-  python3 -m selfalign_core.evaluate $run/joint/policy --output $run/evaluation
+if [ ! -f $run/evaluation.json ]; then
+  stage "4/4 200 closed-loop episodes: $run/evaluation.json"
+  python3 -m selfalign_core.evaluate $run/joint/policy --json $run/evaluation.json --gif $run/evaluation.gif
 fi
 
 cat <<END

@@ -9,12 +9,16 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "tiny_policy.sh"
-# Stands in for python3: notes its module, makes what --output names, and fails in the module that FAIL names.
+# Stands in for python3: notes its module, makes what --output and --json name, and fails in the module of FAIL.
 PYTHON = """#!/bin/bash
 module=$2
 echo "$module" >> calls.txt
 [ "$module" = "${FAIL:-}" ] && exit 3
-while [ $# -gt 0 ]; do [ "$1" = --output ] && mkdir -p "$2"; shift; done
+while [ $# -gt 0 ]; do
+  [ "$1" = --output ] && mkdir -p "$2"
+  [ "$1" = --json ] && mkdir -p "$(dirname "$2")" && touch "$2"
+  shift
+done
 exit 0
 """
 DEMOS, PRETRAIN, TRAIN, EVALUATE = (

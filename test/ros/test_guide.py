@@ -159,6 +159,10 @@ def test_every_way_to_train_wrote_a_policy(folder: Path) -> None:
         assert (folder / "runs/guide" / run / "policy" / "model.safetensors").is_file(), run
 
 
+def test_the_policy_is_evaluated(folder: Path) -> None:
+    assert re.search(r"^own token +[\d.]+ %", output(folder), flags=re.MULTILINE)
+
+
 def test_the_checkpoint_runs_in_bringup(folder: Path) -> None:
     report = json.loads((folder / "runs/guide/run.json").read_text())
     assert report["ok"] and report["contract"] == "my_robot"
