@@ -1,6 +1,7 @@
 """What openpi's and LeRobot's checkpoint directories say about the policy around their weights.
 
-LeRobot's ``config.json`` names cameras, dimensions and normalisation; openpi keeps most of that in its training
+LeRobot's ``config.json`` names cameras, dimensions and normalisation, its ``policy_preprocessor.json`` what the cameras
+are called on the robot and the epsilon of the normalisation; openpi keeps most of that in its training
 configuration, so the robot's cameras (and delta actions) come from the caller. Reads files, loads no weights.
 """
 
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from selfalign_core.checkpoint import infer_model_config, open_tensors
+from selfalign_core.config import ModelConfig
 from selfalign_core.errors import CheckpointError, ConfigError
 from selfalign_core.policy_config import PolicyConfig, read_json
 from selfalign_core.transforms import NormStats, load_norm_stats
@@ -20,6 +22,8 @@ OPENPI_CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 _IMAGES = "observation.images."
 _OBSERVATION = "observation."
 _EMPTY = _IMAGES + "empty_camera_"
+_PREPROCESSOR = "policy_preprocessor.json"
+_EPSILON = 1e-8  # LeRobot's, where its files do not say
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ def read_foreign(
     path: Path,
     *,
     cameras: Sequence[str | None] | None = None,
+    joints: int | None = None,
     delta_mask: Sequence[bool] | None = None,
     norm_stats: str | Path | None = None,
     embodiment: str = "",
@@ -43,6 +48,8 @@ def read_foreign(
 
     Args:
         cameras: camera name per image slot, None for an empty slot; by default the checkpoint's own names.
+        joints: of the robot, where the statistics have more (openpi pads some to 32, and its files do not say how
+            many are meant); by default all that the checkpoint has.
         delta_mask: per action dimension, True if the checkpoint predicts it relative to the state; by default what
             LeRobot's config says, absolute for openpi (whose files do not say).
         norm_stats: statistics file; by default searched for in the directory.
@@ -63,7 +70,19 @@ def read_foreign(
     stats_file = _find_stats(path) if norm_stats is None else Path(norm_stats)
     stats = {} if stats_file is None else load_norm_stats(stats_file)
     if lerobot:
-        return _lerobot(path, values, model, stats, cameras, delta_mask, embodiment)
+        foreign = _lerobot(path, values, model, stats, cameras, embodiment)
+    else:
+        foreign = _openpi(path, model, stats, cameras, embodiment)
+    if joints is not None:
+        foreign = _cut(foreign, joints, "joints")
+    if delta_mask is None:
+        return foreign
+    return replace(foreign, config=replace(foreign.config, delta_mask=tuple(delta_mask)))
+
+
+def _openpi(
+    path: Path, model: ModelConfig, stats: dict[str, NormStats], cameras: Sequence[str | None] | None, embodiment: str
+) -> ForeignCheckpoint:
     if not stats:
         raise CheckpointError(f"{path}: found no norm_stats.json (looked in it and in assets/), expected openpi's")
     mode = "quantile" if model.pi05 else "z_score"  # openpi: use_quantile_norm = model_type != PI0
@@ -74,7 +93,6 @@ def read_foreign(
         action_dim=len(stats["actions"].mean),
         state_norm=mode,
         action_norm=mode,
-        delta_mask=None if delta_mask is None else tuple(delta_mask),
         embodiment=embodiment,
     )
     return ForeignCheckpoint(config, stats)
@@ -93,29 +111,31 @@ def fit_to_robot(foreign: ForeignCheckpoint, joints: int, camera_names: Sequence
             f"contract: found cameras {list(camera_names)}, expected at least one of the checkpoint's "
             f"{[c for c in config.cameras if c]} (cameras are matched by name)"
         )
-    changes: dict[str, Any] = {"cameras": cameras}
-    stats = {}
-    for name, field in (("state", "state_dim"), ("actions", "action_dim")):
-        if getattr(config, field) < joints:
+    return _cut(replace(foreign, config=replace(config, cameras=cameras)), joints, "contract")
+
+
+def _cut(foreign: ForeignCheckpoint, joints: int, where: str) -> ForeignCheckpoint:
+    """The first ``joints`` dimensions of states and actions."""
+    config = foreign.config
+    for field in ("state_dim", "action_dim"):
+        if not 1 <= joints <= getattr(config, field):
             raise ConfigError(
-                f"contract: found {joints} joints, expected at most the checkpoint's {field}={getattr(config, field)}"
+                f"{where}: found {joints} joints, expected at most the checkpoint's {field}={getattr(config, field)}"
             )
-        changes[field] = joints
-        if name in foreign.stats:
-            kept = {k: v[:joints] for k, v in vars(foreign.stats[name]).items() if v is not None}
-            stats[name] = NormStats(**kept)
-    if config.delta_mask is not None:
-        changes["delta_mask"] = config.delta_mask[:joints]
-    return ForeignCheckpoint(replace(config, **changes), stats)
+    stats = {
+        name: NormStats(**{k: v[:joints] for k, v in vars(found).items() if v is not None})
+        for name, found in foreign.stats.items()
+    }
+    mask = None if config.delta_mask is None else config.delta_mask[:joints]
+    return ForeignCheckpoint(replace(config, state_dim=joints, action_dim=joints, delta_mask=mask), stats)
 
 
 def _lerobot(
     path: Path,
     values: dict[str, Any],
-    model: Any,
+    model: ModelConfig,
     stats: dict[str, NormStats],
     cameras: Sequence[str | None] | None,
-    delta_mask: Sequence[bool] | None,
     embodiment: str,
 ) -> ForeignCheckpoint:
     file = path / "config.json"
@@ -124,14 +144,11 @@ def _lerobot(
         if name not in features:
             raise CheckpointError(f"{file}: found features {sorted(features)}, expected {name!r}")
     state_dim, action_dim = inputs["observation.state"]["shape"][0], outputs["action"]["shape"][0]
+    steps = _preprocessor_steps(path / _PREPROCESSOR)
     if cameras is None:
-        cameras = [
-            None if key.startswith(_EMPTY) else key.removeprefix(_IMAGES).removeprefix(_OBSERVATION)
-            for key, feature in inputs.items()
-            if key.startswith(_IMAGES) or feature.get("type") == "VISUAL"
-        ]
-    if delta_mask is None and values.get("use_relative_actions"):
-        delta_mask = _relative_mask(values, action_dim)
+        keys = [key for key, feature in inputs.items() if key.startswith(_IMAGES) or feature.get("type") == "VISUAL"]
+        rename_map = steps.get("rename_observations_processor", {}).get("rename_map") or {}
+        cameras = [_camera_of(key, rename_map) for key in keys]
     modes, converted = {}, {}
     default = dict.fromkeys(("STATE", "ACTION"), "QUANTILES" if model.pi05 else "MEAN_STD")  # LeRobot's
     for name, kind in (("state", "STATE"), ("actions", "ACTION")):
@@ -155,7 +172,8 @@ def _lerobot(
         action_dim=action_dim,
         state_norm=modes["state"],
         action_norm=modes["actions"],
-        delta_mask=None if delta_mask is None else tuple(delta_mask),
+        lerobot_epsilon=steps.get("normalizer_processor", {}).get("eps", _EPSILON),
+        delta_mask=_relative_mask(values, action_dim) if values.get("use_relative_actions") else None,
         num_steps=values.get("num_inference_steps", 10),
         embodiment=embodiment,
     )
@@ -170,12 +188,30 @@ def _is_lerobot(file: Path, values: dict[str, Any]) -> bool:
     return kind is not None or "input_features" in values
 
 
-def _relative_mask(values: dict[str, Any], action_dim: int) -> list[bool]:
+def _preprocessor_steps(file: Path) -> dict[str, dict[str, Any]]:
+    """Configuration of each step that LeRobot prepares an observation with, by the step's name; {} without the file."""
+    if not file.is_file():
+        return {}
+    steps = read_json(file).get("steps")
+    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+        raise CheckpointError(f"{file}: steps: found {steps!r}, expected a list of LeRobot's processor steps")
+    return {step.get("registry_name", ""): step.get("config") or {} for step in steps}
+
+
+def _camera_of(key: str, rename_map: dict[str, str]) -> str | None:
+    """What the robot calls the camera of the policy's feature ``key``; None: it has none."""
+    sources = [old for old, new in rename_map.items() if new == key]
+    if not sources and (key.startswith(_EMPTY) or key in rename_map):
+        return None
+    return (sources or [key])[0].removeprefix(_IMAGES).removeprefix(_OBSERVATION)
+
+
+def _relative_mask(values: dict[str, Any], action_dim: int) -> tuple[bool, ...]:
     """LeRobot's rule: every dimension is relative but those whose name contains one of the excluded, in any case."""
     names = [str(name).lower() for name in values.get("action_feature_names") or []][:action_dim]
     excluded = [str(part).lower() for part in values.get("relative_exclude_joints", ["gripper"]) if part]
     mask = [not any(part in name for part in excluded) for name in names]
-    return mask + [True] * (action_dim - len(mask))
+    return tuple(mask + [True] * (action_dim - len(mask)))
 
 
 def _find_stats(path: Path) -> Path | None:

@@ -69,8 +69,8 @@ class Policy:
         """(capacity, peft_num_tokens, width) E-Tokens of the bodies trained on; ``config.bank_keys`` names the rows."""
         self.digest = model_digest(model)
         self._prompt = PromptTokenizer(tokenizer, max_len=config.model.max_token_len, pi05=config.model.pi05)
-        self._state_norm = Normalizer(stats.get("state"), config.state_norm)
-        self._action_norm = Normalizer(stats.get("actions"), config.action_norm)
+        self._state_norm = Normalizer(stats.get("state"), config.state_norm, config.lerobot_epsilon)
+        self._action_norm = Normalizer(stats.get("actions"), config.action_norm, config.lerobot_epsilon)
         for name, norm, dim in (
             ("state", self._state_norm, config.state_dim), ("actions", self._action_norm, config.action_dim)
         ):  # fmt: skip
@@ -151,7 +151,7 @@ class Policy:
         """Load a checkpoint directory: SelfAlign's own, openpi's (PyTorch) or LeRobot's.
 
         A SelfAlign directory holds everything. For the others ``foreign`` goes to
-        :func:`selfalign_core.foreign_checkpoints.read_foreign` (cameras, delta actions, model options), unless
+        :func:`selfalign_core.foreign_checkpoints.read_foreign` (cameras, joints, delta actions, model options), unless
         ``config`` and ``stats`` are given.
 
         Args:

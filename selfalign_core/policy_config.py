@@ -26,6 +26,7 @@ class PolicyConfig:
     ``delta_mask``: per action dimension, True if the model predicts it relative to the state.
     ``state_dim``, ``action_dim``: the robot's own, before padding to the model's. ``num_steps``: Euler steps.
     ``padding_masked``: padded action dimensions were left out of the training loss (openpi trains them too).
+    ``lerobot_epsilon``: of a policy whose numbers were normalised by LeRobot's rule (``transforms.Normalizer``).
     ``bank_keys``: embodiment of each row of the checkpoint's E-Token bank; rows beyond them are free.
     """
 
@@ -35,6 +36,7 @@ class PolicyConfig:
     action_dim: int
     state_norm: NormMode = "identity"
     action_norm: NormMode = "identity"
+    lerobot_epsilon: float | None = None
     delta_mask: tuple[bool, ...] | None = None
     num_steps: int = 10
     embodiment: str = ""
@@ -59,6 +61,8 @@ class PolicyConfig:
                 raise ConfigError(
                     f"PolicyConfig.{name}: found {value}, expected 1..{self.model.action_dim} (the model's action_dim)"
                 )
+        if self.lerobot_epsilon is not None and not 0 < self.lerobot_epsilon < 1:
+            raise ConfigError(f"PolicyConfig.lerobot_epsilon: found {self.lerobot_epsilon}, expected 0 < value < 1")
         if self.num_steps < 1:
             raise ConfigError(f"PolicyConfig.num_steps: found {self.num_steps}, expected >= 1")
         if any((self.delta_mask or ())[self.state_dim :]):

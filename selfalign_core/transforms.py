@@ -18,7 +18,7 @@ from selfalign_core.errors import CheckpointError, InputError
 
 NormMode = Literal["identity", "z_score", "quantile"]
 EPSILON = 1e-6
-"""openpi's. LeRobot has 1e-8 for z-scores, none when undoing them, and none for a quantile range that is not empty."""
+"""openpi's, added to every standard deviation and quantile range, there and back."""
 STATISTICS = ("mean", "std", "q01", "q99", "min", "max")
 
 
@@ -64,10 +64,15 @@ class NormStats:
 
 @dataclass(frozen=True)
 class Normalizer:
-    """``z_score``: (x - mean) / std; ``quantile``: q01..q99 → -1..1; ``identity``. Works on the last axis."""
+    """``z_score``: (x - mean) / std; ``quantile``: q01..q99 → -1..1; ``identity``. Works on the last axis.
+
+    ``lerobot_epsilon``: what keeps divisors from being zero by LeRobot's rule: added to a standard deviation when
+    normalising only, and in place of a quantile range that is empty. None: openpi's rule (:data:`EPSILON`).
+    """
 
     stats: NormStats | None
     mode: NormMode
+    lerobot_epsilon: float | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in ("identity", "z_score", "quantile"):
@@ -77,26 +82,30 @@ class Normalizer:
         if self.mode == "quantile" and (self.stats.q01 is None or self.stats.q99 is None):
             raise InputError("normalisation quantile: found statistics without q01 and q99, expected both")
 
-    def _parts(self, dim: int) -> tuple[np.ndarray | float, np.ndarray | float, float]:
-        """Origin, scale and shift, float64: normalised = (x - origin) / scale - shift."""
+    def _parts(self, dim: int, *, back: bool) -> tuple[np.ndarray | float, np.ndarray | float, float]:
+        """Origin, scale and shift, float64: normalised = (x - origin) / scale - shift; ``back``: for undoing it."""
         if self.mode == "identity":
             return 0.0, 1.0, 0.0
         if dim != len(self.stats.mean):
             raise InputError(f"normalisation: found a vector of {dim}, expected {len(self.stats.mean)} (statistics)")
         if self.mode == "z_score":
-            return self.stats.mean.astype(np.float64), self.stats.std.astype(np.float64) + EPSILON, 0.0
+            epsilon = EPSILON if self.lerobot_epsilon is None else 0.0 if back else self.lerobot_epsilon
+            return self.stats.mean.astype(np.float64), self.stats.std.astype(np.float64) + epsilon, 0.0
         # The shift stays apart: added to the origin, half of a range near EPSILON would be lost in rounding.
         q01 = self.stats.q01.astype(np.float64)
-        return q01, (self.stats.q99 - q01 + EPSILON) / 2, 1.0
+        width = self.stats.q99 - q01
+        if self.lerobot_epsilon is None:
+            return q01, (width + EPSILON) / 2, 1.0
+        return q01, np.where(width == 0, self.lerobot_epsilon, width) / 2, 1.0
 
     def normalize(self, x: np.ndarray) -> np.ndarray:
         """Robot units → model units, float32."""
-        origin, scale, shift = self._parts(x.shape[-1])
+        origin, scale, shift = self._parts(x.shape[-1], back=False)
         return ((x - origin) / scale - shift).astype(np.float32)
 
     def unnormalize(self, x: np.ndarray) -> np.ndarray:
         """Model units → robot units, float32."""
-        origin, scale, shift = self._parts(x.shape[-1])
+        origin, scale, shift = self._parts(x.shape[-1], back=True)
         return ((x + shift) * scale + origin).astype(np.float32)
 
 

@@ -134,8 +134,8 @@ class Encoder:
         features: np.ndarray | None = None,
     ):
         self.config, self.model = config, config.model
-        self._state_norm = Normalizer(stats.get("state"), config.state_norm)
-        self._action_norm = Normalizer(stats.get("actions"), config.action_norm)
+        self._state_norm = Normalizer(stats.get("state"), config.state_norm, config.lerobot_epsilon)
+        self._action_norm = Normalizer(stats.get("actions"), config.action_norm, config.lerobot_epsilon)
         self._delta = np.array(config.delta_mask)
         self._prompts = dataset.meta.prompts
         self._prompt = PromptTokenizer(tokenizer, max_len=self.model.max_token_len, pi05=self.model.pi05)

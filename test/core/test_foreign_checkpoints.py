@@ -100,6 +100,14 @@ def observation() -> Observation:
     return Observation(images, rng.uniform(0, 1, STATE_DIM).astype(np.float32), "pick up", stamp_ns=7)
 
 
+def preprocessor(directory, *, rename_map=None, eps=None):
+    """LeRobot's policy_preprocessor.json, its steps cut down to those that are read."""
+    rename = {"registry_name": "rename_observations_processor", "config": {"rename_map": rename_map or {}}}
+    normalise = {"registry_name": "normalizer_processor", "config": {} if eps is None else {"eps": eps}}
+    steps = [rename, {"registry_name": "to_batch_processor", "config": {}}, normalise]
+    (directory / "policy_preprocessor.json").write_text(json.dumps({"name": "policy_preprocessor", "steps": steps}))
+
+
 def test_both_layouts_load_by_path_alone_and_act_alike(tmp_path, weights, pi05):
     directories = [
         openpi_directory(tmp_path / "any_name", weights, pi05),
@@ -114,7 +122,7 @@ def test_both_layouts_load_by_path_alone_and_act_alike(tmp_path, weights, pi05):
         assert policy.e_token is None
         chunks.append(policy.infer(observation()).actions)
         assert chunks[-1].shape == (HORIZON, ACTION_DIM)
-    np.testing.assert_array_equal(*chunks)
+    np.testing.assert_allclose(*chunks, rtol=1e-4, atol=1e-4)  # but for the epsilon of the normalisation
 
 
 def test_e_token_and_alignment_start_fresh_only_when_asked(tmp_path, weights, pi05):
@@ -187,6 +195,53 @@ def test_every_visual_feature_of_lerobot_is_a_camera_in_its_order(tmp_path, weig
     directory = lerobot_directory(tmp_path / "c", weights, pi05)
     edit_config(directory, lambda v: v.update(input_features=features))
     assert read_foreign(directory).config.cameras == ("wrist", "image", None)
+
+
+def test_cameras_have_the_names_that_lerobot_renames(tmp_path, weights, pi05):
+    directory = lerobot_directory(tmp_path / "c", weights, pi05)
+    a, b, c = (f"observation.images.{name}" for name in CAMERAS)
+    preprocessor(directory, rename_map={"observation.images.top": a, a: b, "observation.foo": "observation.state"})
+    assert read_foreign(directory).config.cameras == ("top", CAMERAS[0], CAMERAS[2])
+    preprocessor(directory, rename_map={a: b, b: a, c: "observation.images.unused"})
+    assert read_foreign(directory).config.cameras == (CAMERAS[1], CAMERAS[0], None)
+    preprocessor(directory)
+    assert read_foreign(directory).config.cameras == CAMERAS
+
+
+def test_lerobots_epsilon_is_read_and_kept(tmp_path, weights, pi05):
+    directory = lerobot_directory(tmp_path / "c", weights, pi05)
+    assert read_foreign(directory).config.lerobot_epsilon == 1e-8
+    preprocessor(directory, eps=0.5)
+    policy = Policy.from_checkpoint(directory, dt=0.05)
+    assert policy.config.lerobot_epsilon == 0.5
+    policy.save(tmp_path / "own")
+    own = Policy.from_checkpoint(tmp_path / "own", dt=0.05)
+    np.testing.assert_array_equal(own.infer(observation()).actions, policy.infer(observation()).actions)
+    stats, mean = policy.stats["state"], policy.stats["state"].mean
+    if pi05:  # only in place of an empty range
+        np.testing.assert_allclose(policy.state_to_model(stats.q99[None])[0, :STATE_DIM], 1, atol=1e-6)
+    else:
+        scaled = policy.state_to_model((mean + stats.std)[None])[0, :STATE_DIM]
+        np.testing.assert_allclose(scaled, stats.std / (stats.std + 0.5), rtol=1e-6)
+    (directory / "policy_preprocessor.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="steps: found None, expected a list"):
+        read_foreign(directory)
+
+
+def test_statistics_padded_by_openpi_are_cut_to_the_robots_joints(tmp_path, weights, pi05):
+    directory = openpi_directory(tmp_path / "c", weights, pi05)
+    zeros = [0.0] * (8 - ACTION_DIM)
+    padded = {k: v + zeros for k, v in statistics(ACTION_DIM, 1.0).items()}
+    stats = {"norm_stats": {"state": padded, "actions": padded}}
+    (directory / "assets" / "robot" / "norm_stats.json").write_text(json.dumps(stats))
+    mask = (True, True, False)
+    policy = Policy.from_checkpoint(directory, dt=0.05, joints=ACTION_DIM, delta_mask=mask)
+    assert (policy.config.state_dim, policy.config.action_dim, policy.config.delta_mask) == (3, 3, mask)
+    seen = observation()
+    chunk = policy.infer(Observation(seen.images, seen.state[:ACTION_DIM], seen.prompt, stamp_ns=7))
+    assert chunk.actions.shape == (HORIZON, ACTION_DIM)
+    with pytest.raises(ConfigError, match="joints: found 9 joints, expected at most the checkpoint's state_dim=8"):
+        read_foreign(directory, joints=9)
 
 
 @pytest.mark.parametrize(

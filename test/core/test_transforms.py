@@ -54,6 +54,18 @@ def test_formulas_are_openpis() -> None:
     np.testing.assert_array_equal(Normalizer(None, "identity").normalize(x), x)
 
 
+def test_formulas_are_lerobots_where_its_epsilon_is_given() -> None:
+    """As its NormalizerProcessorStep has them, with an epsilon that is large enough to be seen."""
+    eps, x = 0.5, np.array([[1.0, 15.0, -2.0]], np.float32)
+    z_score = Normalizer(STATS, "z_score", eps)
+    np.testing.assert_allclose(z_score.normalize(x), (x - STATS.mean) / (STATS.std + eps), rtol=1e-6)
+    np.testing.assert_allclose(z_score.unnormalize(x), x * STATS.std + STATS.mean, rtol=1e-6)
+    low, high = np.array([1.0, 2.0]), np.array([1.0, 4.0])
+    quantile = Normalizer(NormStats(low, low, low, high), "quantile", eps)
+    np.testing.assert_allclose(quantile.normalize(np.array([1.5, 3.0])), [1.0, 0.0])
+    np.testing.assert_allclose(quantile.unnormalize(np.array([1.0, 0.0])), [1.5, 3.0])
+
+
 @pytest.mark.parametrize("where", [0.0, 1.57, -300.0])
 def test_a_constant_dimension_is_the_lower_end_wherever_it_lies(where: float) -> None:
     value = np.array([where], np.float32)
