@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,8 @@ class DatasetWriter:
         statistics_horizon: None: ``chunk_horizon``, or 16.
 
     Raises:
-        DatasetError: on bad values, naming episode and frame. Nothing of that episode is written then.
+        DatasetError: on bad values, naming episode and frame (nothing of that episode is written then), or on a full
+            disk, naming the file.
     """
 
     def __init__(
@@ -235,18 +236,21 @@ class _GrowingArray:
     def extend(self, rows: int) -> None:
         """Rows that are zero until they are written."""
         self._rows += rows
-        self._file.truncate(self._data_start + self._rows * self._row_bytes)
+        with self._writing():
+            self._file.truncate(self._data_start + self._rows * self._row_bytes)
 
     def write(self, offset: int, values: np.ndarray) -> None:
-        self._file.seek(self._data_start + offset)
-        self._file.write(np.ascontiguousarray(values).data)
+        with self._writing():
+            self._file.seek(self._data_start + offset)
+            self._file.write(np.ascontiguousarray(values).data)
 
     def finish(self) -> None:
-        self._file.seek(0)
-        self._write_header()
-        if self._file.tell() != self._data_start:
-            raise DatasetError(f"{self._file.name}: the header grew over the data, expected numpy to reserve room")
-        self._file.flush()  # a full disk is reported here
+        with self._writing():
+            self._file.seek(0)
+            self._write_header()
+            if self._file.tell() != self._data_start:
+                raise DatasetError(f"{self._file.name}: the header grew over the data, expected numpy to reserve room")
+            self._file.flush()  # a full disk is reported here at the latest
         self.close()
 
     def close(self) -> None:
@@ -254,6 +258,13 @@ class _GrowingArray:
         with contextlib.suppress(OSError):
             if not self._file.closed:
                 self._file.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # names no file
+            raise DatasetError(f"{self._file.name}: could not write the dataset ({error}); nothing is left") from error
 
     def _write_header(self) -> None:
         # numpy pads the header so that the first dimension may grow to any number of digits.

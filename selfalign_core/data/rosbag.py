@@ -204,9 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--chunk", type=int, help="actions per chunk, for the statistics of relative actions (default: 16)"
     )
-    parser.add_argument(
-        "--allow-early-end", action="store_true", help="use what was recorded before a topic vanished"
-    )
+    parser.add_argument("--allow-early-end", action="store_true", help="use what was recorded before a topic vanished")
     options = parser.parse_args(arguments)
 
     def work() -> None:

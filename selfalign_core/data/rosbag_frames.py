@@ -122,9 +122,7 @@ class Frames:
     prompt: str = ""
 
 
-def make_frames(
-    segment: Segment, contract: RobotContract, options: Options, counters: Counter[str]
-) -> list[Frames]:
+def make_frames(segment: Segment, contract: RobotContract, options: Options, counters: Counter[str]) -> list[Frames]:
     """The episodes of a segment, and in ``counters`` what was left out; a tick may count under several causes."""
     tracks = {**segment.cameras, "joint_states": segment.joint_states}
     first = max(int(track.stamps[0]) for track in tracks.values())

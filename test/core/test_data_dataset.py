@@ -224,7 +224,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(DatasetError, match=r"images.npy: could not write the dataset \(.*File too large"):
             write(tmp_path / "set", *(episode(50, seed=seed) for seed in range(10)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
