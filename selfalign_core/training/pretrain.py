@@ -4,8 +4,8 @@
 
 1. Vision: tower and projector learn where the targets and the arm's points are in the picture. Joint training freezes
    them, so image features are computed once per frame, and they are the dynamics task's targets.
-2. Grounding: over frozen features, the language model learns where the object named by the prompt is. Without this
-   stage the prompt stays unread in joint training.
+2. Grounding: over frozen features, the language model learns where the object named by the prompt is, and to say so
+   in each layer that an expert reads. Without this stage the prompt stays unread for a long time in joint training.
 
 Writes a policy directory with an untrained action and alignment expert, for ``model.init`` of
 :mod:`selfalign_core.train`. Knows neither bodies nor actions.
@@ -114,33 +114,42 @@ def train_grounding(
 ) -> None:
     """Stage 2, every prompt for each frame of a batch.
 
+    The point is read from what an expert would get by looking at the prompt: the mean of the prompt tokens' attention
+    values, in each layer that the experts read.
+
     Args:
         prompts: ids and masks, each (targets, max_token_len), in the order of ``TARGET_NAMES``.
     """
-    vlm, size = model.paligemma_with_expert, model.config.vision.image_size
-    head = nn.Linear(model.config.text.width, 2)
+    vlm, config = model.paligemma_with_expert, model.config
+    first, last = config.expert_layer_offset, config.expert_layer_offset + config.action_expert.depth
+    heads = nn.ModuleList(nn.Linear(config.text.num_kv_heads * config.text.head_dim, 2) for _ in range(first, last))
     images = torch.from_numpy(frames.images)
     points = torch.from_numpy(frames.points[:, : len(TARGET_NAMES)]).nan_to_num(-1.0)
     with torch.no_grad():
         features = torch.cat([vlm.embed_image(pixels(part)).half() for part in images.split(250)])
-    parameters = [*vlm.language_model.parameters(), *head.parameters()]
+    parameters = [*vlm.language_model.parameters(), *heads.parameters()]
 
     def locate(rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Points found and wanted, each (prompts * rows, 2)."""
+        """Points found per layer (layers, prompts * rows, 2) and wanted (prompts * rows, 2)."""
         tokens, masks = (part.repeat_interleave(len(rows), 0) for part in prompts)
         seen = features[rows].float().repeat(len(TARGET_NAMES), 1, 1)
         present = torch.ones(len(seen), dtype=torch.bool)
-        _, hidden = vlm.run_prefix(*vlm.embed_prefix([seen], [present], tokens, masks), output_hidden=True)
-        words = hidden[:, -tokens.shape[1] :] * masks[..., None]
-        return head(words.sum(1) / masks.sum(1, keepdim=True)), points[rows].transpose(0, 1).flatten(0, 1)
+        prefix, _ = vlm.run_prefix(*vlm.embed_prefix([seen], [present], tokens, masks))
+        share = (masks / masks.sum(1, keepdim=True))[:, None, :, None]
+        found = [
+            head((layer.values[:, :, prefix.image_length :] * share).sum(2).flatten(1))
+            for head, layer in zip(heads, prefix.layers[first:last], strict=True)
+        ]
+        return torch.stack(found), points[rows].transpose(0, 1).flatten(0, 1)
 
     def loss_of(rows: Tensor) -> Tensor:
         found, wanted = locate(rows)
-        return _mean_where((found - wanted).abs().sum(-1), visible(wanted))
+        return _mean_where((found - wanted).abs().sum(-1).mean(0), visible(wanted))
 
     def score() -> dict[str, float]:
         found, wanted = locate(torch.arange(len(images) - HELD_OUT, len(images) - HELD_OUT + 250))
-        return {"pixels": float(_mean_where((found - wanted).norm(dim=-1) * size, visible(wanted)))}
+        away = (found - wanted).norm(dim=-1) * config.vision.image_size
+        return {f"pixels_layer_{i}": float(_mean_where(a, visible(wanted))) for i, a in enumerate(away, first)}
 
     rows = _batches(len(images) - HELD_OUT, batch_size, seed)
     _optimise("grounding", parameters, lambda: loss_of(next(rows)), score, steps, log)

@@ -19,7 +19,7 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from selfalign_core.checkpoint import load_model
+from selfalign_core.checkpoint import load_model, write_atomically
 from selfalign_core.config import ModelConfig
 from selfalign_core.data.dataset import TransitionDataset
 from selfalign_core.data.loader import Batch, Loader
@@ -358,7 +358,7 @@ class Trainer:
     def _open_log(self) -> RunLog:
         self.output.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(self.config.to_dict(), sort_keys=False, allow_unicode=True)
-        (self.output / "config.yaml").write_text(text, encoding="utf-8")
+        write_atomically(self.output / "config.yaml", lambda part: Path(part).write_text(text, encoding="utf-8"))
         options = self.config.log
         log = RunLog(
             self.output,

@@ -40,7 +40,7 @@ def test_frames_are_the_same_whatever_the_number_of_processes() -> None:
 def test_both_stages_learn_and_write_a_policy_to_start_from(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(pretrain, "HELD_OUT", 250)
     monkeypatch.setattr(pretrain, "_EVERY", 25)
-    arguments = ["--output", str(tmp_path / "made"), "--frames", "1000", "--vision-steps", "150"]
+    arguments = ["--output", str(tmp_path / "made"), "--frames", "1000", "--vision-steps", "100"]
     assert pretrain.main([*arguments, "--grounding-steps", "25"]) == 0
     log = [json.loads(line) for line in (tmp_path / "made/pretrain.jsonl").read_text().splitlines()]
     cubes = [np.mean([line[f"pixels_{n}"] for n in TARGET_NAMES]) for line in log if line["stage"] == "vision"]
