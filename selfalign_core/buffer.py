@@ -161,6 +161,23 @@ class TransitionBuffer:
         chosen = np.sort(rng.permutation(len(older))[:fit_size])
         return self._batch([older[i] for i in chosen]), self._batch(holdout)
 
+    def newest(self, count: int, *, since_ns: int, stride: int = 1) -> TransitionBatch:
+        """At most ``count`` of the newest transitions that begin at ``since_ns`` or later, oldest first.
+
+        From the newest back, each begins ``stride`` control steps or more (less the tolerance) before the one after it.
+        May be empty.
+        """
+        chosen: list[tuple[int, int]] = []
+        due = None  # the latest begin of the next one
+        for pair in reversed(self._transitions()):
+            begin = self._stamps[pair[0]]
+            if len(chosen) == count or begin < since_ns:
+                break
+            if due is None or begin <= due + self.tolerance_ns:
+                chosen.append(pair)
+                due = begin - stride * self.dt_ns
+        return self._batch(chosen[::-1])
+
     def _checked(self, name: str, value: np.ndarray, size: int) -> np.ndarray:
         value = np.asarray(value, np.float32)
         if value.shape != (size,):

@@ -383,14 +383,17 @@ def model_digest(model: Pi0) -> str:
 # ------------------------------------------------------------------------------------------------ E-Token files
 
 
-def save_e_token(path: str | Path, token: EToken, *, losses: dict[str, float] | None = None) -> None:
-    """Write a token as safetensors with its metadata, atomically."""
+def save_e_token(
+    path: str | Path, token: EToken, *, losses: dict[str, float] | None = None, extra: dict[str, str] | None = None
+) -> None:
+    """Write a token as safetensors with its metadata, atomically; ``extra`` metadata is the caller's own."""
     metadata = {
         "format": "selfalign-e-token-1",
         "model_digest": token.model_digest,
         "embodiment": token.embodiment,
         "version": str(token.version),
         "losses": json.dumps(losses or {}),
+        **(extra or {}),
     }
     data = torch.from_numpy(np.array(token.data, np.float32))
     write_atomically(Path(path), lambda temporary: save_file({E_TOKEN_PARAMETER: data}, temporary, metadata))

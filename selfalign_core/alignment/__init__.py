@@ -1,0 +1,11 @@
+"""Self-alignment: the E-Token is fitted to the robot at hand from its own recent motion.
+
+``machine`` puts the stages together: ``excitation`` and ``screen`` judge the evidence, ``identify`` picks the best
+known token, ``refine`` improves a shadow of it, ``guard`` decides, ``watch`` notices when the robot changed,
+``history`` remembers. Nothing here knows ROS, clocks (but for budgets) or where transitions come from.
+"""
+
+from selfalign_core.alignment.config import AlignConfig
+from selfalign_core.alignment.machine import SelfAligner, StageReport, State
+
+__all__ = ["AlignConfig", "SelfAligner", "StageReport", "State"]

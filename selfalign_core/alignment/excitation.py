@@ -1,0 +1,51 @@
+"""Whether recent motion can tell one body from another. Transitions in which nothing moves teach nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from selfalign_core.alignment.config import Collect
+from selfalign_core.types import TransitionBatch
+
+
+@dataclass(frozen=True)
+class Excitation:
+    """Standard deviations over transitions, per joint in the robot's units: of the commanded and the real change.
+
+    ``missing``: in words, what is below the requirement; empty if the motion suffices.
+    """
+
+    joints: tuple[str, ...]
+    command: tuple[float, ...]
+    motion: tuple[float, ...]
+    missing: tuple[str, ...]
+
+    @property
+    def enough(self) -> bool:
+        return not self.missing
+
+
+def measure_excitation(batch: TransitionBatch, joints: Sequence[str], config: Collect) -> Excitation:
+    """Spread of what was commanded (last action minus state at t) and of what happened (state at t+k minus at t).
+
+    Every joint has to be commanded; one that does not obey still tells something, but if no joint obeys at all, the
+    states are not this robot's. State and action need equal sizes, one value per joint; otherwise each action and
+    each state is measured by itself.
+    """
+    state, then = batch.frame_states[batch.obs_index], batch.frame_states[batch.next_index]
+    last = batch.actions[:, -1]
+    commanded = last - state if last.shape == state.shape else last
+    command = commanded.std(0, dtype=np.float64) if len(batch) else np.zeros(commanded.shape[1])
+    motion = (then - state).std(0, dtype=np.float64) if len(batch) else np.zeros(state.shape[1])
+    names = tuple(joints) if len(joints) == len(command) else tuple(f"action {i}" for i in range(len(command)))
+    missing = [
+        f"{name} was commanded over {spread:.3f}, expected at least {config.min_command:.3f}"
+        for name, spread in zip(names, command, strict=True)
+        if spread < config.min_command
+    ]
+    if motion.max(initial=0.0) < config.min_motion:
+        missing.append(f"no joint moved by more than {motion.max(initial=0.0):.3f}, expected {config.min_motion:.3f}")
+    return Excitation(names, tuple(command.tolist()), tuple(motion.tolist()), tuple(missing))

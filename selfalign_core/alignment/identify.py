@@ -1,0 +1,107 @@
+"""Which known token fits this robot best: successive halving over the trusted tokens, under common noise.
+
+All candidates are scored on few transitions, the best quarter on more, a handful on everything. The current token is
+never dropped, so the margin over it is always known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from selfalign_core.alignment.budget import Budget
+from selfalign_core.alignment.config import Identify
+from selfalign_core.alignment.scoring import Prepared, Scorer
+from selfalign_core.alignment.trusted import Trusted
+
+CURRENT = "current"
+_STEP_ROWS = 256
+"""Rows scored between two looks at the clock."""
+
+
+@dataclass(frozen=True)
+class Identification:
+    """The best candidate and how it compares.
+
+    ``scores``: of the last round's candidates, best first: losses relative to the typical candidate's on the same
+    transition and noise, 1 is typical. ``margin``: the current token's score minus the best one's, 0 if it is the
+    best. ``evaluations``: (token, transition, draw) triples scored. ``note``: why it ended early, or "".
+    """
+
+    token: Tensor
+    name: str
+    scores: dict[str, float]
+    margin: float
+    evaluations: int
+    note: str
+
+
+def identify(
+    scorer: Scorer,
+    data: Prepared,
+    current: Tensor,
+    trusted: Trusted,
+    config: Identify,
+    *,
+    seed: int,
+    budget: Budget,
+) -> Identification:
+    """Score ``current`` (T, W) and every trusted token on ``data``; the best so far when the budget ends it."""
+    names, tokens = (CURRENT, *trusted.names), torch.cat([current[None], trusted.tokens])
+    noise = scorer.noise(data, config.draws, seed)
+    alive = torch.arange(len(names), device=current.device)
+    totals, trials, evaluations, note = torch.zeros(len(names), device=current.device), 0, 0, ""
+    for keep, rows in _rounds(len(names), len(data), config):
+        if note := budget.spent():
+            break
+        alive = _best(totals, alive, keep)
+        for part in rows.to(current.device).split(max(1, _STEP_ROWS // len(alive))):
+            if trials and (note := budget.spent()):
+                break
+            losses = scorer.score(data, noise, tokens[alive], part)
+            totals[alive] += relative(losses).sum(1)
+            trials, evaluations = trials + len(part), evaluations + losses.numel()
+    order = alive[totals[alive].argsort(stable=True)]
+    scores = {names[row]: float(totals[row]) / max(trials, 1) for row in order.tolist()}
+    best = names[int(order[0])]
+    if scores[best] == scores[CURRENT]:
+        best = CURRENT
+    return Identification(
+        token=tokens[names.index(best)].clone(),
+        name=best,
+        scores=scores,
+        margin=scores[CURRENT] - scores[best],
+        evaluations=evaluations,
+        note=note,
+    )
+
+
+def relative(losses: Tensor) -> Tensor:
+    """(C, R) → each loss divided by the candidates' median at that transition and noise.
+
+    So a transition that is hard for every token, an outlier among them, has no more say than any other.
+    """
+    return losses / losses.median(0).values.clamp(min=torch.finfo(losses.dtype).tiny)
+
+
+def _rounds(candidates: int, count: int, config: Identify) -> list[tuple[int, Tensor]]:
+    """How many candidates each round keeps, and the rows of noise (draw * count + transition) that it scores."""
+    first = torch.linspace(0, count - 1, min(config.first_count, count)).round().long()
+    others = torch.tensor([i for i in range(count) if i not in set(first.tolist())], dtype=torch.long)
+    finalists = min(config.finalists, candidates)
+    quarter = min(max(finalists, -(-candidates // 4)), candidates)
+    return [
+        (candidates, first),
+        (quarter, others),
+        (finalists, torch.arange(count, config.draws * count)),
+    ]
+
+
+def _best(totals: Tensor, alive: Tensor, keep: int) -> Tensor:
+    """The ``keep`` of ``alive`` with the lowest totals, in their order; the first candidate stays in any case."""
+    if keep >= len(alive):
+        return alive
+    chosen = alive[totals[alive].argsort(stable=True)[:keep]]
+    return torch.cat([alive.new_zeros(1), chosen[chosen != 0]]).sort().values

@@ -1,0 +1,352 @@
+"""The self-aligner: from recent transitions to a better E-Token, or to none.
+
+::
+
+                  enough transitions, enough motion
+      COLLECT ─────────────────────────────────────▶ identify → refine → guard
+       ▲   ▲                                                              │ │
+       │   └───────────────── accepted: the token is in use ──────────────┘ │
+       │                                                                    │ refused
+       └──────── drift, or align_now() ──────── WATCH ◀─────────────────────┘
+
+After an acceptance it collects anew and tries to improve further; after a refusal it rests and watches, against a new
+baseline. Evidence is never older than ``since_ns``: what was already used, or came before a drift, is not asked for
+again. The caller hands in transitions and the time, and publishes what is accepted. Knows neither ROS nor files.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selfalign_core.alignment.budget import Budget, Clock
+from selfalign_core.alignment.config import AlignConfig
+from selfalign_core.alignment.excitation import Excitation, measure_excitation
+from selfalign_core.alignment.guard import Verdict, judge
+from selfalign_core.alignment.history import Accepted, History
+from selfalign_core.alignment.identify import Identification, identify
+from selfalign_core.alignment.overlap import spans
+from selfalign_core.alignment.refine import Refinement, refine
+from selfalign_core.alignment.scoring import AlignLosses, Scorer
+from selfalign_core.alignment.screen import screen
+from selfalign_core.alignment.trusted import Trusted
+from selfalign_core.alignment.watch import Drift, RunningLoss, drift, references, running_loss
+from selfalign_core.policy import Policy
+from selfalign_core.types import EToken, TransitionBatch
+
+REPORT_DRAWS = 4
+"""Noise draws behind each reported loss."""
+
+
+class State(enum.Enum):
+    """See the module."""
+
+    COLLECT = "collect"
+    WATCH = "watch"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One pass of identify → refine → guard, with mean losses of the current token and of the shadow on both sets.
+
+    ``durations_ms``: wall time per stage.
+    """
+
+    identification: Identification
+    refinement: Refinement
+    verdict: Verdict
+    fit_count: int
+    guard_count: int
+    fit_before: AlignLosses
+    fit_after: AlignLosses
+    guard_before: AlignLosses
+    guard_after: AlignLosses
+    durations_ms: dict[str, float]
+
+    @property
+    def text(self) -> str:
+        found, steps = self.identification, self.refinement.steps
+        notes = "".join(f", {note}" for note in (found.note, self.refinement.note) if note)
+        return f"{self.verdict.reason}; started from {found.name!r}, {steps} steps{notes}"
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What one :meth:`SelfAligner.advance` did: ``text`` in words, the rest in numbers where there are any.
+
+    ``state``: after it. ``transitions``: usable ones at hand. ``left_out``: why others were not. ``token``: in use.
+    """
+
+    state: State
+    text: str
+    token: EToken
+    transitions: int = 0
+    left_out: tuple[str, ...] = ()
+    excitation: Excitation | None = None
+    attempt: Attempt | None = None
+    drift: Drift | None = None
+
+    @property
+    def accepted(self) -> bool:
+        """Whether ``token`` is new."""
+        return self.attempt is not None and self.attempt.verdict.accepted
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    """Usable transitions, oldest first, when they begin and end, and in words which were left out."""
+
+    batch: TransitionBatch
+    spans: np.ndarray
+    left_out: tuple[str, ...] = ()
+
+    def select(self, rows: np.ndarray) -> _Evidence:
+        return _Evidence(self.batch.select(rows), self.spans[rows], self.left_out)
+
+    def newest(self, count: int) -> _Evidence:
+        """At most ``count``."""
+        found = len(self.batch)
+        return self if found <= count else self.select(np.arange(found - count, found))
+
+
+class SelfAligner:
+    """Owned by one thread. Nothing of ``policy`` is changed, not even its token: :attr:`token` is the one in use here.
+
+    Args:
+        joints: names of the robot's joints, for reports.
+        prompt: what the robot is told; read only with ``alignment_prefix="full"``.
+        seed: every random number follows from it and the stamps handed in.
+        clock: seconds, read for budgets and reported durations alone.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        config: AlignConfig,
+        *,
+        joints: Sequence[str] = (),
+        prompt: str = "",
+        seed: int = 0,
+        clock: Clock = time.monotonic,
+    ):
+        self.policy, self.config = policy, config
+        self._joints = tuple(joints) or tuple(f"joint {i}" for i in range(policy.state_dim))
+        self._scorer = Scorer(policy, (config.lambda_perc, config.lambda_dyn, config.lambda_inv), prompt=prompt)
+        self._trusted = Trusted.of(policy)
+        self._references = references(self._trusted, config.watch.references)
+        self._seed, self._clock = seed, clock
+        self.history = History(Accepted(policy.e_token, 0, math.nan), keep=config.keep)
+        self._restart(-(2**62))
+
+    # ---------------------------------------------------------------- what it is, what it wants
+
+    @property
+    def token(self) -> EToken:
+        """The token in use."""
+        return self.history.token
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    @property
+    def since_ns(self) -> int:
+        """Transitions that begin before it are of no use."""
+        return self._since_ns
+
+    @property
+    def wanted(self) -> int:
+        """How many of the newest transitions to hand in, some spare ones included."""
+        count = self.config.collect.count if self._state is State.COLLECT else self.config.watch.count
+        return count + count // 4
+
+    # ---------------------------------------------------------------- orders from outside
+
+    def align_now(self) -> None:
+        """Leave the rest: collect and try, with the transitions at hand if they are enough."""
+        self._state = State.COLLECT
+
+    def use(self, token: EToken, stamp_ns: int) -> None:
+        """Go on from ``token``, for instance the one that the policy uses; its history begins here.
+
+        Raises:
+            InputError: the token does not fit the model; nothing is changed.
+        """
+        self.policy.check_e_token(token)
+        self.history = History(Accepted(token, stamp_ns, math.nan), keep=self.config.keep)
+        self._restart(stamp_ns)
+
+    def restore(self, history: History) -> None:
+        """Go on from a history that was loaded from a file."""
+        self.policy.check_e_token(history.token)
+        self.history = history
+        self._restart(-(2**62))
+
+    def rollback(self, stamp_ns: int) -> EToken:
+        """The accepted token before this one is in use again, under a new version; collection starts anew.
+
+        Raises:
+            InputError: there is none.
+        """
+        token = self.history.rollback(stamp_ns)
+        self._restart(stamp_ns)
+        return token
+
+    # ---------------------------------------------------------------- one step
+
+    def advance(
+        self, batch: TransitionBatch, now_ns: int, *, should_stop: Callable[[], bool] | None = None
+    ) -> StageReport:
+        """Do what the state and the newest transitions call for, and say what was done.
+
+        Args:
+            batch: the newest transitions since ``since_ns``, about ``wanted`` of them; fewer if there are not so many.
+            now_ns: the robot's time.
+            should_stop: asked now and then; True ends the stage as its budget does.
+
+        Raises:
+            InputError: the transitions do not fit the policy or hold NaN; nothing is changed.
+        """
+        self._scorer.check(batch)
+        if now_ns < self._since_ns:  # time jumped back: a new run or a replay from its start
+            self._restart(now_ns)
+        evidence = self._evidence(batch)
+        if self._state is State.COLLECT:
+            return self._collect(evidence, now_ns, should_stop)
+        return self._watch(evidence, now_ns, should_stop)
+
+    def _collect(self, evidence: _Evidence, now_ns: int, should_stop: Callable[[], bool] | None) -> StageReport:
+        config = self.config.collect
+        evidence = evidence.newest(config.count)
+        found = len(evidence.batch)
+        if found < config.count:
+            return self._report(evidence, f"collecting: {found} of {config.count} transitions")
+        excitation = measure_excitation(evidence.batch, self._joints, config)
+        if not excitation.enough:
+            return self._report(evidence, f"waiting for motion: {'; '.join(excitation.missing)}", excitation=excitation)
+        fit, guard = _split(evidence.spans, config.guard_count)
+        if not len(fit):
+            return self._report(evidence, f"collecting: none ends before the newest {config.guard_count} begin")
+        attempt, shadow = self._attempt(evidence, fit, guard, now_ns, should_stop)
+        if attempt.verdict.accepted:
+            self.history.accept(shadow.cpu().numpy(), now_ns, attempt.verdict.after)
+            self._restart(int(evidence.spans[-1, 1]))
+        else:
+            self._rest(evidence.select(guard), now_ns, should_stop)
+        return self._report(evidence, attempt.text, excitation=excitation, attempt=attempt)
+
+    def _rest(self, evidence: _Evidence, now_ns: int, should_stop: Callable[[], bool] | None) -> None:
+        """Watch, with ``evidence`` as the new baseline."""
+        self._baseline = self._running_loss(evidence, now_ns, should_stop)
+        self._state = State.WATCH
+        self._since_ns = self._watched_ns = int(evidence.spans[-1, 1])
+
+    def _watch(self, evidence: _Evidence, now_ns: int, should_stop: Callable[[], bool] | None) -> StageReport:
+        config = self.config.watch
+        evidence = evidence.newest(config.count)
+        found = len(evidence.batch)
+        if found < config.count:
+            return self._report(evidence, f"watching: {found} of {config.count} transitions")
+        newest_ns = int(evidence.spans[-1, 1])
+        if newest_ns <= self._watched_ns:
+            return self._report(evidence, "watching: nothing new")
+        self._watched_ns = newest_ns
+        running = self._running_loss(evidence, now_ns, should_stop)
+        result = drift(self._baseline, running, config)
+        if result.fired:
+            self._restart(newest_ns)
+        verdict = "drift: collecting anew" if result.fired else "watching: no drift"
+        return self._report(evidence, f"{verdict} ({result.words})", drift=result)
+
+    # ---------------------------------------------------------------- the stages of an attempt
+
+    def _attempt(
+        self,
+        evidence: _Evidence,
+        fit: np.ndarray,
+        guard: np.ndarray,
+        now_ns: int,
+        should_stop: Callable[[], bool] | None,
+    ) -> tuple[Attempt, Tensor]:
+        """One attempt on the rows ``fit`` and ``guard`` of the evidence, and its shadow (T, W). Changes nothing."""
+        config, scorer, trusted = self.config, self._scorer, self._trusted
+        prepared = scorer.prepare(evidence.batch)
+        fit_data, guard_data = prepared.select(self._rows(fit)), prepared.select(self._rows(guard))
+        current, durations = self._tensor(self.token), {}
+
+        def budget(limit_ms: float | None) -> Budget:
+            return Budget(limit_ms, self._clock, should_stop)
+
+        clock = budget(config.identify.budget_ms)
+        found = identify(
+            scorer, fit_data, current, trusted, config.identify, seed=self._stage_seed(now_ns, 0), budget=clock
+        )
+        durations["identify"] = clock.elapsed_ms()
+        clock = budget(config.refine.budget_ms)
+        refined = refine(scorer, fit_data, found.token, trusted, config, seed=self._stage_seed(now_ns, 1), budget=clock)
+        durations["refine"] = clock.elapsed_ms()
+        clock = budget(config.guard.budget_ms)
+        verdict = judge(
+            scorer, guard_data, evidence.spans[guard], current, refined.token, trusted, config.guard,
+            seed=self._stage_seed(now_ns, 2), budget=clock,
+        )  # fmt: skip
+        durations["guard"] = clock.elapsed_ms()
+        seed = self._stage_seed(now_ns, 3)
+        losses = [
+            scorer.summary(data, token, REPORT_DRAWS, seed)
+            for data in (fit_data, guard_data)
+            for token in (current, refined.token)
+        ]
+        attempt = Attempt(found, refined, verdict, len(fit), len(guard), *losses, durations_ms=durations)
+        return attempt, refined.token
+
+    def _running_loss(self, evidence: _Evidence, now_ns: int, should_stop: Callable[[], bool] | None) -> RunningLoss:
+        budget = Budget(self.config.watch.budget_ms, self._clock, should_stop)
+        return running_loss(
+            self._scorer, self._scorer.prepare(evidence.batch), evidence.spans, self._tensor(self.token),
+            self._references, self.config.watch, seed=self._stage_seed(now_ns, 4), budget=budget,
+        )  # fmt: skip
+
+    # ---------------------------------------------------------------- small things
+
+    def _restart(self, since_ns: int) -> None:
+        """Collect from ``since_ns`` on."""
+        self._state, self._since_ns = State.COLLECT, since_ns
+        self._baseline: RunningLoss | None = None
+        self._watched_ns = since_ns
+
+    def _evidence(self, batch: TransitionBatch) -> _Evidence:
+        """What is usable of ``batch``, by the time it begins."""
+        times = spans(batch)
+        rows = np.argsort(times[:, 0], kind="stable")
+        rows = rows[times[rows, 0] >= self._since_ns]
+        usable, left_out = screen(self.policy, batch.select(rows), self._joints, self.config.collect)
+        return _Evidence(usable, spans(usable), left_out)
+
+    def _report(self, evidence: _Evidence, text: str, **numbers: object) -> StageReport:
+        text = "; ".join([text, *evidence.left_out])
+        return StageReport(self._state, text, self.token, len(evidence.batch), evidence.left_out, **numbers)
+
+    def _tensor(self, token: EToken) -> Tensor:
+        return torch.from_numpy(np.array(token.data, np.float32)).to(self.policy.dim_mask.device)
+
+    def _rows(self, rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(rows).to(self.policy.dim_mask.device)
+
+    def _stage_seed(self, now_ns: int, stage: int) -> int:
+        entropy = [self._seed, now_ns & (2**64 - 1), stage]
+        return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 2)
+
+
+def _split(spans: np.ndarray, guard_count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to fit on and newer rows to judge by; one that reaches into the judge's time is in neither."""
+    rows = np.arange(len(spans))
+    older, guard = rows[:-guard_count], rows[-guard_count:]
+    return older[spans[older, 1] <= spans[guard[0], 0]], guard

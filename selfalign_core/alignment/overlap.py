@@ -1,0 +1,52 @@
+"""Means over transitions that overlap in time, and how far to trust them. Numbers only."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from selfalign_core.types import TransitionBatch
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over transitions, its standard error, and how many independent ones would say as much."""
+
+    mean: float
+    stderr: float
+    effective_count: float
+
+
+def spans(batch: TransitionBatch) -> np.ndarray:
+    """(B, 2) int64 ns: when each transition begins and ends."""
+    return np.stack([batch.frame_stamps[batch.obs_index], batch.frame_stamps[batch.next_index]], axis=1)
+
+
+def shared_time(spans: np.ndarray) -> np.ndarray:
+    """(B, B) share of time that two transitions have in common: 1 for the same time, 0 for one after the other."""
+    begin, end = spans[:, 0], spans[:, 1]
+    common = np.minimum(end[:, None], end[None]) - np.maximum(begin[:, None], begin[None])
+    length = np.maximum(np.maximum((end - begin)[:, None], (end - begin)[None]), 1)
+    share = np.clip(common / length, 0.0, 1.0)
+    np.fill_diagonal(share, 1.0)
+    return share
+
+
+def estimate(values: np.ndarray, spans: np.ndarray) -> Estimate:
+    """Mean of ``values`` (B,) over transitions at ``spans`` (B, 2), with an honest standard error.
+
+    Two transitions that share a part of their time are taken to be correlated by that part. Then the variance of the
+    mean is ``s² Σρ / B²``, so ``B² / Σρ`` independent transitions would say as much, and the sum of squares about the
+    mean has ``B - Σρ/B`` degrees of freedom. Without overlap this is the usual standard error. One effective
+    transition says nothing: its standard error is infinite.
+    """
+    values = np.asarray(values, np.float64)
+    count, correlation = len(values), float(shared_time(spans).sum())
+    freedom = count - correlation / count
+    if freedom < 1e-9:
+        return Estimate(float(values.mean()), math.inf, 1.0)
+    variance = float(np.square(values - values.mean()).sum()) / freedom
+    effective = count**2 / correlation
+    return Estimate(float(values.mean()), math.sqrt(variance / effective), effective)

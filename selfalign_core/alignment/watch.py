@@ -1,0 +1,95 @@
+"""Has the robot changed? Newer losses of the committed token against those it had when it was judged."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selfalign_core.alignment.budget import Budget
+from selfalign_core.alignment.config import Watch
+from selfalign_core.alignment.overlap import Estimate, estimate
+from selfalign_core.alignment.scoring import Prepared, Scorer
+from selfalign_core.alignment.trusted import Trusted
+
+
+@dataclass(frozen=True)
+class RunningLoss:
+    """Means over transitions of a token's log loss: ``plain``, and ``relative`` to the references' (the same without).
+
+    How hard a transition is for any token cancels in ``relative``.
+    """
+
+    plain: Estimate
+    relative: Estimate
+
+
+@dataclass(frozen=True)
+class Drift:
+    """``z``: how many standard errors the newer losses lie above the baseline; ``fired`` if that is too many.
+
+    ``factor``: newer loss over the baseline's, relative to the references'.
+    """
+
+    z: float
+    factor: float
+    fired: bool
+
+    @property
+    def words(self) -> str:
+        return f"relative loss {self.factor:.2f} times the baseline's, {self.z:+.1f} standard errors"
+
+
+def references(trusted: Trusted, count: int) -> Tensor:
+    """(R, T, W) up to ``count`` bank entries, evenly spaced over its rows; none from a bank of fewer than two."""
+    if len(trusted.bank) < 2 or not count:
+        return trusted.bank[:0]
+    return trusted.bank[torch.linspace(0, len(trusted.bank) - 1, min(count, len(trusted.bank))).round().long()]
+
+
+def running_loss(
+    scorer: Scorer,
+    data: Prepared,
+    spans: np.ndarray,
+    token: Tensor,
+    others: Tensor,
+    config: Watch,
+    *,
+    seed: int,
+    budget: Budget,
+) -> RunningLoss:
+    """The running loss of ``token`` (T, W) on ``data``, against the mean loss of ``others`` (R, T, W) if there are any.
+
+    ``spans`` (B, 2) ns: when each transition begins and ends. A spent budget means fewer draws, at least one.
+    """
+    noise = scorer.noise(data, config.draws, seed)
+    tokens, totals = torch.cat([token[None], others]), 0.0
+    for draw in range(config.draws):
+        if draw and budget.spent():
+            break
+        rows = torch.arange(draw * len(data), (draw + 1) * len(data), device=token.device)
+        totals = totals + scorer.score(data, noise, tokens, rows).double()
+    plain = totals[0].log().cpu().numpy()
+    typical = totals[1:].mean(0).log().cpu().numpy() if len(others) else 0.0
+    return RunningLoss(estimate(plain, spans), estimate(plain - typical, spans))
+
+
+def drift(baseline: RunningLoss, newest: RunningLoss, config: Watch) -> Drift:
+    """One-sided test of ``newest`` above ``baseline``.
+
+    The relative loss has to rise, and the plain one with it: when the robot merely stands still all tokens become
+    alike, so the relative loss rises but the plain one falls; when it moves more, the plain one alone rises.
+    """
+    rises = [_z(baseline.plain, newest.plain), _z(baseline.relative, newest.relative)]
+    factor = math.exp(min(newest.relative.mean - baseline.relative.mean, 50.0))
+    return Drift(min(rises), factor, min(rises) > config.sigmas)
+
+
+def _z(old: Estimate, new: Estimate) -> float:
+    rise, stderr = new.mean - old.mean, math.hypot(old.stderr, new.stderr)
+    if stderr == 0:
+        return math.copysign(math.inf, rise) if rise else 0.0
+    return rise / stderr
