@@ -14,6 +14,7 @@ import torch
 from small_models import small_config
 from torch import Tensor, nn
 
+from selfalign_core.buffer import TransitionBuffer
 from selfalign_core.config import GemmaSize
 from selfalign_core.model.flow_matching import sample_time
 from selfalign_core.model.pi0 import Losses, ModelInputs, Pi0
@@ -24,6 +25,7 @@ from selfalign_core.types import TransitionBatch
 
 BODIES = [(sag, offset) for offset in (-0.9, -0.3, 0.3, 0.9) for sag in (0.8, -0.8)]
 STEPS, BATCH = 300, 32
+STEP_NS = 100_000_000  # of one command; a transition takes two
 
 
 def pictures(position: np.ndarray) -> np.ndarray:
@@ -61,7 +63,7 @@ def moves(sag: np.ndarray, offset: np.ndarray, rng: np.random.Generator) -> Move
 
 
 def transitions_of(body: tuple[float, float], count: int, seed: int) -> TransitionBatch:
-    """What the buffer would hold of one body."""
+    """Moves of one body with pauses between them, so that no two transitions overlap."""
     sag, offset = (np.full(count, value) for value in body)
     m = moves(sag, offset, np.random.default_rng(seed))
     both = np.concatenate([m.position, m.next_position])
@@ -69,10 +71,35 @@ def transitions_of(body: tuple[float, float], count: int, seed: int) -> Transiti
         cameras=("front",),
         frames=pictures(both)[:, None],
         frame_states=np.concatenate([m.state, m.next_position[:, None] + offset[:, None]]).astype(np.float32),
-        frame_stamps=np.arange(2 * count, dtype=np.int64),
+        frame_stamps=np.concatenate([np.arange(count) * 3, np.arange(count) * 3 + 2]).astype(np.int64) * STEP_NS,
         obs_index=np.arange(count, dtype=np.int64),
         next_index=np.arange(count, 2 * count, dtype=np.int64),
         actions=m.commands,
+    )
+
+
+def recording_of(
+    body: tuple[float, float], pairs: int, seed: int, *, scale: float = 1.0, start_ns: int = 0
+) -> TransitionBatch:
+    """``2 * pairs`` transitions: three commands in a row make two that overlap by half; then a pause.
+
+    ``scale``: how lively the motion is, 1 as in training.
+    """
+    sag, offset = body
+    rng = np.random.default_rng(seed)
+    commands = rng.uniform(-scale, scale, (pairs, 3))
+    steps = 0.5 * commands + 0.5 * sag
+    begin = rng.uniform(np.maximum(-1, -1 - steps[:, 0]), np.minimum(1, 1 - steps[:, 0]))  # both begin within ±1
+    position = np.concatenate([begin[:, None], begin[:, None] + steps.cumsum(1)], axis=1).astype(np.float32).ravel()
+    obs = (4 * np.arange(pairs)[:, None] + np.arange(2)).ravel()
+    return TransitionBatch(
+        cameras=("front",),
+        frames=pictures(position)[:, None],
+        frame_states=(position + offset)[:, None].astype(np.float32),
+        frame_stamps=start_ns + (6 * np.arange(pairs)[:, None] + np.arange(4)).ravel() * STEP_NS,
+        obs_index=obs,
+        next_index=obs + 2,
+        actions=np.stack([commands[:, :2], commands[:, 1:]], axis=1).reshape(-1, 2, 1).astype(np.float32),
     )
 
 
@@ -127,6 +154,15 @@ class Trained:
     bank: np.ndarray
     history: dict[str, list[float]] = field(default_factory=dict)
 
+    def policy_with_bank(self, rows: list[int] | None = None, *, deployed: int = 0) -> Policy:
+        """The policy as it is shipped: with its bank (only ``rows`` of it) and the token of body ``deployed``."""
+        rows = list(range(len(BODIES))) if rows is None else rows
+        keys = tuple(f"body {row}" for row in rows)
+        config, bank = replace(self.policy.config, bank_keys=keys), torch.from_numpy(self.bank[rows])
+        policy = Policy(self.policy.model, config, self.policy.tokenizer, {}, dt=self.policy.dt, bank=bank)
+        policy.e_token = replace(policy.e_token, data=self.bank[deployed].copy())
+        return policy
+
     def loss(self, body: tuple[float, float], token: np.ndarray, *, seed: int = 0) -> dict[str, float]:
         """Mean losses of ``token`` on 256 fresh moves of ``body``; equal seeds give equal moves, noise and times."""
         m = moves(np.full(256, body[0]), np.full(256, body[1]), np.random.default_rng(seed))
@@ -157,8 +193,33 @@ def train() -> Trained:
         optimiser.step()
         for name, value in vars(losses).items():
             history.setdefault(name, []).append(float(value.detach()))
+    optimiser.zero_grad()
     model.requires_grad_(False)
     with torch.no_grad():
         model.peft_prefix_token.copy_(bank.mean(0))
     trained = Policy(model, policy.config, policy.tokenizer, {}, dt=policy.dt)
     return Trained(trained, bank.detach().numpy(), history)
+
+
+class Robot:
+    """A toy robot whose body can be changed: it moves, its buffer fills, time passes."""
+
+    def __init__(self, body: tuple[float, float], *, seed: int = 0):
+        self.body, self.now_ns = body, 0
+        self._seeds = iter(np.random.SeedSequence(seed).generate_state(10_000).tolist())
+        self._buffer = TransitionBuffer(
+            cameras=("front",), image_size=(28, 28), state_dim=1, action_dim=1, horizon=2, dt_ns=STEP_NS, capacity=400
+        )
+
+    def move(self, pairs: int, *, scale: float = 1.0) -> None:
+        """Twice as many transitions as ``pairs``."""
+        batch = recording_of(self.body, pairs, next(self._seeds), scale=scale, start_ns=self.now_ns)
+        for stamp, frame, state in zip(batch.frame_stamps, batch.frames, batch.frame_states, strict=True):
+            self._buffer.add_frame(int(stamp), {"front": frame[0]}, state)
+        for row, actions in zip(batch.obs_index, batch.actions, strict=True):
+            for step, action in enumerate(actions):
+                self._buffer.add_action(int(batch.frame_stamps[row]) + step * STEP_NS, action)
+        self.now_ns += 6 * pairs * STEP_NS
+
+    def newest(self, count: int, since_ns: int) -> TransitionBatch:
+        return self._buffer.newest(count, since_ns=since_ns)

@@ -1,0 +1,321 @@
+"""The self-aligner as a whole, on a toy robot whose body changes while it moves."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from toy_bodies import BODIES, Robot, Trained, recording_of
+
+from selfalign_core.alignment import AlignConfig, SelfAligner, StageReport, State
+from selfalign_core.alignment.config import Collect, Guard, Identify, Refine, Watch
+from selfalign_core.alignment.history import History
+from selfalign_core.errors import InputError
+from selfalign_core.types import EToken
+
+CONFIG = AlignConfig(
+    collect=Collect(fit_count=16, guard_count=10),
+    identify=Identify(first_count=6, finalists=3, draws=2),
+    refine=Refine(steps=20),
+    guard=Guard(draws=8),
+).without_budgets()
+
+
+def aligner_of(toy: Trained, config: AlignConfig = CONFIG, *, deployed: int = 0, **options) -> SelfAligner:
+    policy = toy.policy_with_bank(options.pop("rows", None), deployed=deployed)
+    return SelfAligner(policy, config, joints=("slider",), **options)
+
+
+def advance(aligner: SelfAligner, robot: Robot) -> StageReport:
+    return aligner.advance(robot.newest(aligner.wanted, aligner.since_ns), robot.now_ns)
+
+
+def live(aligner: SelfAligner, robot: Robot, rounds: int, *, scale: float = 1.0) -> list[StageReport]:
+    """Move a little and advance, again and again."""
+    reports = []
+    for _ in range(rounds):
+        robot.move(2, scale=scale)
+        reports.append(advance(aligner, robot))
+    return reports
+
+
+def attempts(reports: list[StageReport]) -> list[StageReport]:
+    return [r for r in reports if r.attempt is not None]
+
+
+def action_loss(toy: Trained, aligner: SelfAligner, robot: Robot) -> float:
+    return toy.loss(robot.body, aligner.token.data)["action"]
+
+
+def snapshot(aligner: SelfAligner) -> tuple:
+    return aligner.state, aligner.since_ns, aligner.wanted, aligner.token.version, aligner.token.data.tobytes()
+
+
+def test_a_wrong_token_is_replaced_and_a_right_one_kept(toy: Trained) -> None:
+    aligner, robot = aligner_of(toy), Robot(BODIES[5])
+    before = action_loss(toy, aligner, robot)
+    first, *others = attempts(live(aligner, robot, 40))
+    assert first.accepted
+    assert first.attempt.identification.name == "body 5"
+    assert first.attempt.guard_after.total < first.attempt.guard_before.total
+    assert first.attempt.fit_after.total < first.attempt.fit_before.total
+    assert aligner.token.version == 1 + sum(r.accepted for r in others)
+    assert others and not others[-1].accepted
+    assert aligner.state is State.WATCH
+    assert action_loss(toy, aligner, robot) < 0.3 * before
+
+
+def test_a_robot_that_is_right_already_stays_so(toy: Trained) -> None:
+    for row in range(3):
+        aligner, robot = aligner_of(toy, deployed=row), Robot(BODIES[row], seed=row)
+        (only,) = attempts(live(aligner, robot, 20))
+        assert not only.accepted
+        assert aligner.token.data.tobytes() == toy.bank[row].tobytes()
+        assert aligner.token.version == 0
+
+
+def test_a_change_of_the_body_and_the_change_back_are_followed(toy: Trained) -> None:
+    aligner, robot = aligner_of(toy), Robot(BODIES[0])
+    live(aligner, robot, 15)
+    assert aligner.state is State.WATCH
+    own = action_loss(toy, aligner, robot)
+    for row in (5, 0):
+        robot.body = BODIES[row]
+        shifted = action_loss(toy, aligner, robot)
+        reports = live(aligner, robot, 30)
+        fired = [r for r in reports if r.drift is not None and r.drift.fired]
+        assert len(fired) == 1
+        assert "drift: collecting anew" in fired[0].text
+        assert attempts(reports)[0].accepted
+        assert aligner.state is State.WATCH
+        assert action_loss(toy, aligner, robot) < 0.3 * shifted
+        assert action_loss(toy, aligner, robot) < own + 0.05
+
+
+def test_another_way_of_moving_changes_nothing(toy: Trained) -> None:
+    aligner, robot = aligner_of(toy, deployed=2), Robot(BODIES[2])
+    live(aligner, robot, 12)
+    assert aligner.state is State.WATCH
+    for scale in (0.5, 0.1, 1.0):
+        for report in live(aligner, robot, 8, scale=scale):
+            assert not report.accepted
+    assert aligner.token.version == 0
+
+
+def test_after_a_refusal_it_rests_until_told(toy: Trained) -> None:
+    config = dataclasses.replace(CONFIG, guard=Guard(draws=2, sigmas=1e9))
+    aligner, robot = aligner_of(toy, config), Robot(BODIES[5])
+    reports = live(aligner, robot, 30)
+    assert len(attempts(reports)) == 1  # the refusal is the new baseline: no loop
+    assert reports[-1].text.startswith("watching: no drift")
+    aligner.align_now()
+    assert aligner.state is State.COLLECT
+    assert attempts(live(aligner, robot, 1))
+
+
+def test_without_motion_it_waits_and_says_which_joint(toy: Trained) -> None:
+    config = dataclasses.replace(CONFIG, collect=dataclasses.replace(CONFIG.collect, min_command=5.0))
+    aligner, robot = aligner_of(toy, config), Robot(BODIES[5])
+    last = live(aligner, robot, 12)[-1]
+    assert "waiting for motion: slider was commanded over" in last.text
+    assert "expected at least 5.000" in last.text
+    assert last.excitation.command[0] > 0
+    assert aligner.state is State.COLLECT
+    assert aligner.token.version == 0
+
+
+def test_it_counts_what_it_has(toy: Trained) -> None:
+    aligner, robot = aligner_of(toy), Robot(BODIES[5])
+    assert advance(aligner, robot).text == "collecting: 0 of 26 transitions"
+    assert live(aligner, robot, 2)[-1].text == "collecting: 8 of 26 transitions"
+
+
+@pytest.mark.parametrize("mode", ["bank", "subspace", "full"])
+def test_every_mode_aligns(toy: Trained, mode: str) -> None:
+    aligner, robot = aligner_of(toy, dataclasses.replace(CONFIG, mode=mode)), Robot(BODIES[7])
+    before = action_loss(toy, aligner, robot)
+    (first, *_) = attempts(live(aligner, robot, 8))
+    assert first.accepted
+    assert first.attempt.refinement.steps == (0 if mode == "bank" else 20)
+    assert (aligner.token.data.tobytes() == toy.bank[7].tobytes()) == (mode == "bank")
+    assert action_loss(toy, aligner, robot) < 0.5 * before
+
+
+def test_a_bank_of_one_still_aligns(toy: Trained) -> None:
+    config = dataclasses.replace(CONFIG, refine=Refine(steps=60))
+    aligner, robot = aligner_of(toy, config, rows=[0]), Robot((0.4, -0.7))
+    before = toy.loss(robot.body, aligner.token.data)["total"]
+    assert attempts(live(aligner, robot, 8))[0].accepted
+    assert toy.loss(robot.body, aligner.token.data)["total"] < 0.9 * before
+
+
+# ---------------------------------------------------------------- reproducible, and it ends
+
+
+def test_the_seed_and_the_transitions_decide_everything(toy: Trained) -> None:
+    def run(seed: int) -> tuple[EToken, list[str]]:
+        aligner = aligner_of(toy, seed=seed)
+        texts = [r.text for r in live(aligner, Robot((0.5, 0.0)), 9)]
+        return aligner.token, texts
+
+    (first, texts), (second, again), (other, _) = run(1), run(1), run(2)
+    assert first.version == 1
+    assert first.data.tobytes() == second.data.tobytes()
+    assert texts == again
+    assert first.data.tobytes() != other.data.tobytes()
+
+
+def test_every_stage_keeps_to_its_budget(toy: Trained) -> None:
+    """On a clock that moves only when it is read, 30 ms each time."""
+    ticks = iter(range(10**6))
+    config = dataclasses.replace(
+        CONFIG,
+        identify=dataclasses.replace(CONFIG.identify, budget_ms=100.0),
+        refine=Refine(steps=20, budget_ms=200.0),
+        guard=Guard(draws=8, budget_ms=100.0),
+    )
+    aligner, robot = aligner_of(toy, config, clock=lambda: 0.03 * next(ticks)), Robot(BODIES[5])
+    (first, *_) = attempts(live(aligner, robot, 8))
+    assert 1 <= first.attempt.refinement.steps < 20
+    assert "budget of 100 ms spent after" in first.text
+    assert all(ms <= limit + 60 for ms, limit in zip(first.attempt.durations_ms.values(), (100, 200, 100), strict=True))
+    assert aligner.token.version == int(first.accepted)
+
+
+def test_it_stops_when_asked(toy: Trained) -> None:
+    aligner, robot = aligner_of(toy), Robot(BODIES[5])
+    robot.move(16)
+    report = aligner.advance(robot.newest(aligner.wanted, aligner.since_ns), robot.now_ns, should_stop=lambda: True)
+    assert not report.accepted
+    assert report.attempt.refinement.steps == 0
+    assert aligner.token.version == 0
+
+
+# ---------------------------------------------------------------- nothing but the token, and that within bounds
+
+
+def test_the_policy_is_never_changed(toy: Trained) -> None:
+    aligner, robot = aligner_of(toy), Robot(BODIES[5])
+    policy = aligner.policy
+    weights = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
+    assert any(r.accepted for r in live(aligner, robot, 8))
+    for name, tensor in policy.model.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+    assert policy.e_token.data.tobytes() == toy.bank[0].tobytes()
+    policy.set_e_token(aligner.token)  # what a policy node does with it
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda b: dataclasses.replace(b, actions=np.where(np.arange(len(b))[:, None, None] == 3, np.nan, b.actions)),
+        lambda b: dataclasses.replace(b, frame_states=b.frame_states * np.inf),
+        lambda b: dataclasses.replace(b, frame_states=np.concatenate([b.frame_states] * 2, axis=1)),
+        lambda b: dataclasses.replace(b, actions=b.actions[:, :1]),
+        lambda b: dataclasses.replace(b, cameras=("wrist",)),
+        lambda b: dataclasses.replace(b, frames=b.frames[:, :, :14]),
+    ],
+    ids=["NaN", "infinity", "state size", "horizon", "camera", "pixels"],
+)
+def test_bad_transitions_are_refused_and_nothing_is_changed(toy: Trained, spoil) -> None:
+    aligner = aligner_of(toy)
+    batch, before = recording_of(BODIES[5], 20, 1), snapshot(aligner)
+    with np.errstate(invalid="ignore"), pytest.raises(InputError, match="transitions"):
+        aligner.advance(spoil(batch), 10**12)
+    assert snapshot(aligner) == before
+    assert aligner.advance(batch, 10**12).accepted
+
+
+def test_some_poisoned_transitions_do_not_stop_it(toy: Trained) -> None:
+    aligner, batch = aligner_of(toy), recording_of(BODIES[5], 20, 1)
+    states, frames, actions = batch.frame_states.copy(), batch.frames.copy(), batch.actions.copy()
+    states[9] = 1e5  # an encoder that slipped
+    frames[22] = frames[20]  # a camera that stood still
+    actions[20] *= -1  # one swapped command
+    report = aligner.advance(dataclasses.replace(batch, frame_states=states, frames=frames, actions=actions), 10**12)
+    assert report.accepted
+    assert report.attempt.identification.name == "body 5"
+    assert any("stood still" in words for words in report.left_out)
+    assert any("state of slider" in words for words in report.left_out)
+
+
+@pytest.mark.parametrize("scale", [0.0, 5.0, 1e4, 1e20])
+def test_wild_transitions_leave_the_token_finite_and_near_what_was_trained(toy: Trained, scale: float) -> None:
+    config = dataclasses.replace(CONFIG, mode="full", guard=Guard(draws=2, sigmas=0.0, trust_radius=0.4),
+                                 refine=Refine(steps=5, learning_rate=5.0))  # fmt: skip
+    aligner = aligner_of(toy, config)
+    for round_ in range(3):
+        batch = recording_of(BODIES[5], 20, round_, start_ns=round_ * 10**12)
+        batch = dataclasses.replace(batch, actions=batch.actions * np.float32(scale))
+        aligner.align_now()
+        aligner.advance(batch, (round_ + 1) * 10**12)
+        token = aligner.token.data
+        assert np.isfinite(token).all()
+        spread = np.sqrt(np.square(toy.bank - toy.bank.mean(0)).mean())
+        known = [*toy.bank, toy.bank.mean(0)]
+        assert min(np.sqrt(np.square(token - t).mean()) for t in known) <= 0.4 * spread * (1 + 1e-3)
+
+
+# ---------------------------------------------------------------- orders from outside
+
+
+def test_rollback_restores_the_token_before_and_collects_anew(toy: Trained) -> None:
+    aligner, robot = aligner_of(toy), Robot(BODIES[5])
+    while not aligner.token.version:
+        live(aligner, robot, 1)
+    token = aligner.rollback(robot.now_ns)
+    assert token.data.tobytes() == toy.bank[0].tobytes()
+    assert (token.version, aligner.token.version) == (2, 2)
+    assert (aligner.state, aligner.since_ns) == (State.COLLECT, robot.now_ns)
+    with pytest.raises(InputError, match="no earlier"):
+        aligner.rollback(robot.now_ns)
+
+
+def test_it_goes_on_from_the_token_in_use(toy: Trained) -> None:
+    aligner = aligner_of(toy)
+    ahead = dataclasses.replace(aligner.token, data=toy.bank[5].copy(), version=7)
+    aligner.use(ahead, 123)
+    assert (aligner.token.version, aligner.since_ns) == (7, 123)
+    for change, message in (
+        ({"model_digest": "0" * 64}, "digest"),
+        ({"data": ahead.data * np.nan}, "NaN"),
+        ({"data": ahead.data[:, :3]}, "shape"),
+    ):
+        before = snapshot(aligner)
+        with pytest.raises(InputError, match=message):
+            aligner.use(dataclasses.replace(ahead, **change), 456)
+        assert snapshot(aligner) == before
+
+
+def test_a_saved_history_is_gone_on_from(toy: Trained, tmp_path) -> None:
+    aligner, robot = aligner_of(toy), Robot(BODIES[5])
+    assert any(r.accepted for r in live(aligner, robot, 8))
+    aligner.history.save(tmp_path / "toy.safetensors")
+    other = aligner_of(toy)
+    other.restore(History.load(tmp_path / "toy.safetensors", like=other.token, keep=CONFIG.keep))
+    assert other.token.data.tobytes() == aligner.token.data.tobytes()
+    assert other.token.version == aligner.token.version
+    assert other.rollback(0).data.tobytes() == toy.bank[0].tobytes()
+
+
+def test_time_that_jumps_back_starts_it_anew(toy: Trained) -> None:
+    aligner, robot = aligner_of(toy), Robot(BODIES[0])
+    live(aligner, robot, 9)
+    assert aligner.state is State.WATCH
+    again = Robot(BODIES[0], seed=1)
+    report = live(aligner, again, 1)[0]
+    assert report.text.startswith("collecting")
+    assert aligner.since_ns <= again.now_ns
+    assert attempts(live(aligner, again, 8))
+
+
+def test_watching_wants_few_transitions_and_says_when_there_is_nothing_new(toy: Trained) -> None:
+    config = dataclasses.replace(CONFIG, watch=Watch(count=8))
+    aligner, robot = aligner_of(toy, config), Robot(BODIES[0])
+    live(aligner, robot, 8)
+    assert aligner.state is State.WATCH
+    assert aligner.wanted == 10
+    live(aligner, robot, 3)
+    assert advance(aligner, robot).text == "watching: nothing new"
