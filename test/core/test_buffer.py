@@ -327,6 +327,39 @@ def test_too_few_transitions_are_counted_in_the_error() -> None:
     assert (len(fit), len(holdout)) == (20 - 2 - 4 - 1, 4)
 
 
+def begins(batch: TransitionBatch) -> list[int]:
+    return batch.frame_stamps[batch.obs_index].tolist()
+
+
+@given(messages, st.integers(0, 6), st.integers(1, 4), st.integers(-1, 8))
+def test_the_newest_transitions_are_spaced_and_not_too_old(
+    sequence: list[tuple[str, int]], count: int, stride: int, since: int
+) -> None:
+    buffer = make(capacity=12)
+    for kind, stamp in sequence:
+        (put_frame if kind == "frame" else put_action)(buffer, stamp)
+    allowed = [b for b in begins(everything(buffer)) if b >= since * DT]
+    expected: list[int] = []
+    for begin in reversed(allowed):
+        if len(expected) < count and (not expected or begin <= expected[0] - stride * DT + DT // 2):
+            expected.insert(0, begin)
+    batch = buffer.newest(count, since_ns=since * DT, stride=stride)
+    assert begins(batch) == expected
+
+
+def test_the_newest_of_a_perfect_recording() -> None:
+    buffer = filled(20)  # the last transition of two steps begins at 17
+    assert begins(buffer.newest(4, since_ns=0)) == [14 * DT, 15 * DT, 16 * DT, 17 * DT]
+    batch = buffer.newest(4, since_ns=0, stride=3)
+    assert begins(batch) == [8 * DT, 11 * DT, 14 * DT, 17 * DT]
+    np.testing.assert_array_equal(batch.actions[:, :, 0] // DT, [[8, 9], [11, 12], [14, 15], [17, 18]])
+    assert begins(buffer.newest(40, since_ns=15 * DT)) == [15 * DT, 16 * DT, 17 * DT]
+    nothing = buffer.newest(4, since_ns=18 * DT)
+    assert len(nothing) == 0
+    assert nothing.frames.shape == (0, 2, 2, 3, 3)
+    assert len(make().newest(4, since_ns=0)) == 0
+
+
 def test_bad_messages_are_refused_by_name_and_leave_no_trace() -> None:
     buffer = filled(5)
     cases = [
