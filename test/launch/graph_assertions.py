@@ -9,8 +9,9 @@ from typing import Any
 import yaml
 from node_testing import ROOT, Probe, wait_for
 
-# Small batches and frequent align calls, so that a test sees several of them in a few seconds.
+# Small batches and frequent align calls, so that a test sees several of them in a few seconds; no giving way to others.
 _QUICK = {
+    "niceness": 0,
     "align_frequency": 4.0,
     "steps": 2,
     "batch_size": 4,
