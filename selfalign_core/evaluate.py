@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", nargs="+", metavar="ROW", help=rows)
     parser.add_argument("--episodes", type=int, default=200, help="per row; default: 200")
     parser.add_argument("--seed", type=int, default=0, help="of the episodes and of the bodies of --bodies; default: 0")
-    joints = "that the policy commands; default: the arm's first, as many as the policy has"
+    joints = "that the policy commands; default: those the checkpoint names, or the arm's first"
     parser.add_argument("--joints", nargs="+", metavar="JOINT", help=joints)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; default: one per core")
     parser.add_argument("--json", metavar="FILE", help="write every episode and the rows")
@@ -118,7 +118,7 @@ def _run(options: argparse.Namespace) -> None:
 
 def _joints(names: Sequence[str] | None, policy: Policy) -> tuple[str, ...]:
     dims = {policy.state_dim, policy.action_dim}
-    joints = tuple(names or JOINTS[: policy.action_dim])
+    joints = tuple(names or policy.config.joints or JOINTS[: policy.action_dim])
     if dims != {len(joints)}:
         raise ConfigError(
             f"joints: found {len(joints)} ({', '.join(joints)}), expected as many as the checkpoint's state_dim="

@@ -130,6 +130,7 @@ class Policy:
             action_norm="quantile",
             delta_mask=(True,) * len(joints),
             embodiment=contract.embodiment,
+            joints=contract.joint_names,
         )
         stats = {"state": state, "actions": actions}
         return cls(model, config, word_tokenizer(TINY_WORDS), stats, dt=contract.dt, trained=False)
@@ -203,6 +204,11 @@ class Policy:
                 raise ConfigError(
                     f"contract: found {len(contract.joints)} joints, expected the checkpoint's {name}={dim}"
                 )
+        if self.config.joints and self.config.joints != contract.joint_names:
+            raise ConfigError(
+                f"contract: found joints {', '.join(contract.joint_names)}; expected those that the checkpoint was "
+                f"trained on, in their order: {', '.join(self.config.joints)} (joints in its config.json)"
+            )
 
     # ---------------------------------------------------------------- properties
 

@@ -26,6 +26,7 @@ class PolicyConfig:
     ``delta_mask``: per action dimension, True if the model predicts it relative to the state.
     ``state_dim``, ``action_dim``: the robot's own, before padding to the model's. ``num_steps``: Euler steps.
     ``padding_masked``: padded action dimensions were left out of the training loss (openpi trains them too).
+    ``joints``: names of the joints of state and actions, in their order; empty if the data did not say.
     ``lerobot_epsilon``: of a policy whose numbers were normalised by LeRobot's rule (``transforms.Normalizer``).
     ``bank_keys``: embodiment of each row of the checkpoint's E-Token bank; rows beyond them are free.
     """
@@ -42,10 +43,17 @@ class PolicyConfig:
     embodiment: str = ""
     padding_masked: bool = False
     bank_keys: tuple[str, ...] = ()
+    joints: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cameras", tuple(self.cameras))
         object.__setattr__(self, "bank_keys", tuple(self.bank_keys))
+        object.__setattr__(self, "joints", tuple(self.joints))
+        if self.joints and not len(self.joints) == self.state_dim == self.action_dim:
+            raise ConfigError(
+                f"PolicyConfig.joints: found {len(self.joints)} names, expected as many as state_dim="
+                f"{self.state_dim} and action_dim={self.action_dim}, or none"
+            )
         if self.delta_mask is not None:
             object.__setattr__(self, "delta_mask", tuple(bool(v) for v in self.delta_mask))
             if len(self.delta_mask) != self.action_dim:

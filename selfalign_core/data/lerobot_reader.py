@@ -104,6 +104,7 @@ def import_lerobot(
     source = _Source.open(Path(root), cameras)
     names = source.features[ACTION].get("names")
     joint_names = names if isinstance(names, list) and len(names) == source.dim(ACTION) else ()
+    joint_names = [str(name).removesuffix(".pos") for name in joint_names]  # LeRobot's robots say joint.quantity
     with DatasetWriter(
         output,
         cameras=tuple(source.cameras),

@@ -207,6 +207,7 @@ class Trainer:
             action_norm=data.action_norm,
             delta_mask=meta.delta_mask,
             padding_masked=True,
+            joints=meta.joint_names if meta.state_dim == meta.action_dim else (),
         )
         normalised = {data.state_norm, data.action_norm} != {"identity"}
         return config, tokenizer, self.dataset.norm_stats if normalised else {}

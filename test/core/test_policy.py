@@ -13,11 +13,14 @@ import torch
 from small_models import WORDS, random_observation, small_policy
 
 from selfalign_core.config import GemmaSize, ModelConfig, VisionSize
+from selfalign_core.contract import RobotContract
 from selfalign_core.errors import CheckpointError, ConfigError, InputError
 from selfalign_core.policy import Policy
 from selfalign_core.policy_config import PolicyConfig, image_size_of, model_config_of, transition_horizon_of
 from selfalign_core.transforms import NormStats
 from selfalign_core.types import EToken, Observation
+
+CONTRACTS = Path(__file__).resolve().parents[2] / "config" / "contracts"
 
 
 @pytest.fixture(params=[False, True], ids=["pi0", "pi05"])
@@ -489,3 +492,13 @@ def test_bad_stack_sizes_are_named() -> None:
         VisionSize(16, 1, 24, 2, 7, 14)
     with pytest.raises(ConfigError, match=r"GemmaSize\.depth: found 0"):
         GemmaSize(16, 0, 24, 2, 1, 8)
+
+
+def test_a_checkpoint_is_refused_by_a_robot_with_other_joints(tmp_path: Path) -> None:
+    contract = RobotContract.from_yaml(CONTRACTS / "sim_reach.yaml")
+    Policy.untrained(contract).save(tmp_path / "policy")
+    assert Policy.load(str(tmp_path / "policy"), contract=contract).config.joints == contract.joint_names
+    first, *others = contract.joints
+    turned = dataclasses.replace(contract, joints=(*others, first))
+    with pytest.raises(ConfigError, match=r"found joints shoulder_lift.*trained on, in their order: shoulder_pan"):
+        Policy.load(str(tmp_path / "policy"), contract=turned)
