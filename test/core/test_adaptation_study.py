@@ -272,7 +272,8 @@ def test_targets_are_judged_on_the_figures() -> None:
 def test_one_command_measures_everything(checkpoint, tmp_path, monkeypatch, capsys) -> None:
     for module, name, value in (
         (shifts, "BEFORE_S", 1.0), (shifts, "SHIFTED_S", 1.0), (shifts, "BACK_S", 1.0), (right, "EPISODES", 1),
-        (right, "_LIMIT_S", 3.0), (study, "COUNTS", (2,)), (summary, "COUNTS", (2,)), (study, "ARMS", (UNALIGNED, NEAREST, OURS)),
+        (right, "_LIMIT_S", 3.0), (study, "COUNTS", (2,)), (summary, "COUNTS", (2,)),
+        (study, "ARMS", (UNALIGNED, NEAREST, OURS)),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(Settings, "__init__", _quick)
