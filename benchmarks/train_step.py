@@ -51,7 +51,8 @@ class Setting:
     """What is measured.
 
     ``cached``: the vision tower is frozen and its features are read from a file. ``full_size``: three cameras, bfloat16
-    with float32 master weights, layers recomputed in the backward pass.
+    with float32 master weights, layers recomputed in the backward pass. ``limited``: the limits are for the preset as
+    it is; a setting with more target tokens is shown beside it.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Setting:
     cached: bool = False
     feature_tokens: int = 4
     full_size: bool = False
+    limited: bool = True
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -94,7 +96,9 @@ def settings(preset: str, device: str, batch_size: int | None) -> list[Setting]:
     return [
         Setting("tiny, all trained", preset, device, batch_size),
         Setting("tiny, vision frozen and cached", preset, device, batch_size, cached=True),
-        Setting("tiny_policy.yaml (cached, 16 targets)", preset, device, batch_size, cached=True, feature_tokens=16),
+        Setting(
+            "tiny_policy.yaml (cached, 16 targets)", preset, device, batch_size, True, feature_tokens=16, limited=False
+        ),
     ]
 
 
@@ -250,7 +254,7 @@ def _run(options: argparse.Namespace) -> int:
             raise ConfigError(f"--{name.replace('_', '-')}: found {value}, expected >= 1")
     chosen = settings(options.preset, options.device, options.batch_size)
     results = [measure(setting, steps=options.steps) for setting in chosen]
-    met = all(result["met"] for result in results)
+    met = all(result["met"] for result in results if result["setting"]["limited"])
     limits = {"time": TIME_LIMIT, "memory": MEMORY_LIMIT}
     write_json(options.json, record("train_step", limits=limits, met=met, results=results))
     print_table(
@@ -264,7 +268,8 @@ def _run(options: argparse.Namespace) -> int:
 def _row(result: dict[str, Any]) -> list[str]:
     kinds = [f"{1e3 * result[k]['step_s']:.0f} ms, {result[k]['memory_mib']:.0f} MiB" for k in KINDS]
     ratios = [f"{result['ratio'][key]:.2f} ×" for key in ("step_s", "memory_mib", "step_mib")]
-    return [result["setting"]["name"], *kinds, *ratios, "yes" if result["met"] else "NO"]
+    kept = ("yes" if result["met"] else "NO") if result["setting"]["limited"] else "no limit"
+    return [result["setting"]["name"], *kinds, *ratios, kept]
 
 
 if __name__ == "__main__":
