@@ -88,7 +88,7 @@ class Refine:
 
 @dataclass(frozen=True)
 class Guard:
-    """A shadow passes if the paired difference on newer transitions, mean + ``sigmas`` standard errors, is below 0.
+    """A shadow passes if the paired relative difference on newer transitions, mean + ``sigmas`` stderr, is below 0.
 
     ``draws``: common noise draws per transition. ``trust_radius``: farthest from the nearest trusted token, in spreads
     of the bank (root mean squares; 1 for a bank of one). ``max_norm``: largest root mean square of a token vector;

@@ -1,6 +1,8 @@
 """May a shadow replace the current token? Bounds first, then a paired test on transitions newer than the fit's.
 
 Both tokens meet the same transitions with the same noise, so only what the token changes is left in the difference.
+The difference counts relative to the two losses' mean: one transition on which everything is large decides nothing, and
+a shift that is worth much in a few and something in all of them is not lost in their unequal sizes.
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ from selfalign_core.alignment.trusted import Trusted
 
 @dataclass(frozen=True)
 class Verdict:
-    """``reason`` in words; ``mean`` and ``stderr`` of the weighted loss's difference, shadow minus current.
+    """``reason`` in words; ``mean`` and ``stderr`` of the relative difference of the weighted losses, -2 to 2.
 
-    ``before`` and ``after``: mean weighted loss of the current token and of the shadow. ``effective_count``: of
-    independent transitions, see :mod:`selfalign_core.alignment.overlap`.
+    Per transition ``2 (after - before) / (after + before)``, ``before`` of the current token and ``after`` of the
+    shadow, whose means over transitions are given too. ``effective_count``: of independent transitions, see
+    :mod:`selfalign_core.alignment.overlap`.
     """
 
     accepted: bool
@@ -64,10 +67,10 @@ def judge(
         rows = torch.arange(draw * len(data), (draw + 1) * len(data), device=current.device)
         losses.append(scorer.score(data, noise, both, rows))
     before, after = torch.stack(losses).mean(0).double().cpu().numpy()
-    difference = estimate(after - before, spans)
+    difference = estimate(2 * (after - before) / (after + before), spans)
     upper = difference.mean + config.sigmas * difference.stderr
     accepted = math.isfinite(upper) and upper < 0
-    words = f"difference {difference.mean:+.3g} ± {difference.stderr:.2g} (standard error), upper bound {upper:+.3g}"
+    words = f"loss {difference.mean:+.1%} ± {difference.stderr:.1%} (standard error), upper bound {upper:+.1%}"
     reason = f"accepted: {words} < 0" if accepted else f"refused: {words}, expected < 0"
     if note:
         reason += f" ({note} after {len(losses)} of {config.draws} draws)"
