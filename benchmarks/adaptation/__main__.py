@@ -7,15 +7,19 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.adaptation import plots, right, shifts, study, summary, tables
-from benchmarks.adaptation.settings import FAMILIES, PARTS, RANGES, Settings
+from benchmarks.adaptation.arms import NO_TOKEN, SHARED_TOKEN
+from benchmarks.adaptation.own_policy import OwnTask, train_all
+from benchmarks.adaptation.settings import FAMILIES, PARTS, RANGES, Settings, UnseenBody
 from benchmarks.adaptation.work import policy_of, say
 from benchmarks.report import record, run_command, write_json
 from selfalign_core.errors import ConfigError
+
+T = TypeVar("T")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -37,6 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--right-opportunities", type=int, default=5, help="align opportunities in each of them")
     parser.add_argument("--no-token", metavar="DIR", help="a policy trained without a token, measured as it is")
     parser.add_argument("--shared-token", metavar="DIR", help="a policy trained with one token for all bodies")
+    parser.add_argument("--own-bodies", type=int, default=0, help="bodies to train a policy of their own on; dear")
+    parser.add_argument("--own-config", metavar="FILE", help="training configuration of these policies")
+    parser.add_argument("--own-steps", type=int, default=1000, help="training steps of each")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; changes no result")
     return parser
 
@@ -53,7 +60,7 @@ def _run(options: argparse.Namespace) -> int:
     begin, figures, measured = time.perf_counter(), {}, {}
     for part in options.parts:
         tasks, results = _plan(part, options, cache, settings)
-        measured[part] = _collect(part, results(tasks, options.jobs), len(tasks))
+        measured[part] = list(_progress(part, results(tasks, options.jobs), len(tasks)))
     if "arms" in measured:
         figures["arms"] = summary.arms_table(measured["arms"])
         tables.print_arms(figures["arms"])
@@ -83,6 +90,8 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("curve_bodies", "shift_runs", "right_runs", "right_opportunities", "jobs"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')}: found {getattr(options, name)}, expected at least 1")
+    if options.own_bodies and not options.own_config:
+        raise ConfigError("--own-config: found none, expected a training configuration (--own-bodies is given)")
     policy = policy_of(options.checkpoint)
     if policy.e_token is None or policy.config.model.alignment_expert is None:
         raise ConfigError(f"{options.checkpoint}: found no E-Token or no alignment expert, expected both")
@@ -91,16 +100,25 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _trained(options: argparse.Namespace) -> list[tuple[str, str]]:
-    named = (("no_token", options.no_token), ("shared_token", options.shared_token))
+    named = ((NO_TOKEN, options.no_token), (SHARED_TOKEN, options.shared_token))
     return [(name, path) for name, path in named if path]
+
+
+def _own_policies(options: argparse.Namespace, bodies: Sequence[UnseenBody], settings: Settings) -> dict[str, str]:
+    """Policy directories by name of the body, for the first ``--own-bodies`` bodies like training's."""
+    chosen = [body for body in bodies if (body.family, body.range) == ("all", "inside")][: options.own_bodies]
+    output, size = str(Path(options.output) / "own"), policy_of(options.checkpoint).image_size
+    tasks = [OwnTask(options.own_config, output, body, options.own_steps, settings.seed, size) for body in chosen]
+    return dict(_progress("policies of the bodies' own", train_all(tasks, options.jobs), len(tasks)))
 
 
 def _plan(part: str, options: argparse.Namespace, cache: str, settings: Settings) -> tuple[list[Any], Any]:
     """The tasks of a part, and what does them."""
     checkpoint = options.checkpoint
     if part == "arms":
-        tasks = study.plan(checkpoint, cache, options.families, options.ranges, _trained(options), settings)
-        return tasks, study.results
+        tasks = study.plan(checkpoint, cache, options.families, options.ranges, settings)
+        own = _own_policies(options, [task.body for task in tasks], settings)
+        return study.with_trained(tasks, _trained(options), own), study.results
     if part == "curves":
         return study.plan_curves(checkpoint, cache, options.curve_bodies, settings), study.results
     if part == "shifts":
@@ -109,13 +127,11 @@ def _plan(part: str, options: argparse.Namespace, cache: str, settings: Settings
     return tasks, right.results
 
 
-def _collect(part: str, found: Iterable[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    kept = []
-    for one in found:
-        kept.append(one)
-        if len(kept) == count or len(kept) % 8 == 0:
-            say(f"{part}: {len(kept)} of {count}")
-    return kept
+def _progress(what: str, found: Iterable[T], count: int) -> Iterator[T]:
+    for number, one in enumerate(found, start=1):
+        if number == count or number % 8 == 0:
+            say(f"{what}: {number} of {count}")
+        yield one
 
 
 if __name__ == "__main__":

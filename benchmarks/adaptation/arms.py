@@ -27,6 +27,9 @@ from selfalign_core.types import TransitionBatch
 
 UNALIGNED, MEAN, NEAREST, FULL, OURS, EXPERT = "unaligned", "bank_mean", "nearest", "full_adam", "ours", "expert_fit"
 ARMS = (UNALIGNED, MEAN, NEAREST, FULL, OURS, EXPERT)
+NO_TOKEN, SHARED_TOKEN, OWN_POLICY = "no_token", "shared_token", "own_policy"
+"""Policies measured as they are."""
+
 LABELS = {
     UNALIGNED: "unaligned (deployed token)",
     MEAN: "mean of the bank",
@@ -34,6 +37,9 @@ LABELS = {
     FULL: "full-E Adam",
     OURS: "self-aligner",
     EXPERT: "fitted on expert actions",
+    NO_TOKEN: "trained without a token",
+    SHARED_TOKEN: "trained with one token",
+    OWN_POLICY: "trained on the body itself",
 }
 
 

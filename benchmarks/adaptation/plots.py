@@ -51,13 +51,14 @@ def _draw_arms(plt: Any, rows: Sequence[dict[str, Any]]) -> Any:
             axis = axes[line, column]
             for number, arm in enumerate(arms):
                 found = {row["family"]: row[key] for row in group if row["arm"] == arm}
-                place = np.arange(len(families)) + (number - (len(arms) - 1) / 2) * 0.8 / len(arms)
-                values = np.array([found[family]["mean"] for family in families])
-                ends = np.array(
-                    [(found[f]["mean"] - found[f]["low"], found[f]["high"] - found[f]["mean"]) for f in families]
+                chosen = [place for place, family in enumerate(families) if family in found]
+                means, lows, highs = (
+                    np.array([found[families[i]][end] for i in chosen]) for end in ("mean", "low", "high")
                 )
-                bars = {"yerr": ends.T.clip(0), "error_kw": {"lw": 0.8}, "color": _COLOURS[number % len(_COLOURS)]}
-                axis.bar(place, values, 0.8 / len(arms), label=LABELS.get(arm, arm), **bars)
+                ends = np.nan_to_num(np.stack([means - lows, highs - means])).clip(0)
+                place = np.array(chosen) + (number - (len(arms) - 1) / 2) * 0.8 / len(arms)
+                bars = {"yerr": ends, "error_kw": {"lw": 0.8}, "color": _COLOURS[number % len(_COLOURS)]}
+                axis.bar(place, means, 0.8 / len(arms), label=LABELS.get(arm, arm), **bars)
             axis.set_xticks(range(len(families)), families, rotation=20)
             axis.set_ylabel(unit)
             axis.set_ylim(bottom=0)

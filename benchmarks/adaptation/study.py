@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.adaptation.arms import ARMS, EXPERT, MEAN, NEAREST, OURS, UNALIGNED, Found, find_token
+from benchmarks.adaptation.arms import ARMS, EXPERT, MEAN, NEAREST, OURS, OWN_POLICY, UNALIGNED, Found, find_token
 from benchmarks.adaptation.lab import Lab
 from benchmarks.adaptation.measure import Measure
 from benchmarks.adaptation.settings import COUNTS, RANGES, Settings, UnseenBody
@@ -31,8 +32,8 @@ class BodyTask:
     cache: str
     body: UnseenBody
     arms: tuple[str, ...]
-    trained: tuple[tuple[str, str], ...]
     settings: Settings
+    trained: tuple[tuple[str, str], ...] = ()
 
 
 def plan(
@@ -40,7 +41,6 @@ def plan(
     cache: str,
     families: Sequence[str],
     ranges: Sequence[str],
-    trained: Sequence[tuple[str, str]],
     settings: Settings,
 ) -> list[BodyTask]:
     """The main part. The upper bound is for the training range, whose targets are about it."""
@@ -49,15 +49,27 @@ def plan(
         arms = tuple(arm for arm in ARMS if arm != EXPERT or RANGES[range_] <= 1)
         for family in families:
             for body in settings.unseen(family, range_):
-                tasks.append(BodyTask(checkpoint, cache, body, arms, tuple(trained), settings))
+                tasks.append(BodyTask(checkpoint, cache, body, arms, settings))
     return tasks
+
+
+def with_trained(
+    tasks: Sequence[BodyTask], everywhere: Sequence[tuple[str, str]], own: dict[str, str]
+) -> list[BodyTask]:
+    """The same tasks with other policies too: (arm, checkpoint) for every body, checkpoints by name of the body."""
+    return [
+        dataclasses.replace(
+            task, trained=(*everywhere, *((OWN_POLICY, path) for name, path in own.items() if name == task.body.name))
+        )
+        for task in tasks
+    ]
 
 
 def plan_curves(checkpoint: str, cache: str, bodies: int, settings: Settings) -> list[BodyTask]:
     """Tokens of bodies like training's from few transitions to many."""
     arms = (UNALIGNED, *(f"{arm}@{count}" for count in COUNTS for arm in (NEAREST, OURS)))
     unseen = settings.unseen("all", "inside", bodies)
-    return [BodyTask(checkpoint, cache, body, arms, (), settings) for body in unseen]
+    return [BodyTask(checkpoint, cache, body, arms, settings) for body in unseen]
 
 
 def results(tasks: Sequence[BodyTask], jobs: int) -> Iterator[dict[str, Any]]:

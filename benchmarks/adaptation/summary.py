@@ -35,8 +35,9 @@ def arms_table(bodies: Bodies) -> list[dict[str, Any]]:
         if len(groups) > 1:
             groups[POOLED] = of_range
         for family, group in groups.items():
-            for arm in group[0]["arms"]:
-                rows.append({"range": range_, "family": family, "arm": arm, **arm_figures(group, arm)})
+            for arm in dict.fromkeys(arm for body in group for arm in body["arms"]):
+                having = [body for body in group if arm in body["arms"]]
+                rows.append({"range": range_, "family": family, "arm": arm, **arm_figures(having, arm)})
     return rows
 
 

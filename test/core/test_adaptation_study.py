@@ -9,9 +9,10 @@ import math
 import numpy as np
 import pytest
 import torch
+import yaml
 from small_models import small_model
 
-from benchmarks.adaptation import right, shifts, study, summary
+from benchmarks.adaptation import own_policy, right, shifts, study, summary
 from benchmarks.adaptation.__main__ import main
 from benchmarks.adaptation.arms import ARMS, EXPERT, FULL, MEAN, NEAREST, OURS, UNALIGNED, Found, find_token
 from benchmarks.adaptation.expert_fit import ExpertFit, fit_token
@@ -21,6 +22,7 @@ from benchmarks.adaptation.measure import Measure, close_environments
 from benchmarks.adaptation.settings import FAMILIES, Settings, contract_for, draw_body
 from benchmarks.adaptation.work import Cache, policy_of
 from selfalign_core.alignment.config import AlignConfig, Collect, Guard, Identify, Refine
+from selfalign_core.errors import ConfigError
 from selfalign_core.policy import Policy
 from selfalign_core.policy_config import PolicyConfig
 from selfalign_core.sim import JOINTS, TARGET_NAMES, BodyConfig, BodyRanges, prompt_for
@@ -154,12 +156,35 @@ def test_equal_tokens_measure_equal_and_others_do_not(lab) -> None:
     assert first["losses"] != other["losses"]
 
 
+def test_a_policy_of_a_bodys_own_is_trained_once_and_measured_as_it_is(checkpoint, lab, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(own_policy, "EPISODES", 2)
+    config = tmp_path / "config.yaml"
+    sections = {
+        "model": {"init": checkpoint}, "data": {"path": "elsewhere"}, "output": "elsewhere", "batch_size": 4,
+        "steps": 1000, "bank": {"deploy": "nominal"},
+    }  # fmt: skip
+    config.write_text(yaml.safe_dump(sections))
+    body = SETTINGS.unseen("all", "inside")[0]
+    task = own_policy.OwnTask(str(config), str(tmp_path / "own"), body, 10, 5, lab.policy.image_size)
+    [(name, path)] = own_policy.train_all([task], 1)
+    written = (tmp_path / "own" / name / "run" / "log.jsonl").read_text()
+    assert list(own_policy.train_all([task], 1)) == [(name, path)]
+    assert (tmp_path / "own" / name / "run" / "log.jsonl").read_text() == written
+    [with_own] = study.with_trained(
+        [study.BodyTask(checkpoint, str(tmp_path), body, (UNALIGNED,), SETTINGS)], (), {name: path}
+    )
+    arms = study.run_body(with_own)["arms"]
+    assert arms["own_policy"]["action_error"] != arms[UNALIGNED]["action_error"]
+    with pytest.raises(ConfigError, match="found a run with another configuration"):
+        list(own_policy.train_all([dataclasses.replace(task, steps=20)], 1))
+
+
 # ------------------------------------------------------------------------------------------------------------- kept
 
 
 def test_an_interrupted_study_goes_on_where_it_was(checkpoint, tmp_path, monkeypatch) -> None:
     body = SETTINGS.unseen("all", "inside")[0]
-    task = study.BodyTask(checkpoint, str(tmp_path), body, (UNALIGNED, MEAN), (), SETTINGS)
+    task = study.BodyTask(checkpoint, str(tmp_path), body, (UNALIGNED, MEAN), SETTINGS)
     first, asked = study.run_body(task), []
 
     def counted(arm, lab):
@@ -310,6 +335,7 @@ def _quick(self, **changes) -> None:
     [
         (["--bodies", "0"], "--bodies: found 0"),
         (["--jobs", "0"], "--jobs: found 0"),
+        (["--own-bodies", "1"], "--own-config: found none"),
         (["--shared-token", "nowhere"], "found no directory nowhere"),
     ],
 )
