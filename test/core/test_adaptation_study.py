@@ -310,7 +310,7 @@ def test_one_command_measures_everything(checkpoint, tmp_path, monkeypatch, caps
     printed = capsys.readouterr().out
     for words in (
         "nearest bank entry",
-        "no_token",
+        "trained without a token",
         "Over transitions",
         "payload, self-aligner",
         "Already right",
