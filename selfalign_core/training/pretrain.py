@@ -4,12 +4,10 @@
 
 1. Vision: tower and projector learn where the targets and the arm's points are in the picture. Joint training freezes
    them, so image features are computed once per frame, and they are the dynamics task's targets.
-2. Grounding: over frozen features, the language model learns where the object named by the prompt is and to say so in
-   each layer that the experts read, and the action expert learns to look there. Without this stage the prompt stays
-   unread for a long time in joint training.
+2. Grounding: over frozen features, the language model learns where the object named by the prompt is, and to say so
+   in each layer that an expert reads. Without this stage the prompt stays unread for a long time in joint training.
 
-
-Writes a policy directory whose experts know nothing of motion yet, for ``model.init`` of
+Writes a policy directory with an untrained action and alignment expert, for ``model.init`` of
 :mod:`selfalign_core.train`. Knows neither bodies nor actions.
 """
 
@@ -32,8 +30,6 @@ from selfalign_core.data.partial import PartialDirectory
 from selfalign_core.data.sim_demos import REACH_JOINTS
 from selfalign_core.data.sim_frames import POINTS, Frames, random_frames
 from selfalign_core.errors import ConfigError, SelfAlignError
-from selfalign_core.model import flow_matching as flow
-from selfalign_core.model.gemma import PrefixCache
 from selfalign_core.model.pi0 import Pi0
 from selfalign_core.policy import TINY_WORDS, Policy
 from selfalign_core.policy_config import PolicyConfig
@@ -118,9 +114,8 @@ def train_grounding(
 ) -> None:
     """Stage 2, every prompt for each frame of a batch.
 
-    The point is read twice. From what an expert would get by looking at the prompt: the mean of the prompt tokens'
-    attention values, in each layer that the experts read. And from the action expert's output, while its state,
-    actions and E-Token are noise.
+    The point is read from what an expert would get by looking at the prompt: the mean of the prompt tokens' attention
+    values, in each layer that the experts read.
 
     Args:
         prompts: ids and masks, each (targets, max_token_len), in the order of ``TARGET_NAMES``.
@@ -128,24 +123,14 @@ def train_grounding(
     vlm, config = model.paligemma_with_expert, model.config
     first, last = config.expert_layer_offset, config.expert_layer_offset + config.action_expert.depth
     heads = nn.ModuleList(nn.Linear(config.text.num_kv_heads * config.text.head_dim, 2) for _ in range(first, last))
-    expert_head = nn.Linear(config.action_expert.width, 2)
-    noise = torch.Generator().manual_seed(seed + 1)
     images = torch.from_numpy(frames.images)
     points = torch.from_numpy(frames.points[:, : len(TARGET_NAMES)]).nan_to_num(-1.0)
     with torch.no_grad():
         features = torch.cat([vlm.embed_image(pixels(part)).half() for part in images.split(250)])
-    learning = (vlm.language_model, vlm.gemma_expert.model, heads, expert_head)
-    parameters = [parameter for module in learning for parameter in module.parameters()]
-
-    def read_by_expert(prefix: PrefixCache) -> Tensor:
-        count = len(prefix.pad_masks)
-        state = torch.randn(count, config.action_dim, generator=noise)
-        actions = torch.randn(count, config.action_horizon, config.action_dim, generator=noise)
-        token = torch.randn(count, config.peft_num_tokens, config.action_expert.width, generator=noise)
-        return model.run_suffix(prefix, state, actions, flow.sample_time(count, generator=noise), token=token)
+    parameters = [*vlm.language_model.parameters(), *heads.parameters()]
 
     def locate(rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Points found (layers + 1, prompts * rows, 2), the expert's last, and wanted (prompts * rows, 2)."""
+        """Points found per layer (layers, prompts * rows, 2) and wanted (prompts * rows, 2)."""
         tokens, masks = (part.repeat_interleave(len(rows), 0) for part in prompts)
         seen = features[rows].float().repeat(len(TARGET_NAMES), 1, 1)
         present = torch.ones(len(seen), dtype=torch.bool)
@@ -155,7 +140,6 @@ def train_grounding(
             head((layer.values[:, :, prefix.image_length :] * share).sum(2).flatten(1))
             for head, layer in zip(heads, prefix.layers[first:last], strict=True)
         ]
-        found.append(expert_head(read_by_expert(prefix).mean(1)))
         return torch.stack(found), points[rows].transpose(0, 1).flatten(0, 1)
 
     def loss_of(rows: Tensor) -> Tensor:
@@ -165,9 +149,7 @@ def train_grounding(
     def score() -> dict[str, float]:
         found, wanted = locate(torch.arange(len(images) - HELD_OUT, len(images) - HELD_OUT + 250))
         away = (found - wanted).norm(dim=-1) * config.vision.image_size
-        names = [*(f"layer_{i}" for i in range(first, last)), "expert"]
-        seen = visible(wanted)
-        return {f"pixels_{name}": float(_mean_where(a, seen)) for name, a in zip(names, away, strict=True)}
+        return {f"pixels_layer_{i}": float(_mean_where(a, visible(wanted))) for i, a in enumerate(away, first)}
 
     rows = _batches(len(images) - HELD_OUT, batch_size, seed)
     _optimise("grounding", parameters, lambda: loss_of(next(rows)), score, steps, log)
