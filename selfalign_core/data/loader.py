@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -43,8 +43,6 @@ class Batch:
       recorded actions, repeating the last one where the mask is False: past the end of the episode and, throughout,
       in play, which no prompt explains
     - ``executed`` (B, K, A) float32 with ``executed_masks`` (B, K) bool: the recorded actions
-    - with a loader of ``all`` prompts, ``actions``, ``action_masks`` and ``prompt`` have a row for each prompt of a
-      sample, (B * prompts, ...), in a row; a prompt without the expert's chunk is masked
     - ``prompt`` (B,) int64 index into the prompts, -1 in play; ``embodiment`` (B,) int64 index into the embodiments
     """
 
@@ -88,10 +86,9 @@ class Loader:
         tails: also frames so near the end of an episode that the transition does not fit (``executed_masks`` False
             there, ``next_images`` those of the last frame). Off: they are left out.
         with_images: False leaves images out, for features cached by ``index``.
-        prompts: for frames labelled with the expert's chunk for several prompts, ``one`` of them at random, or ``all``.
 
     Raises:
-        DatasetError: a chunk longer than the expert's, no sample at all, or no expert's chunks for ``all`` prompts.
+        DatasetError: a chunk longer than the expert's, or no sample at all.
     """
 
     def __init__(
@@ -107,7 +104,6 @@ class Loader:
         episodes: Sequence[int] | np.ndarray | None = None,
         tails: bool = False,
         with_images: bool = True,
-        prompts: Literal["one", "all"] = "one",
     ) -> None:
         for name, value in (("batch_size", batch_size), ("chunk", chunk), ("transition", transition)):
             if value < 1:
@@ -120,9 +116,7 @@ class Loader:
         self.dataset = dataset
         self.batch_size, self.chunk, self.transition = batch_size, chunk, transition
         self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.with_images, self.prompts = with_images, prompts
-        if prompts == "all" and dataset.expert_chunks is None:
-            raise DatasetError(f"{dataset.path}: found no expert chunks, expected some (prompts: all needs them)")
+        self.with_images = with_images
         self.rows = dataset.starts(transition, episodes=episodes, tails=tails)
         if not len(self.rows):
             raise DatasetError(
@@ -158,9 +152,7 @@ class Loader:
         actions, action_masks = self._recorded(index, stop, self.chunk)
         prompt = self._prompt[episode]
         action_masks &= (prompt >= 0)[:, None]
-        if self.prompts == "all":
-            actions, action_masks, prompt = self._every_label(index)
-        elif dataset.expert_chunks is not None:
+        if dataset.expert_chunks is not None:
             self._relabel(index, positions, actions, action_masks, prompt)
         next_index = np.minimum(index + self.transition, stop - 1)
         images = next_images = None
@@ -251,15 +243,6 @@ class Loader:
         actions[rows] = chunks[rows, chosen[rows]]
         action_masks[rows] = True
         prompt[rows] = chosen[rows]
-
-    def _every_label(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Chunks, masks and prompts of every prompt of every row, (B * prompts, ...)."""
-        chunks = np.asarray(self.dataset.expert_chunks[index, :, : self.chunk])  # (B, P, chunk, A)
-        known = np.isfinite(chunks[:, :, 0, 0])
-        masks = np.repeat(known[:, :, None], self.chunk, axis=2)
-        prompts = np.tile(np.arange(chunks.shape[1]), len(index))
-        chunks = np.where(masks[..., None], chunks, 0.0).astype(np.float32)
-        return chunks.reshape(-1, *chunks.shape[2:]), masks.reshape(-1, self.chunk), prompts
 
 
 def _hash(seed: int, positions: np.ndarray) -> np.ndarray:

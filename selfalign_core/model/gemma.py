@@ -150,18 +150,6 @@ class PrefixCache:
             self.image_length,
         )
 
-    def repeat(self, times: int) -> PrefixCache:
-        """Each batch row ``times`` times in a row, for instance for several prompts about one observation."""
-
-        def rows(tensor: Tensor) -> Tensor:
-            return tensor.repeat_interleave(times, 0)
-
-        return PrefixCache(
-            tuple(KeyValues(rows(kv.keys), rows(kv.values)) for kv in self.layers),
-            rows(self.pad_masks),
-            self.image_length,
-        )
-
     def detach(self) -> PrefixCache:
         """The same numbers without gradient."""
         return PrefixCache(

@@ -17,12 +17,7 @@ from transformers.models.siglip.modeling_siglip import SiglipVisionModel
 from selfalign_core.config import ModelConfig, VisionSize
 from selfalign_core.errors import InputError
 from selfalign_core.model.gemma import GemmaStack, PrefixCache
-from selfalign_core.model.masks import (
-    make_att_2d_masks,
-    make_position_ids,
-    prefix_att_2d_mask,
-    suffix_over_prefix_mask,
-)
+from selfalign_core.model.masks import make_position_ids, prefix_att_2d_mask
 
 ExpertName = Literal["action", "alignment"]
 
@@ -197,27 +192,6 @@ class PaliGemmaWithExperts(nn.Module):
         )
         hidden, layers = self.language_model(embs, make_position_ids(pad_masks), mask, output_hidden=output_hidden)
         return PrefixCache(layers, pad_masks, image_length), hidden
-
-    def append_prompts(self, images: PrefixCache, tokens: Tensor, token_masks: Tensor) -> PrefixCache:
-        """The full prefix from that of its images alone, which serves several prompts.
-
-        Equal to :meth:`run_prefix` of images and prompt where image tokens do not attend to the prompt.
-
-        Args:
-            images: of B observations. tokens, token_masks: (B * n, L), the n prompts of an observation in a row.
-        """
-        images = images.repeat(len(tokens) // len(images.pad_masks))
-        pad_masks = torch.cat([images.pad_masks, token_masks], dim=1)
-        own = make_att_2d_masks(token_masks, torch.zeros_like(token_masks))
-        _, layers = self.language_model(
-            self.embed_language(tokens),
-            make_position_ids(pad_masks)[:, images.image_length :],
-            suffix_over_prefix_mask(images.pad_masks, token_masks, own),
-            prefix=images.layers,
-            output_hidden=False,
-        )
-        both = zip(images.layers, layers, strict=True)
-        return PrefixCache(tuple(seen.then(own) for seen, own in both), pad_masks, images.image_length)
 
     def run_expert(
         self,

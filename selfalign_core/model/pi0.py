@@ -508,10 +508,6 @@ class Pi0(nn.Module):
     ) -> Losses:
         """One joint pass of the three experts.
 
-        The action rows of an observation may be n, one per prompt, in a row: ``actions``, ``noise``, ``time``,
-        ``action_masks`` and the tokens of ``inputs`` then have B * n rows, all else B. The images' part of the prefix
-        is computed once for them, which wants ``restrict_image_to_language``.
-
         Args:
             inputs: observation at t. actions: (B, horizon, action_dim) clean chunk for the action expert.
             noise, time: like ``actions``, and (B,) or (B, horizon), see :meth:`embed_suffix`.
@@ -528,31 +524,20 @@ class Pi0(nn.Module):
             ``L_total = L_action + λ_p·L_perc + λ_d·L_dyn + λ_i·L_inv`` and each part, scalars or (B,).
         """
         batch, config = len(inputs.state), self.config
-        prompts = max(len(inputs.tokens) // max(batch, 1), 1)
-        _check_shape("actions", actions, (batch * prompts, *actions.shape[1:2], config.action_dim))
+        _check_shape("actions", actions, (batch, *actions.shape[1:2], config.action_dim))
         _check_shape("noise", noise, tuple(actions.shape))
         if action_masks is not None:
             _check_shape("action_masks", action_masks, tuple(actions.shape[:2]))
         if dim_mask is not None:
             _check_shape("dim_mask", dim_mask, (config.action_dim,))
-        self.check_inputs(inputs, image_features, prompts=prompts)
+        if image_features is None:
+            self.check_inputs(inputs)
         features = self.embed_images(inputs.images) if image_features is None else image_features
-        if prompts == 1:
-            prefix = full = self.prefix(inputs, image_features=features)
-        else:
-            prefix = self.images_only_prefix(features, inputs.image_masks)
-            full = self.paligemma_with_expert.append_prompts(prefix, inputs.tokens, inputs.token_masks)
-
-        state, action_token = inputs.state, token
-        if prompts > 1:
-            state = state.repeat_interleave(prompts, 0)
-            if token is not None and token.ndim == 3:
-                action_token = token.repeat_interleave(prompts, 0)
+        prefix = self.prefix(inputs, image_features=features)
         per_step = None if action_masks is None else action_masks[..., None]
         action = masked_mean(
-            self.action_loss(full, state, actions, noise, time, token=action_token), per_step, dim_mask
+            self.action_loss(prefix, inputs.state, actions, noise, time, token=token), per_step, dim_mask
         )
-        action = action.unflatten(0, (batch, prompts)).mean(1)
         if executed is None:
             zero = torch.zeros_like(action)
             return _reduced(Losses(action, action, zero, zero, zero), reduction)
@@ -576,7 +561,7 @@ class Pi0(nn.Module):
         if isinstance(alignment_noise, torch.Generator):
             alignment_noise = self.draw_alignment_noise(transitions, alignment_noise)
         losses = self.alignment_losses(
-            prefix if prompts > 1 else self.alignment_prefix(prefix, features, inputs.image_masks),
+            self.alignment_prefix(prefix, features, inputs.image_masks),
             transitions,
             alignment_noise,
             token=token,
@@ -663,12 +648,10 @@ class Pi0(nn.Module):
                 _check_bool(f"transitions.{name}", mask)
         return batch
 
-    def check_inputs(
-        self, inputs: ModelInputs, image_features: Sequence[Tensor] | None = None, *, prompts: int = 1
-    ) -> None:
+    def check_inputs(self, inputs: ModelInputs, image_features: Sequence[Tensor] | None = None) -> None:
         """Raise :class:`InputError` naming the input, what was found and what was expected.
 
-        With ``image_features`` those are checked and ``inputs.images`` is not read. ``prompts``: per observation.
+        With ``image_features`` those are checked and ``inputs.images`` is not read.
         """
         config, batch = self.config, inputs.state.shape[0]
         images, name, shape = inputs.images, "images", (batch, 3, *config.image_size)
@@ -689,15 +672,8 @@ class Pi0(nn.Module):
         if not inputs.state.is_floating_point():
             raise InputError(f"state: found dtype {inputs.state.dtype}, expected float")
         _check_bool("token_masks", inputs.token_masks)
-        rows = batch * prompts
-        if inputs.tokens.ndim != 2 or inputs.tokens.shape[0] != rows:
-            raise InputError(f"tokens: found shape {tuple(inputs.tokens.shape)}, expected ({rows}, prompt length)")
-        shared = config.restrict_image_to_language and config.alignment_prefix == "images_only"
-        if prompts > 1 and not shared:
-            raise InputError(
-                f"tokens: found {prompts} prompts per observation, expected one (it takes restrict_image_to_language="
-                "True and alignment_prefix='images_only' to share the images' prefix)"
-            )
+        if inputs.tokens.ndim != 2 or inputs.tokens.shape[0] != batch:
+            raise InputError(f"tokens: found shape {tuple(inputs.tokens.shape)}, expected ({batch}, prompt length)")
         if inputs.tokens.shape[1] > config.max_token_len:
             raise InputError(
                 f"tokens: found a prompt of {inputs.tokens.shape[1]} tokens, expected at most {config.max_token_len}"

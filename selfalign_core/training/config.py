@@ -67,16 +67,11 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class DataSection:
-    """``path``: dataset directory. ``holdout``: share of episodes, or of embodiments, kept for evaluation alone.
-
-    ``prompts``: of frames labelled with the expert's chunk for several prompts, a step takes ``one`` at random, or
-    ``all``, which share the images' part of the prefix.
-    """
+    """``path``: dataset directory. ``holdout``: share of episodes, or of embodiments, kept for evaluation alone."""
 
     path: str
     holdout: float = 0.1
     holdout_by: Literal["episode", "embodiment"] = "episode"
-    prompts: Literal["one", "all"] = "one"
     state_norm: NormMode = "quantile"
     action_norm: NormMode = "quantile"
     tokenizer: str | None = None

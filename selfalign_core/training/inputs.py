@@ -31,8 +31,7 @@ from selfalign_core.transforms import Normalizer, NormStats, pad_to_dim, to_delt
 
 @dataclass(frozen=True)
 class Sample:
-    """B samples for :class:`JointModel`; ``rows`` (B,) int64 are rows of the bank. See ``Pi0.forward``, also for
-    several action rows per sample.
+    """B samples for :class:`JointModel`; ``rows`` (B,) int64 are rows of the bank. See ``Pi0.forward``.
 
     Images are still (B, H, W, 3) uint8: they travel to the device as such.
     """
@@ -51,11 +50,11 @@ class Sample:
     next_image_features: list[Tensor] | None = None
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.actions)
 
     @property
     def labelled(self) -> Tensor:
-        """Bool per action row: whether there are actions to imitate; play has none."""
+        """(B,) bool: samples with actions to imitate; play has none."""
         return self.action_masks.any(1)
 
     def to(self, device: torch.device) -> Sample:
@@ -63,7 +62,8 @@ class Sample:
 
     def split(self, parts: int) -> list[Sample]:
         """``parts`` samples of equal size in the same order."""
-        return [_map(self, lambda tensor, i=i: tensor.tensor_split(parts)[i]) for i in range(parts)]
+        size = len(self) // parts
+        return [_map(self, lambda tensor, i=i: tensor[i * size : (i + 1) * size]) for i in range(parts)]
 
 
 def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -152,11 +152,6 @@ class Encoder:
             self._check_finite(name, batch)
         state = self._state_norm.normalize(batch.state)
         noise = self._noise(positions, cameras=len(self.config.cameras))
-        # Prompts of one frame share noise and time: what differs between them is what the prompt changes.
-        prompts = len(batch.prompt) // len(batch)
-        action_state = batch.state.repeat(prompts, axis=0)
-        for name in ("actions", "action_time", "delay"):
-            noise[name] = noise[name].repeat(prompts, axis=0)
         action_masks = np.asarray(batch.action_masks)
         time = flow.time_from_uniform(torch.from_numpy(noise["action_time"]))
         if self._rtc_max_delay:
@@ -177,7 +172,7 @@ class Encoder:
                     time=flow.time_from_uniform(torch.from_numpy(noise["alignment_time"])),
                 ),
             }
-        tokens, token_masks = self._tokens(batch.prompt, state.repeat(prompts, axis=0))
+        tokens, token_masks = self._tokens(batch.prompt, state)
         present = torch.ones(len(batch), dtype=torch.bool)
         return Sample(
             inputs=ModelInputs(
@@ -187,7 +182,7 @@ class Encoder:
                 token_masks,
                 torch.from_numpy(pad_to_dim(state, self.model.action_dim)),
             ),
-            actions=self._actions(batch.actions, action_state),
+            actions=self._actions(batch.actions, batch.state),
             action_masks=torch.from_numpy(action_masks),
             noise=torch.from_numpy(noise["actions"]),
             time=time,

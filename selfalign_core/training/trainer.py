@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -120,7 +120,7 @@ class Trainer:
         self.joint = JointModel(model.train(), bank, dims).to(ranks.device)
         self._freeze()
         features = self._features()
-        self.loader = self._loader(train, config.seed, config.batch_size, prompts=config.data.prompts)
+        self.loader = self._loader(train, config.seed, config.batch_size)
         if self.alignment and not model.next_obs_mean.any():
             measure_feature_scale(model, self.loader, features, device=ranks.device)
         self._gap_loader = self._loader(train, config.seed + 1, config.log.gap_samples)
@@ -282,9 +282,7 @@ class Trainer:
                 report=report,
             )
 
-    def _loader(
-        self, episodes: np.ndarray, seed: int, samples: int, *, prompts: Literal["one", "all"] = "one"
-    ) -> Loader:
+    def _loader(self, episodes: np.ndarray, seed: int, samples: int) -> Loader:
         """Batches of at most ``samples`` over all ranks, no larger than a training pass."""
         model, ranks = self.policy_config.model, self.ranks
         return Loader(
@@ -297,7 +295,6 @@ class Trainer:
             world_size=ranks.world_size,
             episodes=episodes,
             with_images=not self.config.cache_features,
-            prompts=prompts,
         )
 
     def _compose(self) -> None:
