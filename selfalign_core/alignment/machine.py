@@ -38,6 +38,7 @@ from selfalign_core.alignment.scoring import AlignLosses, Scorer
 from selfalign_core.alignment.screen import screen
 from selfalign_core.alignment.trusted import Trusted
 from selfalign_core.alignment.watch import Drift, RunningLoss, drift, references, running_loss
+from selfalign_core.errors import InputError
 from selfalign_core.policy import Policy
 from selfalign_core.types import EToken, TransitionBatch
 
@@ -136,9 +137,9 @@ class SelfAligner:
         seed: int = 0,
         clock: Clock = time.monotonic,
     ):
-        self.policy, self.config = policy, config
+        self.policy, self.config, self._prompt = policy, config, prompt
         self._joints = tuple(joints) or tuple(f"joint {i}" for i in range(policy.state_dim))
-        self._scorer = Scorer(policy, (config.lambda_perc, config.lambda_dyn, config.lambda_inv), prompt=prompt)
+        self._scorer = Scorer(policy, _weights(config), prompt=prompt)
         self._trusted = Trusted.of(policy)
         self._references = references(self._trusted, config.watch.references)
         self._seed, self._clock = seed, clock
@@ -162,12 +163,24 @@ class SelfAligner:
         return self._since_ns
 
     @property
+    def needed(self) -> int:
+        """With fewer transitions :meth:`advance` does nothing but count them."""
+        return self.config.collect.count if self._state is State.COLLECT else self.config.watch.count
+
+    @property
     def wanted(self) -> int:
         """How many of the newest transitions to hand in, some spare ones included."""
-        count = self.config.collect.count if self._state is State.COLLECT else self.config.watch.count
-        return count + count // 4
+        return self.needed + self.needed // 4
 
     # ---------------------------------------------------------------- orders from outside
+
+    def configure(self, config: AlignConfig) -> None:
+        """Go on with other settings. With other weights no loss compares with an earlier one: it collects anew."""
+        old, self.config = self.config, config
+        if (_weights(old), old.watch.references) != (_weights(config), config.watch.references):
+            self._scorer = Scorer(self.policy, _weights(config), prompt=self._prompt)
+            self._references = references(self._trusted, config.watch.references)
+            self._state = State.COLLECT
 
     def align_now(self) -> None:
         """Leave the rest: collect and try, with the transitions at hand if they are enough."""
@@ -199,7 +212,27 @@ class SelfAligner:
         self._restart(stamp_ns)
         return token
 
+    def reset(self, stamp_ns: int) -> EToken:
+        """The policy's own token is in use again, under a new version; collection starts anew. Can be rolled back.
+
+        Raises:
+            InputError: it is in use.
+        """
+        assert self.policy.e_token is not None
+        own = self.policy.e_token.data
+        if np.array_equal(own, self.token.data):
+            raise InputError("reset: found the policy's own token in use, expected another")
+        token = self.history.accept(own, stamp_ns, math.nan)
+        self._restart(stamp_ns)
+        return token
+
     # ---------------------------------------------------------------- one step
+
+    def short_of(self, found: int, now_ns: int) -> StageReport:
+        """What :meth:`advance` says to ``found`` transitions, fewer than ``needed``, without a look at them."""
+        self._look_at_the_clock(now_ns)
+        doing = "collecting" if self._state is State.COLLECT else "watching"
+        return StageReport(self._state, f"{doing}: {found} of {self.needed} transitions", self.token, found)
 
     def advance(
         self, batch: TransitionBatch, now_ns: int, *, should_stop: Callable[[], bool] | None = None
@@ -215,8 +248,7 @@ class SelfAligner:
             InputError: the transitions do not fit the policy or hold NaN; nothing is changed.
         """
         self._scorer.check(batch)
-        if now_ns < self._since_ns:  # time jumped back: a new run or a replay from its start
-            self._restart(now_ns)
+        self._look_at_the_clock(now_ns)
         evidence = self._evidence(batch)
         if self._state is State.COLLECT:
             return self._collect(evidence, now_ns, should_stop)
@@ -316,6 +348,10 @@ class SelfAligner:
 
     # ---------------------------------------------------------------- small things
 
+    def _look_at_the_clock(self, now_ns: int) -> None:
+        if now_ns < self._since_ns:  # time jumped back: a new run or a replay from its start
+            self._restart(now_ns)
+
     def _restart(self, since_ns: int) -> None:
         """Collect from ``since_ns`` on."""
         self._state, self._since_ns = State.COLLECT, since_ns
@@ -343,6 +379,10 @@ class SelfAligner:
     def _stage_seed(self, now_ns: int, stage: int) -> int:
         entropy = [self._seed, now_ns & (2**64 - 1), stage]
         return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 2)
+
+
+def _weights(config: AlignConfig) -> tuple[float, float, float]:
+    return config.lambda_perc, config.lambda_dyn, config.lambda_inv
 
 
 def _split(spans: np.ndarray, guard_count: int) -> tuple[np.ndarray, np.ndarray]:
