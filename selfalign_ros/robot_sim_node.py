@@ -4,6 +4,8 @@ It behaves like a robot behind ros2_control: a joint trajectory controller that 
 controller; both hold their last position when nothing is commanded, and refuse a malformed command with a reason.
 Joints that the contract does not name hold the pose they start in; their state is published after that of the others.
 
+Its body may be changed while it runs (``~/set_body``), for experiments.
+
 The task goes on for ever: once the target is reached, or its time is over, the objects are placed anew and the prompt
 names another target. The simulation runs in the worker, the only thread that touches physics and OpenGL; callbacks
 leave the newest command.
@@ -18,12 +20,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import cv2
 import numpy as np
+import yaml
+from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rosgraph_msgs.msg import Clock as ClockMsg
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import Bool, Float64, Float64MultiArray, String
 from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
+from selfalign.srv import SetBody
 from selfalign_core.commands import CommandPath
 from selfalign_core.contract import Camera
 from selfalign_core.errors import ConfigError, InputError
@@ -43,7 +48,7 @@ from selfalign_ros.resources import config_file
 from selfalign_ros.worker import Outcome
 
 if TYPE_CHECKING:
-    from selfalign_core.sim import ArmSim
+    from selfalign_core.sim import ArmSim, BodyConfig
 
 _SUBSTEP_S = 0.005  # how often the commanded position is interpolated
 _CLOCK_HZ = 100.0
@@ -74,6 +79,22 @@ class Task:
         self.number, self.begun_s, self.steps_near = self.number + 1, now_s, 0
 
 
+def read_body(text: str) -> BodyConfig:
+    """A body from a file, found like the parameter ``body``, or from YAML, known by its colons.
+
+    Raises ``ConfigError`` naming what is wrong.
+    """
+    from selfalign_core.sim import BodyConfig
+
+    if ":" not in text:
+        return BodyConfig.from_yaml(config_file(text))
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not readable as YAML: {error}") from None
+    return BodyConfig.from_dict(tree)
+
+
 class RobotSimNode(SelfAlignNode):
     """See the module."""
 
@@ -92,11 +113,12 @@ class RobotSimNode(SelfAlignNode):
                 raise ConfigError(f"contract joints[{i}].name: found {name!r}; expected one of {', '.join(JOINTS)}")
         self._names = [*contract.joint_names, *(name for name in JOINTS if name not in contract.joint_names)]
         self._columns = [JOINTS.index(name) for name in self._names]  # of the simulator's joints, in that order
-        self._body = BodyConfig.from_yaml(config_file(self.parameters["body"]))
+        self._body = BodyConfig.from_yaml(config_file(self.parameters["body"]))  # in force
 
         # Written by callbacks, read by the simulation; each a single reference, replaced as a whole.
         self._settings: dict[str, Any] = dict(self.parameters.values)
         self._new_command: Callable[[np.ndarray, int], CommandPath] | None = None
+        self._new_body: BodyConfig | None = None
         self._reset_target = False
         self._task = Task()
 
@@ -116,6 +138,7 @@ class RobotSimNode(SelfAlignNode):
         self._distance = self.create_publisher(Float64, "distance_to_target", 10)
         self._target_reached = self.create_publisher(Bool, "target_reached", 10)
         self._prompt = self.create_publisher(String, "prompt", qos.LATCHED)
+        self._body_name = self.create_publisher(String, "body", qos.LATCHED)
         self._clock_publisher = (
             self.create_publisher(ClockMsg, "/clock", 10) if self.parameters["publish_clock"] else None
         )
@@ -123,7 +146,9 @@ class RobotSimNode(SelfAlignNode):
             self.create_subscription(JointTrajectory, contract.action.topic, self._on_trajectory, qos.COMMAND)
         else:
             self.create_subscription(Float64MultiArray, contract.action.topic, self._on_positions, qos.COMMAND)
-        self.create_service(Trigger, "robot_sim/reset_target", self._on_reset_target)
+        self.create_service(Trigger, "~/reset_target", self._on_reset_target)
+        # A group of its own: it waits for the simulation, and commands must arrive meanwhile.
+        self.create_service(SetBody, "~/set_body", self._on_set_body, callback_group=MutuallyExclusiveCallbackGroup())
 
     def activate(self) -> None:
         self.worker.submit(self._simulate, self._on_end)
@@ -181,6 +206,17 @@ class RobotSimNode(SelfAlignNode):
         response.success = True
         return response
 
+    async def _on_set_body(self, request: SetBody.Request, response: SetBody.Response) -> SetBody.Response:
+        try:
+            body = read_body(request.body)
+        except ConfigError as error:
+            response.message = f"body: {error}"
+            return response
+        self._new_body = body
+        await self.until(lambda: self._body is body)
+        response.success, response.message = True, f"body {body.name!r} is in force"
+        return response
+
     # --- simulation, in the worker ---
 
     def _simulate(self) -> None:
@@ -221,6 +257,7 @@ class RobotSimNode(SelfAlignNode):
             clock = self._clock_publisher
             repeating.insert(0, Repeating(_CLOCK_HZ, lambda: clock.publish(ClockMsg(clock=to_stamp(now_ns)))))
         self._prompt.publish(String(data=sim.prompt))
+        self._body_name.publish(String(data=self._body.name))
         self.get_logger().info(f"simulated arm ready, body {self.parameters['body']}, {sim.prompt!r}")
         while not self.worker.should_stop():
             cameras.hz, joints.hz = self._settings["camera_rate"], self._settings["joint_state_rate"]
@@ -229,6 +266,12 @@ class RobotSimNode(SelfAlignNode):
                     item.action()
                     # Late ones are not made up for: a camera does not deliver two images at once.
                     item.due_s = max(item.due_s + 1.0 / item.hz, sim.time)
+            if (body := self._new_body) is not None:
+                self._new_body = None
+                self._apply(body, sim)
+                # Set-points stay where they are in space; the new body's encoders call that place something else.
+                goal = sim.setpoint()
+                path = CommandPath(np.array([now_ns]), goal[commanded][None])
             if (command := self._new_command) is not None:
                 self._new_command = None
                 path = self._start(command, path, now_ns)
@@ -245,6 +288,13 @@ class RobotSimNode(SelfAlignNode):
                 self._slips += 1
                 slip_ns = round(-ahead_s * NS_PER_S)
                 origin_ns, wall_s, now_ns = origin_ns + slip_ns, wall_s - ahead_s, now_ns + slip_ns
+
+    def _apply(self, body: BodyConfig, sim: ArmSim) -> None:
+        sim.apply_body(body)
+        self.get_logger().info(f"body changed from {self._body.name!r} to {body.name!r}")
+        self._body = body
+        self._body_name.publish(String(data=body.name))
+        self._post(lambda: None)  # whoever waits for it looks again
 
     def _judge(self, sim: ArmSim, seed: int) -> None:
         """Once per control step: how far it is to the target, and whether it is time for another one."""
@@ -298,6 +348,7 @@ class RobotSimNode(SelfAlignNode):
             "commands refused": self._refused,
             "targets reached": self._task.reached,
             "targets attempted": self._task.attempted,
+            "body": self._body.name,
         }
         level, message = OK, "running in real time"
         if self._joint_rate.count == 0:

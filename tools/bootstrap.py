@@ -357,7 +357,7 @@ def build_into_venv(python: str, env: dict[str, str]) -> None:
 # Loads the type support too, which an import alone does not.
 CHECK_INTERFACES = (
     "from rclpy.serialization import serialize_message; from selfalign.msg import EToken; "
-    "from selfalign.srv import SampleTransitions, Step; serialize_message(EToken()); "
+    "from selfalign.srv import SampleTransitions, SetBody, Step; serialize_message(EToken()); "
     "serialize_message(Step.Request()); serialize_message(SampleTransitions.Response())"
 )
 
