@@ -4,6 +4,8 @@ Every control step it asks one question, "may the robot move now?", and answers 
 in force by its time stamp, or by holding and saying why. Inference runs in the worker while the current
 chunk is executed. The E-Token changes only between two inferences, because both are jobs of that one
 worker.
+
+``~/calibrate`` puts a short motion of all joints in place of the policy's chunks; it takes the same way to the robot.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 from sensor_msgs.msg import JointState
 from std_msgs.msg import Float64MultiArray, String
+from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
 from selfalign.msg import ActionChunk as ActionChunkMsg
@@ -26,6 +29,7 @@ from selfalign_core.commands import CommandLimiter, CommandPath, plan_path, step
 from selfalign_core.errors import InputError
 from selfalign_core.types import ActionChunk, EToken, Observation
 from selfalign_ros import qos
+from selfalign_ros.calibration import Calibration
 from selfalign_ros.conversions import (
     NS_PER_S,
     chunk_message,
@@ -85,6 +89,9 @@ class PolicyNode(SelfAlignNode):
         self._last_now_ns: int | None = None
         self._time_jumps = 0
 
+        self._calibration: Calibration | None = None
+        self._calibrations, self._last_calibration = 0, ""
+
         self._late_chunks = self._holds = 0
         self._last_hold = ""
         self._chunk_rate, self._command_rate = Rate(), Rate()
@@ -105,6 +112,7 @@ class PolicyNode(SelfAlignNode):
             trajectory = contract.action.interface == "joint_trajectory"
             message_type = JointTrajectory if trajectory else Float64MultiArray
             self._command_publisher = self.create_publisher(message_type, contract.action.topic, qos.COMMAND)
+            self.create_service(Trigger, "~/calibrate", self._on_calibrate)
 
     # --- life ---
 
@@ -126,6 +134,7 @@ class PolicyNode(SelfAlignNode):
         import torch
 
         torch.set_num_threads(parameters["torch_threads"])
+        import selfalign_core.alignment.calibration  # noqa: F401 - here, because later it would delay a control step
         from selfalign_core.policy import Policy
 
         started = time.perf_counter()
@@ -213,6 +222,8 @@ class PolicyNode(SelfAlignNode):
         self._look_at_the_clock(self.now_ns())
         if jumps != self._time_jumps:
             return  # made from what was seen in another time; its stamps mean nothing now
+        if self._calibration is not None:
+            return  # it began meanwhile; there will be a newer chunk when it is over
         if outcome.error is not None:
             if not isinstance(outcome.error, InputError):
                 text = "".join(traceback.format_exception(outcome.error))
@@ -255,7 +266,9 @@ class PolicyNode(SelfAlignNode):
         if reason := self._why_not(now_ns):
             self._hold(reason)
             return
-        if not self._inferring and (self._chunk is None or self._due_ns is None or now_ns >= self._due_ns):
+        if self._calibration is not None:
+            self._calibrate(self._calibration, now_ns)
+        elif not self._inferring and (self._chunk is None or self._due_ns is None or now_ns >= self._due_ns):
             self._start_inference(now_ns)
         if self._chunk is None:
             if not self._hold_reason:
@@ -324,6 +337,8 @@ class PolicyNode(SelfAlignNode):
         """Stop where the robot has been told to be. A robot that has not been told anything is told
         nothing.
         """
+        if self._calibration is not None:
+            self._end_calibration(f"cancelled: {reason}")
         if self._path is not None:
             now_ns = self.now_ns()
             here = self._path.at(now_ns)
@@ -335,6 +350,55 @@ class PolicyNode(SelfAlignNode):
         self._path = self._chunk = self._commanded = None
         self._hold_reason = reason
         self._complaint.say("" if reason in (_STARTING, _FIRST_CHUNK, _STOPPING) else f"holding: {reason}")
+
+    # --- calibration ---
+
+    def _on_calibrate(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        now_ns = self.now_ns()
+        self._look_at_the_clock(now_ns)
+        if self._calibration is not None:
+            response.message = "refused: a calibration motion is running"
+        elif reason := self._why_not(now_ns):
+            response.message = f"refused: {reason}"
+        else:
+            self._begin_calibration(now_ns, response)
+        return response
+
+    def _begin_calibration(self, now_ns: int, response: Trigger.Response) -> None:
+        try:
+            calibration = Calibration.plan(
+                self.contract,
+                self._reference(now_ns),
+                now_ns,
+                duration_s=self.parameters["calibrate_duration"],
+                amplitude=self.parameters["calibrate_amplitude"],
+                seed=self.parameters["seed"] + self._calibrations,
+            )
+        except InputError as error:
+            response.message = f"refused: {error}"
+            return
+        self._calibration, self._due_ns = calibration, now_ns
+        self._calibrations += 1
+        response.success, response.message = True, f"moving for {self.parameters['calibrate_duration']:g} s"
+        self.get_logger().info(f"calibration motion: {response.message}")
+
+    def _calibrate(self, calibration: Calibration, now_ns: int) -> None:
+        """Follow the next piece of the motion if it is due; hand back to the policy if there is none."""
+        if self._due_ns is not None and now_ns < self._due_ns:
+            return
+        piece = calibration.piece(now_ns)
+        if piece is not None and self._adopt(piece, now_ns):
+            self._due_ns = min(now_ns + self.contract.replan_steps * self.contract.dt_ns, calibration.end_ns)
+        else:
+            self._end_calibration("completed")
+            self._chunk = None
+
+    def _end_calibration(self, outcome: str) -> None:
+        self._calibration = self._due_ns = None
+        self._last_calibration = outcome
+        self.get_logger().info(f"calibration motion {outcome}")
+
+    # --- time ---
 
     def _look_at_the_clock(self, now_ns: int) -> None:
         """Start afresh if time has jumped back since the last look."""
@@ -384,11 +448,13 @@ class PolicyNode(SelfAlignNode):
             "holds": self._holds,
             "last hold": self._last_hold,
             "prompt": self._prompt,
+            "last calibration": self._last_calibration,
         }
         if self._last_inference is not None:
             values["inference duration [s]"] = self._last_inference.duration_s
             values["observation age [s]"] = self._last_inference.age_s
-        yield Status("chunks", level, f"holding: {self._hold_reason}" if self._hold_reason else "moving", values)
+        doing = "moving" if self._calibration is None else "calibrating"
+        yield Status("chunks", level, f"holding: {self._hold_reason}" if self._hold_reason else doing, values)
         refusal = self._token_refusal
         in_use = f"version {self._token_version} in use"
         yield Status("e_token", WARN if refusal else OK, refusal or in_use, {"version": self._token_version})

@@ -1,0 +1,51 @@
+"""The calibration motion on its way through the policy node: handed out in pieces that look like action chunks.
+
+In pieces, so that a robot whose policy node dies stops within two of them instead of finishing the motion alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from selfalign_core.contract import RobotContract
+from selfalign_core.types import ActionChunk
+from selfalign_ros.conversions import NS_PER_S
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """``positions`` (steps, joints): row i is in force from ``stamp_ns + i * dt`` on."""
+
+    contract: RobotContract
+    positions: np.ndarray
+    stamp_ns: int
+
+    @classmethod
+    def plan(
+        cls, contract: RobotContract, start: np.ndarray, now_ns: int, *, duration_s: float, amplitude: float, seed: int
+    ) -> Calibration:
+        """The motion around ``start`` (joints,), beginning now. Raises ``InputError`` if that is outside the limits."""
+        from selfalign_core.alignment.calibration import CalibrationConfig, calibration_motion
+
+        config = CalibrationConfig(duration_s=duration_s, amplitude=amplitude)
+        return cls(contract, calibration_motion(contract, start, config, seed=seed), now_ns)
+
+    @property
+    def end_ns(self) -> int:
+        return self.stamp_ns + len(self.positions) * self.contract.dt_ns
+
+    def piece(self, now_ns: int) -> ActionChunk | None:
+        """What comes next, two inferences' worth of it, after the end at rest; None when the motion is over."""
+        if now_ns >= self.end_ns:
+            return None
+        first = (now_ns - self.stamp_ns) // self.contract.dt_ns
+        rows = np.arange(first, first + 2 * self.contract.replan_steps)
+        return ActionChunk(
+            actions=self.positions[np.minimum(rows, len(self.positions) - 1)],
+            dt=self.contract.dt_ns / NS_PER_S,
+            stamp_ns=self.stamp_ns + first * self.contract.dt_ns,
+            e_token_version=0,
+            inference_s=0.0,
+        )
