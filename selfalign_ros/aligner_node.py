@@ -1,5 +1,4 @@
-"""The aligner node: asks the buffer for transitions, runs ``Aligner.align`` and publishes the token if it
-passed.
+"""The aligner node: asks the buffer for transitions, hands them to the ``SelfAligner`` and publishes what it accepts.
 
 It may crash, stall or be killed at any time: the policy goes on with the last token it accepted. A
 restarted aligner continues from the token the policy says it uses (``policy/e_token_in_use``), so versions
@@ -8,11 +7,13 @@ never run backwards.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
@@ -22,7 +23,7 @@ from std_srvs.srv import Trigger
 from selfalign.msg import AlignReport as AlignReportMsg
 from selfalign.msg import EToken as ETokenMsg
 from selfalign.srv import SampleTransitions, Step
-from selfalign_core.errors import ConfigError, InputError
+from selfalign_core.errors import CheckpointError, InputError, SelfAlignError
 from selfalign_core.types import EToken, TransitionBatch
 from selfalign_ros import qos
 from selfalign_ros.conversions import (
@@ -40,32 +41,41 @@ from selfalign_ros.resources import checkpoint_folder
 from selfalign_ros.worker import Outcome
 
 if TYPE_CHECKING:
-    from selfalign_core.aligner import Aligner, AlignResult
+    from selfalign_core.alignment import AlignConfig, SelfAligner, StageReport
 
 # How long a fresh aligner listens for the token in use before it starts from the checkpoint's own.
 _LISTEN_S = 2.0
-_TUNABLES = (
-    "steps",
-    "learning_rate",
-    "lambda_perc",
-    "lambda_dyn",
-    "lambda_inv",
-    "guard_draws",
-    "guard_sigmas",
-    "max_norm",
-    "trust_radius",
-)
+_STARTING = "starting: the model is being loaded"
 
 
 @dataclass(frozen=True)
-class Call:
-    """One align call: what it started from and what came out."""
+class Round:
+    """What one round did, from which token on, in how long."""
 
-    before: EToken
-    after: EToken
-    result: AlignResult
-    fit_count: int
-    holdout_count: int
+    report: StageReport
+    version_before: int
+    duration_s: float
+
+
+def align_config(parameters: Mapping[str, Any]) -> AlignConfig:
+    """The settings in force: the parameter ``guard_sigmas`` is ``AlignConfig.guard.sigmas``, and so on.
+
+    Without limits of time in lock-step. What has no parameter has its default.
+    """
+    from selfalign_core.alignment import AlignConfig
+
+    def given(section: Any, prefix: str = "") -> dict[str, Any]:
+        names = (field.name for field in dataclasses.fields(section))
+        return {name: parameters[prefix + name] for name in names if prefix + name in parameters}
+
+    config = AlignConfig()
+    stages = {
+        field.name: dataclasses.replace(stage, **given(stage, f"{field.name}_"))
+        for field in dataclasses.fields(config)
+        if dataclasses.is_dataclass(stage := getattr(config, field.name))
+    }
+    config = dataclasses.replace(config, **given(config), **stages)
+    return config.without_budgets() if parameters["lockstep"] else config
 
 
 class AlignerNode(SelfAlignNode):
@@ -77,28 +87,39 @@ class AlignerNode(SelfAlignNode):
     def __init__(self) -> None:
         super().__init__("aligner")
         self._checkpoint = checkpoint_folder(self.parameters["checkpoint"])
-        self._aligner: Aligner | None = None  # used in the worker only
+        self._aligner: SelfAligner | None = None  # used in the worker only
         self._token: EToken | None = None
         self._token_in_use: ETokenMsg | None = None
         self._ready = False
         self._loaded_at = 0.0
-        self._aligning = False
-        self._calls = self._accepted = self._refused = self._failed = 0
-        self._last_align_ns: int | None = None
-        self._last_reason = "no align call yet"
+        self._busy = False
+        self._rounds = self._accepted = self._refused = self._drifts = self._failed = 0
+        self._last_round_ns: int | None = None
+        self._last_text = "no round yet"
         self._problem = ""
         self._complaint = Complaint(self.get_logger().warning)
         self._sample: Future | None = None
         self._sample_deadline = 0.0
+        # What the last batch was asked for with, and its newest stamp: the same is not sent again.
+        self._asked: tuple[int, int, int] | None = None
+        self._known_ns = 0
+        self._waiting_since_ns: int | None = None  # for an attempt
 
         self._token_publisher = self.create_publisher(ETokenMsg, "e_token", qos.LATCHED)
         self._report_publisher = self.create_publisher(AlignReportMsg, "align_report", qos.EVENTS)
         self.create_subscription(ETokenMsg, "policy/e_token_in_use", self._on_token_in_use, qos.LATCHED)
         self._client = self.create_client(SampleTransitions, "buffer/sample_transitions")
+        self._calibrate = self.create_client(Trigger, "policy/calibrate")
         # Groups of their own: these callbacks wait, and others must run meanwhile.
         self._timer_group = MutuallyExclusiveCallbackGroup()
-        group = MutuallyExclusiveCallbackGroup()
-        self.create_service(Trigger, "aligner/align_now", self._on_align_now, callback_group=group)
+        for name, callback in (
+            ("align_now", self._on_align_now),
+            ("rollback", self._on_rollback),
+            ("reset", self._on_reset),
+            ("save", self._on_save),
+        ):
+            group = MutuallyExclusiveCallbackGroup()
+            self.create_service(Trigger, f"~/{name}", callback, callback_group=group)
         self._timer: Any = None
 
     # --- life ---
@@ -112,6 +133,7 @@ class AlignerNode(SelfAlignNode):
             self._start_timer()
 
     def parameters_changed(self, names: set[str]) -> None:
+        self._asked = None  # with other settings the same transitions may do
         if "align_frequency" in names and self._timer is not None:
             self._start_timer()
 
@@ -131,97 +153,122 @@ class AlignerNode(SelfAlignNode):
         import torch
 
         torch.set_num_threads(parameters["torch_threads"])
-        from selfalign_core.aligner import Aligner
+        from selfalign_core.alignment import SelfAligner
         from selfalign_core.policy import Policy
 
         policy = Policy.load(self._checkpoint, contract=self.contract, device=parameters["device"])
-        self._aligner = Aligner(policy, prompt=parameters["prompt"])
-        if policy.e_token is None:
-            raise ConfigError(f"checkpoint {self._checkpoint!r}: found no E-Token; expected one to align")
+        self._aligner = SelfAligner(
+            policy,
+            align_config(parameters),
+            joints=self.contract.joint_names,
+            prompt=parameters["prompt"],
+            seed=parameters["seed"],
+        )
+        own = self._aligner.token
+        self._aligner.use(EToken(own.data, own.version, self.contract.embodiment, own.model_digest), 0)
+        self._restore(self._aligner)
         self.set_niceness()
-        return policy.e_token
+        return self._aligner.token
+
+    def _restore(self, aligner: SelfAligner) -> None:
+        """Go on from the file of ``~/save`` if there is one. One that does not fit is named and left alone."""
+        from selfalign_core.alignment.history import History
+
+        path = self._token_path()
+        if self.lockstep or path is None or not path.exists():
+            return
+        try:
+            aligner.restore(History.load(path, like=aligner.token, keep=aligner.config.keep))
+            self.get_logger().info(f"E-Token version {aligner.token.version} loaded from {path}")
+        except (CheckpointError, InputError) as error:
+            self.get_logger().error(f"saved E-Token not used: {error}")
+
+    def _token_path(self) -> Path | None:
+        """Where this robot's tokens are saved; None if nowhere."""
+        folder = self.parameters["token_folder"]
+        return Path(folder).expanduser() / f"{self.contract.embodiment}.safetensors" if folder else None
 
     def _on_loaded(self, outcome: Outcome[EToken]) -> None:
-        own = outcome.result()
-        self._token = EToken(own.data, own.version, self.contract.embodiment, own.model_digest)
+        self._token = outcome.result()
         self._loaded_at = time.monotonic()
-        self.get_logger().info(f"model {own.model_digest[:12]} ready to align")
+        self.get_logger().info(f"model {self._token.model_digest[:12]} ready to align")
         if self.lockstep:
             self._begin()
         elif self._token_in_use is not None:
             self._continue_from(self._token_in_use)
-            self._begin()
 
     def _begin(self) -> None:
+        assert self._token is not None
         self._ready = True
-        self._publish_token(self.get_clock().now().nanoseconds)
+        self._publish_token(self._token, self.get_clock().now().nanoseconds)
 
     def _on_token_in_use(self, message: ETokenMsg) -> None:
         self._token_in_use = message
         if self._token is not None and not self.lockstep:
             self._continue_from(message)
+
+    def _continue_from(self, message: ETokenMsg) -> None:
+        """Go on from the policy's token if it is ahead of this one, as after a restart of this node; then begin."""
+
+        def use() -> EToken | None:
+            assert self._aligner is not None
+            if message.version <= self._aligner.token.version:
+                return None
+            token = e_token_from_message(message)
+            self._aligner.use(token, to_ns(message.header.stamp))
+            return token
+
+        def used(outcome: Outcome[EToken | None]) -> None:
+            if isinstance(outcome.error, InputError):
+                self._problem = f"E-Token in use: {outcome.error}"
+                self.get_logger().error(self._problem)
+            elif (token := outcome.result()) is not None:
+                self.get_logger().info(f"continuing from E-Token version {token.version}")
+                self._token = token
             if not self._ready:
                 self._begin()
 
-    def _continue_from(self, message: ETokenMsg) -> None:
-        """Go on from the policy's token if it is ahead of this one, as it is after a restart of this node."""
-        assert self._token is not None
-        if message.version <= self._token.version or self._aligning:
-            return
-        try:
-            token = e_token_from_message(message)
-            if token.model_digest != self._token.model_digest or token.data.shape != self._token.data.shape:
-                raise InputError(
-                    f"found model {token.model_digest[:12]}, shape {token.data.shape}; "
-                    f"expected {self._token.model_digest[:12]}, {self._token.data.shape}"
-                )
-        except InputError as error:
-            self._problem = f"E-Token in use: {error}"
-            self.get_logger().error(self._problem)
-            return
-        self.get_logger().info(f"continuing from E-Token version {token.version}")
-        self._token = token
+        self.worker.submit(use, used)
 
     def _watch(self) -> None:
         self.notify()
         if self._sample is not None and time.monotonic() > self._sample_deadline:
             self._sample.cancel()
-        if self._token is not None and not self._ready and time.monotonic() - self._loaded_at > _LISTEN_S:
+        late = self._token is not None and time.monotonic() - self._loaded_at > _LISTEN_S
+        if late and not self._ready and self._token_in_use is None:
             self._begin()
 
-    # --- align calls ---
+    # --- rounds ---
 
     async def _on_timer(self) -> None:
-        if self.parameters["enable"] and self._ready and not self._aligning:
-            await self._align(self.now_ns())
-
-    async def _on_align_now(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        if not self._ready:
-            response.message = "starting: the model is being loaded"
-        elif self._aligning:
-            response.message = "an align call is running"
-        else:
-            response.success = await self._align(self.now_ns())
-            response.message = self._problem or self._last_reason
-        return response
+        if self.parameters["enable"] and self._ready and not self._busy:
+            await self._round(self.now_ns())
 
     async def step(self, request: Step.Request) -> bool:
         now_ns = to_ns(request.stamp)
         await self.until(lambda: self._ready)
-        if self._last_align_ns is None:
-            self._last_align_ns = now_ns
+        if self._last_round_ns is None:
+            self._last_round_ns = now_ns
         period_ns = round(NS_PER_S / self.parameters["align_frequency"])
-        if not self.parameters["enable"] or now_ns - self._last_align_ns < period_ns:
+        if not self.parameters["enable"] or now_ns - self._last_round_ns < period_ns:
             return False
-        self._last_align_ns = now_ns
-        return await self._align(now_ns)
+        self._last_round_ns = now_ns
+        return await self._round(now_ns)
 
-    async def _align(self, now_ns: int) -> bool:
-        """One align call. False, with ``_problem`` set, if it could not run."""
-        self._aligning = True
+    async def _round(self, now_ns: int, *, now: bool = False) -> bool:
+        """One round; ``now``: without rest. False if there was nothing to report: nothing new, or a ``_problem``."""
+        self._busy = True
         try:
-            fit, holdout = await self._request_transitions()
-            call = await self.call_worker(self._align_job(fit, holdout))
+            request = await self.call_worker(self._request_job(now))
+            asked = (request.count, request.since_ns, request.stride)
+            if asked == self._asked and self._known_ns <= now_ns:
+                request.newer_than_ns = self._known_ns
+            response = await self._ask_buffer(request)
+            if response.found >= request.least and not response.cameras:
+                self._problem = ""
+                return False
+            batch = read_transitions(response, self.contract) if response.cameras else None
+            done = await self.call_worker(self._advance_job(batch, response.found, now_ns))
         except InputError as error:
             self._problem = str(error)
             self._complaint.say(f"not aligning: {error}")
@@ -229,17 +276,38 @@ class AlignerNode(SelfAlignNode):
         except Exception as error:
             # Whatever breaks in here must not take the robot's other nodes along, nor this one.
             self._failed += 1
-            self._problem = f"align() failed: {error!r}"
-            self.get_logger().error(f"align() failed:\n{traceback.format_exc()}")
+            self._problem = f"aligning failed: {error!r}"
+            self.get_logger().error(f"aligning failed:\n{traceback.format_exc()}")
             return False
         finally:
-            self._aligning = False
+            self._busy = False
         self._problem = ""
         self._complaint.say("")
-        self._finish(call, now_ns)
+        if batch is not None:
+            self._asked, self._known_ns = asked, int(batch.frame_stamps.max())
+        self._finish(done, now_ns)
         return True
 
-    async def _request_transitions(self) -> tuple[TransitionBatch, TransitionBatch]:
+    def _request_job(self, now: bool) -> Callable[[], SampleTransitions.Request]:
+        """The work for the worker: what the aligner needs next, with the parameters as they are now."""
+        aligner, parameters = self._aligner, dict(self.parameters.values)
+        assert aligner is not None
+
+        def job() -> SampleTransitions.Request:
+            aligner.configure(align_config(parameters))
+            if now:
+                aligner.align_now()
+            return SampleTransitions.Request(
+                count=aligner.wanted,
+                since_ns=aligner.since_ns,
+                stride=aligner.config.collect.stride,
+                least=aligner.needed,
+                newer_than_ns=-(2**62),
+            )
+
+        return job
+
+    async def _ask_buffer(self, request: SampleTransitions.Request) -> SampleTransitions.Response:
         timeout_s = self.parameters["sample_timeout"]
         name = self._client.srv_name
         if self.lockstep:
@@ -248,11 +316,6 @@ class AlignerNode(SelfAlignNode):
             timeout_s = math.inf
         elif not self._client.service_is_ready():
             raise InputError(f"service {name}: found nobody offering it; expected the buffer node")
-        request = SampleTransitions.Request(
-            fit_size=self.parameters["batch_size"],
-            holdout_size=self.parameters["holdout_size"],
-            seed=self._call_seed(),
-        )
         self._sample_deadline = time.monotonic() + timeout_s
         self._sample = self._client.call_async(request)
         try:
@@ -264,76 +327,151 @@ class AlignerNode(SelfAlignNode):
             raise InputError(f"service {name}: found no answer within {timeout_s} s; expected transitions")
         if not response.success:
             raise InputError(response.message)
-        return read_transitions(response, self.contract)
+        return response
 
-    def _align_job(self, fit: TransitionBatch, holdout: TransitionBatch) -> Any:
-        """The work for the worker, with parameters and token as they are now."""
-        from selfalign_core.aligner import AlignConfig
+    def _advance_job(self, batch: TransitionBatch | None, found: int, now_ns: int) -> Callable[[], Round]:
+        aligner, should_stop = self._aligner, self.worker.should_stop
+        assert aligner is not None
 
-        budget_s = None if self.lockstep else self.parameters["time_budget_ms"] / 1e3
-        config = AlignConfig(**{name: self.parameters[name] for name in _TUNABLES}, time_budget_s=budget_s)
-        seed, before, aligner = self._call_seed(), self._token, self._aligner
-        assert before is not None and aligner is not None
-        should_stop = self.worker.should_stop
-
-        def job() -> Call:
-            result = aligner.align(before.data, fit, holdout, config, seed=seed, should_stop=should_stop)
-            after = before
-            if result.accepted:
-                after = EToken(result.token, before.version + 1, before.embodiment, before.model_digest)
-            return Call(before, after, result, len(fit), len(holdout))
+        def job() -> Round:
+            started, version = time.monotonic(), aligner.token.version
+            if batch is None:
+                report = aligner.short_of(found, now_ns)
+            else:
+                report = aligner.advance(batch, now_ns, should_stop=should_stop)
+            return Round(report, version, time.monotonic() - started)
 
         return job
 
-    def _finish(self, call: Call, now_ns: int) -> None:
+    def _finish(self, done: Round, now_ns: int) -> None:
         stamp_ns = now_ns if self.lockstep else self.now_ns()
-        self._calls += 1
-        self._accepted += call.result.accepted
-        self._refused += not call.result.accepted
-        self._last_reason = call.result.reason
-        self._token = call.after
-        if call.result.accepted:
-            self._publish_token(stamp_ns)
+        report = done.report
+        self._rounds += 1
+        self._last_text = report.text
+        if report.attempt is not None:
+            self._accepted += report.accepted
+            self._refused += not report.accepted
+            self.get_logger().info(report.text)
+        if report.drift is not None and report.drift.fired:
+            self._drifts += 1
+            self.get_logger().info(report.text)
+        if report.accepted:
+            self._publish_token(report.token, stamp_ns)
         message = report_message(
-            call.result,
+            report,
             stamp=to_stamp(stamp_ns),
             embodiment=self.contract.embodiment,
-            version_before=call.before.version,
-            version_after=call.after.version,
-            fit_count=call.fit_count,
-            holdout_count=call.holdout_count,
+            version_before=done.version_before,
+            duration_s=done.duration_s,
         )
         self._report_publisher.publish(message)
+        self._ask_for_motion(report, now_ns)
 
-    def _publish_token(self, stamp_ns: int) -> None:
-        assert self._token is not None
-        self._token_publisher.publish(e_token_message(self._token, to_stamp(stamp_ns)))
+    def _ask_for_motion(self, report: StageReport, now_ns: int) -> None:
+        """With ``auto_calibrate``: have the robot moved when no attempt was possible for too long."""
+        waits = report.attempt is None and report.state.value == "collect"
+        if not waits or self._waiting_since_ns is None or now_ns < self._waiting_since_ns:
+            self._waiting_since_ns = now_ns if waits else None
+        elif now_ns - self._waiting_since_ns > self.parameters["auto_calibrate_after"] * NS_PER_S:
+            self._waiting_since_ns = now_ns
+            if self.parameters["auto_calibrate"] and not self.lockstep and self._calibrate.service_is_ready():
+                self._calibrate.call_async(Trigger.Request()).add_done_callback(self._on_calibrate_answer)
 
-    def _call_seed(self) -> int:
-        """From the seed parameter and the number of the call, never from the clock."""
-        return (self.parameters["seed"] << 32) + self._calls + self._failed
+    def _on_calibrate_answer(self, future: Future) -> None:
+        self.get_logger().info(f"asked for motion ({self._last_text}): {future.result().message}")
+
+    def _publish_token(self, token: EToken, stamp_ns: int) -> None:
+        self._token = token
+        self._token_publisher.publish(e_token_message(token, to_stamp(stamp_ns)))
+
+    # --- orders ---
+
+    async def _on_align_now(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        if not self._ready:
+            response.message = _STARTING
+        elif self._busy:
+            response.message = "a round is running"
+        else:
+            response.success = await self._round(self.now_ns(), now=True)
+            response.message = self._problem or (
+                self._last_text if response.success else "no transitions that are newer than the last round's"
+            )
+        return response
+
+    async def _on_rollback(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        meant = self._token.version if self._token is not None else 0
+
+        def rollback(aligner: SelfAligner, now_ns: int) -> EToken:
+            if aligner.token.version != meant:
+                raise InputError(f"rollback: found version {aligner.token.version} in use by now, expected {meant}")
+            return aligner.rollback(now_ns)
+
+        return await self._replace_token(response, rollback)
+
+    async def _on_reset(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        return await self._replace_token(response, lambda aligner, now_ns: aligner.reset(now_ns))
+
+    async def _replace_token(
+        self, response: Trigger.Response, order: Callable[[SelfAligner, int], EToken]
+    ) -> Trigger.Response:
+        now_ns = self.now_ns()
+        token = await self._obey(response, lambda aligner: order(aligner, now_ns))
+        if token is not None:
+            self._publish_token(token, now_ns)
+            response.message = f"in use as E-Token version {token.version}"
+        return response
+
+    async def _on_save(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        path = self._token_path()
+
+        def save(aligner: SelfAligner) -> int:
+            if path is None:
+                raise InputError("parameter token_folder: found nothing; expected the folder to save in")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aligner.history.save(path)
+            return aligner.token.version
+
+        version = await self._obey(response, save)
+        if version is not None:
+            response.message = f"E-Token version {version} saved to {path}"
+        return response
+
+    async def _obey(self, response: Trigger.Response, order: Callable[[SelfAligner], Any]) -> Any:
+        """What ``order`` returns in the worker; None, with the reason in ``response``, if it cannot be done."""
+        aligner = self._aligner
+        if not self._ready or aligner is None:
+            response.message = _STARTING
+            return None
+        try:
+            value = await self.call_worker(lambda: order(aligner))
+        except (SelfAlignError, OSError) as error:
+            response.message = str(error)
+            return None
+        response.success = True
+        return value
 
     # --- diagnostics ---
 
     def statuses(self) -> Iterable[Status]:
         values: dict[str, object] = {
-            "align calls": self._calls,
+            "rounds": self._rounds,
             "accepted": self._accepted,
             "refused": self._refused,
+            "drifts": self._drifts,
             "failed": self._failed,
             "align frequency [Hz]": self.parameters["align_frequency"],
-            "last reason": self._last_reason,
+            "last round": self._last_text,
         }
         if self._token is not None:
             values["E-Token version"] = self._token.version
         if self._problem:
             yield Status("align", ERROR if self._failed else WARN, self._problem, values)
         elif not self._ready:
-            yield Status("align", WARN, "starting: the model is being loaded", values)
+            yield Status("align", WARN, _STARTING, values)
         elif not self.parameters["enable"]:
             yield Status("align", OK, "disabled: the parameter enable is false", values)
         else:
-            yield Status("align", OK, self._last_reason, values)
+            yield Status("align", OK, self._last_text, values)
 
 
 def main(args: list[str] | None = None) -> NoReturn:

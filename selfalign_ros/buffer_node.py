@@ -113,13 +113,18 @@ class BufferNode(SelfAlignNode):
     async def _on_sample(
         self, request: SampleTransitions.Request, response: SampleTransitions.Response
     ) -> SampleTransitions.Response:
-        def sample() -> None:
-            fit, holdout = self._buffer.sample(request.fit_size, request.holdout_size, seed=request.seed)
-            fill_transitions(response, fit, holdout)
+        def newest() -> None:
+            if request.stride < 1:
+                raise InputError(f"stride: found {request.stride}; expected at least 1")
+            batch = self._buffer.newest(request.count, since_ns=request.since_ns, stride=request.stride)
+            response.found = len(batch)
+            if len(batch) and len(batch) >= request.least and int(batch.frame_stamps[-1]) > request.newer_than_ns:
+                fill_transitions(response, batch)
 
         try:
-            await self.call_worker(sample)
-            self._served += 1
+            await self.call_worker(newest)
+            response.success = True
+            self._served += bool(response.cameras)
         except InputError as error:
             response.message = str(error)
             self._refused += 1
@@ -139,8 +144,8 @@ class BufferNode(SelfAlignNode):
             **self._contents,
             "frame rate [Hz]": self._frame_rate.hz,
             "executed action rate [Hz]": self._action_rate.hz,
-            "batches served": self._served,
-            "batches refused": self._refused,
+            "batches sent": self._served,
+            "requests refused": self._refused,
         }
         filled = self._contents.get("transitions", 0)
         message = self._problem or f"{filled} transitions"

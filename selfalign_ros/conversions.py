@@ -29,7 +29,8 @@ from selfalign_core.images import decode_compressed, decode_image
 from selfalign_core.types import ActionChunk, EToken, TransitionBatch
 
 if TYPE_CHECKING:
-    from selfalign_core.aligner import AlignLosses, AlignResult
+    from selfalign_core.alignment import StageReport
+    from selfalign_core.alignment.scoring import AlignLosses
 
 NS_PER_S = 1_000_000_000
 
@@ -212,65 +213,57 @@ def losses_message(losses: AlignLosses) -> AlignLossesMsg:
 
 
 def report_message(
-    result: AlignResult,
-    *,
-    stamp: Time,
-    embodiment: str,
-    version_before: int,
-    version_after: int,
-    fit_count: int,
-    holdout_count: int,
+    report: StageReport, *, stamp: Time, embodiment: str, version_before: int, duration_s: float
 ) -> AlignReportMsg:
-    """The outcome of one align call."""
+    """What one round of the aligner did."""
     message = AlignReportMsg(
         embodiment=embodiment,
+        state=report.state.value,
+        text=report.text,
         version_before=version_before,
-        version_after=version_after,
-        steps=int(result.steps),
-        fit_count=fit_count,
-        holdout_count=holdout_count,
-        fit_before=losses_message(result.fit_before),
-        fit_after=losses_message(result.fit_after),
-        holdout_before=losses_message(result.holdout_before),
-        holdout_after=losses_message(result.holdout_after),
-        holdout_difference_mean=float(result.difference_mean),
-        holdout_difference_stderr=float(result.difference_stderr),
-        e_token_norm=float(result.e_token_norm),
-        gradient_norm=float(result.gradient_norm),
-        learning_rate=float(result.learning_rate),
-        duration=float(result.duration_s),
-        accepted=bool(result.accepted),
-        reason=result.reason,
+        version_after=report.token.version,
+        e_token_norm=float(np.linalg.norm(report.token.data)),
+        transitions=report.transitions,
+        duration=duration_s,
     )
     message.header.stamp = stamp
+    if (excitation := report.excitation) is not None:
+        message.joints = list(excitation.joints)
+        message.command_spread = array.array("f", excitation.command)
+        message.motion_spread = array.array("f", excitation.motion)
+    if (drift := report.drift) is not None:
+        message.drift_tested, message.drift = True, drift.fired
+        message.drift_z, message.drift_factor = drift.z, drift.factor
+    if (attempt := report.attempt) is not None:
+        message.attempted, message.accepted = True, report.accepted
+        message.start, message.steps = attempt.identification.name, attempt.refinement.steps
+        message.fit_count, message.guard_count = attempt.fit_count, attempt.guard_count
+        for name in ("fit_before", "fit_after", "guard_before", "guard_after"):
+            setattr(message, name, losses_message(getattr(attempt, name)))
+        message.difference_mean, message.difference_stderr = attempt.verdict.mean, attempt.verdict.stderr
     return message
 
 
 # --- transitions ---
 
 
-def fill_transitions(response: Any, fit: TransitionBatch, holdout: TransitionBatch) -> None:
-    """Write both batches into a SampleTransitions response; each keeps its own frames, fit ones first."""
-    frames = np.concatenate([fit.frames, holdout.frames])
-    _, _, height, width, _ = frames.shape
-    response.success = True
-    response.cameras = list(fit.cameras)
+def fill_transitions(response: Any, batch: TransitionBatch) -> None:
+    """Write a batch into a SampleTransitions response."""
+    _, _, height, width, _ = batch.frames.shape
+    response.cameras = list(batch.cameras)
     response.height, response.width = height, width
-    response.state_dim = fit.frame_states.shape[1]
-    response.horizon, response.action_dim = fit.actions.shape[1:]
-    response.frames = fill("B", frames)
-    response.frame_states = fill("f", np.concatenate([fit.frame_states, holdout.frame_states]))
-    response.frame_stamps = fill("q", np.concatenate([fit.frame_stamps, holdout.frame_stamps]))
-    response.obs_index = fill("I", np.concatenate([fit.obs_index, holdout.obs_index + len(fit.frames)]))
-    response.next_index = fill("I", np.concatenate([fit.next_index, holdout.next_index + len(fit.frames)]))
-    response.actions = fill("f", np.concatenate([fit.actions, holdout.actions]))
-    response.fit_count = len(fit)
+    response.state_dim = batch.frame_states.shape[1]
+    response.horizon, response.action_dim = batch.actions.shape[1:]
+    response.frames = fill("B", batch.frames)
+    response.frame_states = fill("f", batch.frame_states)
+    response.frame_stamps = fill("q", batch.frame_stamps)
+    response.obs_index = fill("I", batch.obs_index)
+    response.next_index = fill("I", batch.next_index)
+    response.actions = fill("f", batch.actions)
 
 
-def read_transitions(response: Any, contract: RobotContract) -> tuple[TransitionBatch, TransitionBatch]:
-    """The fit and the hold-out batch of a SampleTransitions response. Raises ``InputError`` naming the
-    field.
-    """
+def read_transitions(response: Any, contract: RobotContract) -> TransitionBatch:
+    """The batch of a SampleTransitions response that holds one. Raises ``InputError`` naming the field."""
     if tuple(response.cameras) != contract.camera_names:
         raise InputError(f"transitions.cameras: found {list(response.cameras)}; expected {list(contract.camera_names)}")
     count, batch = len(response.frame_stamps), len(response.obs_index)
@@ -282,7 +275,7 @@ def read_transitions(response: Any, contract: RobotContract) -> tuple[Transition
             raise InputError(f"transitions.{name}: found {values.size} values; expected {shape}")
         return values.reshape(shape)
 
-    whole = TransitionBatch(
+    return TransitionBatch(
         cameras=contract.camera_names,
         frames=field("frames", np.uint8, count, cameras, response.height, response.width, 3),
         frame_states=field("frame_states", np.float32, count, joints),
@@ -291,7 +284,3 @@ def read_transitions(response: Any, contract: RobotContract) -> tuple[Transition
         next_index=field("next_index", np.uint32, batch).astype(np.int64),
         actions=field("actions", np.float32, batch, response.horizon, joints),
     )
-    fit_count = response.fit_count
-    if not 0 < fit_count < batch:
-        raise InputError(f"transitions.fit_count: found {fit_count}; expected between 1 and {batch - 1}")
-    return whole.select(slice(0, fit_count)), whole.select(slice(fit_count, batch))

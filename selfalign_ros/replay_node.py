@@ -33,7 +33,7 @@ from selfalign_ros.tool_node import ToolNode, check_report_path, run_tool, write
 from selfalign_ros.topics import Topic, camera_topics, graph_topics, header_stamp_ns
 
 SCHEMA = "selfalign/replay"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 NODES = ("buffer", "policy", "aligner")  # the order of their steps
 COMPARED = ("chunks", "e_tokens", "aligns")
 # What must be in a bag; the prompt need not, it has a parameter that stands in for it.
@@ -250,8 +250,11 @@ class Replay(ToolNode):
                 "stamp_ns": to_ns(message.header.stamp),
                 "version_before": message.version_before,
                 "version_after": message.version_after,
+                "state": message.state,
+                "text": message.text,
+                "attempted": message.attempted,
                 "accepted": message.accepted,
-                "reason": message.reason,
+                "drift": message.drift,
                 "e_token_norm": message.e_token_norm,
                 "losses": losses,
             }
@@ -293,10 +296,10 @@ class Replay(ToolNode):
 
     def _progress(self, now_ns: int) -> str:
         played, length = ((ns - self._first_ns) / NS_PER_S for ns in (min(now_ns, self._last_ns), self._last_ns))
-        accepted = sum(call["accepted"] for call in self.aligns)
+        accepted, attempts = (sum(call[name] for call in self.aligns) for name in ("accepted", "attempted"))
         version = self.e_tokens[-1]["version"] if self.e_tokens else "none"
         return (
-            f"{played:.0f}/{length:.0f} s of the bag  ·  {len(self.chunks)} chunks  ·  {len(self.aligns)} align calls "
+            f"{played:.0f}/{length:.0f} s of the bag  ·  {len(self.chunks)} chunks  ·  {attempts} align attempts "
             f"({accepted} accepted)  ·  E-Token v{version}"
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,110 +11,153 @@ import numpy as np
 
 from selfalign_ros.run_summary import LOSSES
 
+_EVENTS = {
+    "body changed": {"color": "black", "lw": 1.6, "ls": "-"},
+    "drift noticed": {"color": "C1", "lw": 1.2, "ls": "-."},
+    "E-Token accepted": {"color": "C2", "lw": 1.2, "ls": "--"},
+    "E-Token refused": {"color": "C3", "lw": 1.0, "ls": ":"},
+}
+
 
 def draw(report: Mapping[str, Any], path: Path) -> None:
-    """Draw a run report: six panels over one time axis, written to ``path`` (PNG)."""
+    """Draw a run report: five panels over one time axis, written to ``path`` (PNG)."""
     import matplotlib  # late: it takes a second to import, and a robot's run may need no picture
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     series = {name: _columns(table) for name, table in report["series"].items()}
-    chunks, aligns, tokens, distance = (series[name] for name in ("chunks", "align", "e_token", "distance_to_target"))
-    targets = series["targets"]
-    figure, axes = plt.subplots(6, 1, figsize=(11, 14), sharex=True, layout="constrained")
+    figure, axes = plt.subplots(5, 1, figsize=(11, 13), sharex=True, layout="constrained")
     figure.suptitle(_headline(report), fontsize=11)
-    latency_axis, age_axis, loss_axis, difference_axis, token_axis, distance_axis = axes
-
-    for index, (t, duration) in enumerate(zip(aligns["t"], aligns["duration_s"], strict=True)):
-        for axis in axes:
-            label = "align call" if index == 0 and axis is latency_axis else None
-            axis.axvspan(t - duration, t, color="0.88", lw=0, label=label)
-
-    latency_axis.plot(chunks["t"], _scaled(chunks["latency_s"], 1e3), ".-", ms=4, lw=0.7, label="inference")
-    for name, style in (("p50", ":"), ("p99", "--")):
-        if (value := report["latency_s"]["all"][name]) is not None:
-            latency_axis.axhline(value * 1e3, color="0.4", lw=0.9, ls=style, label=f"{name} {value * 1e3:.1f} ms")
-    latency_axis.set_ylabel("chunk latency [ms]")
-
-    age_axis.plot(chunks["t"], _scaled(chunks["observation_age_s"], 1e3), ".-", ms=4, lw=0.7, color="C4")
-    age_axis.set_ylabel("observation age [ms]")
-
-    for colour, loss in zip(("C0", "C1", "C2"), LOSSES, strict=False):
-        name = loss.replace("_", " ")
-        loss_axis.plot(aligns["t"], aligns[f"holdout_before.{loss}"], "-", marker="o", ms=3, color=colour, label=name)
-        loss_axis.plot(aligns["t"], aligns[f"holdout_after.{loss}"], ":", marker="x", ms=4, color=colour)
-    loss_axis.plot([], [], "-o", color="0.4", ms=3, label="current token")
-    loss_axis.plot([], [], ":x", color="0.4", ms=4, label="shadow token")
-    loss_axis.set_ylabel("hold-out loss")
-
-    times, means, errors = (np.array(aligns[name]) for name in ("t", "difference_mean", "difference_stderr"))
-    verdicts = np.array(aligns["accepted"], bool)
-    for mask, colour, name in ((verdicts, "C2", "accepted"), (~verdicts, "C3", "refused")):
-        if mask.any():
-            difference_axis.errorbar(
-                times[mask], means[mask], 2 * errors[mask], fmt="o", ms=4, capsize=2, color=colour, label=name
-            )
-    difference_axis.axhline(0.0, color="0.4", lw=0.8)
-    difference_axis.set_ylabel("shadow − current\n(hold-out total, ± 2 s.e.)")
-
-    token_axis.step(chunks["t"], chunks["e_token_version"], where="post", color="C0", label="version used by chunks")
-    token_axis.plot(tokens["t"], tokens["version"], "o", ms=4, color="C1", label="version published")
-    token_axis.set_ylabel("E-Token version")
-    token_axis.yaxis.get_major_locator().set_params(integer=True)
-    norm_axis = token_axis.twinx()
-    norm_axis.plot(aligns["t"], aligns["e_token_norm"], "-", color="C3", lw=0.9, label="norm of E")
-    norm_axis.set_ylabel("norm of E", color="C3")
-
-    distance_axis.plot(distance["t"], _scaled(distance["metres"], 100), color="C5", lw=1)
-    ends, reached = np.array(targets["t"]), np.array(targets["reached"], bool)
-    for mask, colour, name in ((reached, "C2", "target reached"), (~reached, "C3", "time over, not reached")):
-        for index, end in enumerate(ends[mask]):
-            distance_axis.axvline(end, color=colour, lw=0.9, ls="--", label=name if index == 0 else None)
-    distance_axis.set_ylabel("distance to target [cm]")
-    distance_axis.set_xlabel("time [s]")
-    distance_axis.set_xlim(0, max(report["duration_s"], 1e-3))
-    for axis in (latency_axis, age_axis, distance_axis):
-        axis.set_ylim(bottom=0)
-
+    attempts = _where(series["align"], series["align"]["attempted"])
+    _draw_distance(axes[0], series)
+    _draw_losses(axes[1], attempts)
+    _draw_verdicts(axes[2], attempts, series["align"])
+    _draw_token(axes[3], series)
+    _draw_latency(axes[4], series["chunks"], report)
+    _draw_events(axes, series)
+    axes[-1].set_xlabel("time [s]")
+    axes[-1].set_xlim(0, max(report["duration_s"], 1e-3))
     for axis in axes:
-        axis.grid(alpha=0.3)
-        handles, labels = axis.get_legend_handles_labels()
-        if axis is token_axis:
-            more_handles, more_labels = norm_axis.get_legend_handles_labels()
-            handles, labels = handles + more_handles, labels + more_labels
-        if handles:
-            # Above the panel: inside it would cover data.
-            axis.legend(
-                handles, labels, fontsize=8, ncols=len(labels), loc="lower right", bbox_to_anchor=(1, 1), frameon=False
-            )
-        if not any(line.get_xdata().size for line in axis.get_lines() if hasattr(line.get_xdata(), "size")):
-            axis.text(0.5, 0.5, "nothing received", transform=axis.transAxes, ha="center", va="center", color="0.5")
+        _finish(axis)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _draw_distance(axis: Any, series: Mapping[str, Any]) -> None:
+    distance, targets = series["distance_to_target"], series["targets"]
+    axis.plot(distance["t"], _scaled(distance["metres"], 100), color="C0", lw=1)
+    ends, reached = np.array(targets["t"]), np.array(targets["reached"], bool)
+    for mask, colour, marker, name in ((reached, "C2", "^", "target reached"), (~reached, "C3", "x", "time over")):
+        if mask.any():
+            axis.plot(ends[mask], np.zeros(mask.sum()), marker, color=colour, ms=6, label=name, clip_on=False)
+    axis.set_ylabel("distance to target [cm]")
+    axis.set_ylim(bottom=0)
+
+
+def _draw_losses(axis: Any, attempts: Mapping[str, Any]) -> None:
+    for colour, loss in zip(("C0", "C1", "C4"), LOSSES, strict=False):
+        name = loss.replace("_", " ")
+        axis.plot(attempts["t"], attempts[f"guard_before.{loss}"], "-o", ms=4, color=colour, label=name)
+        axis.plot(attempts["t"], attempts[f"guard_after.{loss}"], ":x", ms=5, color=colour)
+    axis.plot([], [], "-o", color="0.4", ms=4, label="current token")
+    axis.plot([], [], ":x", color="0.4", ms=5, label="shadow token")
+    axis.set_ylabel("loss on the guard's\ntransitions")
+
+
+def _draw_verdicts(axis: Any, attempts: Mapping[str, Any], rounds: Mapping[str, Any]) -> None:
+    times, means, errors = (np.array(attempts[n], float) for n in ("t", "difference_mean", "difference_stderr"))
+    accepted = np.array(attempts["accepted"], bool)
+    for mask, colour, name in ((accepted, "C2", "accepted"), (~accepted, "C3", "refused")):
+        mask = mask & np.isfinite(errors)
+        if mask.any():
+            bars = 200 * errors[mask]
+            axis.errorbar(times[mask], 100 * means[mask], bars, fmt="o", ms=4, capsize=2, color=colour, label=name)
+    factors = np.array(rounds["drift_factor"], float)
+    axis.plot(rounds["t"], 100 * (factors - 1), ".-", ms=4, lw=0.7, color="C1", label="loss against baseline (watch)")
+    axis.axhline(0.0, color="0.4", lw=0.8)
+    axis.set_ylabel("shadow − current\n[% of loss, ± 2 s.e.]")
+
+
+def _draw_token(axis: Any, series: Mapping[str, Any]) -> None:
+    chunks, tokens, aligns = series["chunks"], series["e_token"], series["align"]
+    axis.plot([*tokens["t"], *aligns["t"][-1:]], [*tokens["norm"], *aligns["e_token_norm"][-1:]], "-o", ms=4,
+              color="C5", drawstyle="steps-post", label="norm of E")  # fmt: skip
+    axis.set_ylabel("norm of E", color="C5")
+    versions = axis.twinx()
+    versions.step(chunks["t"], chunks["e_token_version"], where="post", color="0.4", lw=1)
+    versions.set_ylabel("version used by chunks", color="0.4")
+    versions.yaxis.get_major_locator().set_params(integer=True)
+
+
+def _draw_latency(axis: Any, chunks: Mapping[str, Any], report: Mapping[str, Any]) -> None:
+    p50, p99 = (report["latency_s"]["all"][name] for name in ("p50", "p99"))
+    name = f"inference (p50 {p50 * 1e3:.0f} ms, p99 {p99 * 1e3:.0f} ms)" if p50 is not None else "inference"
+    axis.plot(chunks["t"], _scaled(chunks["latency_s"], 1e3), ".-", ms=3, lw=0.6, label=name)
+    ages = _scaled(chunks["observation_age_s"], 1e3)
+    axis.plot(chunks["t"], ages, ".-", ms=3, lw=0.6, color="C4", label="age of its observation")
+    axis.set_ylabel("chunk latency [ms]")
+    axis.set_ylim(bottom=0)
+
+
+def _draw_events(axes: Sequence[Any], series: Mapping[str, Any]) -> None:
+    """Vertical lines through all panels; the new body's name above the first."""
+    aligns, bodies = series["align"], series["bodies"]
+    verdicts = list(zip(aligns["t"], aligns["attempted"], aligns["accepted"], aligns["drift"], strict=True))
+    named = list(zip(bodies["t"], bodies["name"], strict=True))
+    changes = [(t, name) for (_, before), (t, name) in itertools.pairwise(named) if name != before]
+    times = {
+        "body changed": [t for t, _ in changes],
+        "drift noticed": [t for t, _, _, drift in verdicts if drift],
+        "E-Token accepted": [t for t, attempted, accepted, _ in verdicts if attempted and accepted],
+        "E-Token refused": [t for t, attempted, accepted, _ in verdicts if attempted and not accepted],
+    }
+    for kind, style in _EVENTS.items():
+        for axis in axes:
+            for index, t in enumerate(times[kind]):
+                axis.axvline(t, label=kind if index == 0 and axis is axes[0] else None, alpha=0.8, zorder=0.5, **style)
+    for t, name in changes:
+        axes[0].annotate(
+            name, (t, 1), xycoords=("data", "axes fraction"), xytext=(3, -3), textcoords="offset points",
+            va="top", fontsize=8, fontweight="bold",
+        )  # fmt: skip
+
+
+def _finish(axis: Any) -> None:
+    axis.grid(alpha=0.3)
+    handles, labels = axis.get_legend_handles_labels()
+    if handles:
+        # Above the panel: inside it would cover data.
+        axis.legend(
+            handles, labels, fontsize=8, ncols=len(labels), loc="lower right", bbox_to_anchor=(1, 1), frameon=False
+        )
+    if not any(np.size(line.get_xdata()) and line.get_transform() == axis.transData for line in axis.get_lines()):
+        axis.text(0.5, 0.5, "nothing received", transform=axis.transAxes, ha="center", va="center", color="0.5")
 
 
 def _headline(report: Mapping[str, Any]) -> str:
     if not report["ok"]:
         return f"{report['contract']}: {report['reason']}"
-    align, latency, token = report["align"], report["latency_s"], report["e_token"]
-    text = (
-        f"{report['contract']}, {report['duration_s']:.0f} s: {report['chunks']['count']} chunks, "
-        f"latency p50 {latency['all']['p50'] * 1e3:.1f} ms, p99 {latency['all']['p99'] * 1e3:.1f} ms; "
-        f"{align['calls']} align calls, {align['accepted']} accepted; E-Token {token['first_version']} → "
+    align, latency, token, targets = (report[name] for name in ("align", "latency_s", "e_token", "targets"))
+    text = f"{report['contract']}, {report['duration_s']:.0f} s"
+    text += f": {targets['reached']} of {targets['attempted']} targets reached" if targets["attempted"] else ""
+    text += (
+        f"; {align['attempts']} align attempts, {align['accepted']} accepted; E-Token {token['first_version']} → "
         f"{token['last_version']}"
     )
-    ratio = latency["ratio"]["p99"]
     dropped = sum(camera["dropped"] for camera in report["frames"].values())
-    text += f"\nframes dropped: {dropped}"
-    text += f"; p99 while aligning / otherwise: {ratio:.2f}" if ratio is not None else ""
-    targets = report["targets"]
-    return text + (f"; {targets['reached']} of {targets['attempted']} targets reached" if targets["attempted"] else "")
+    ratio = latency["ratio"]["p99"]
+    text += f"\n{report['chunks']['count']} chunks; frames dropped: {dropped}"
+    return text + (f"; latency p99 while aligning / otherwise: {ratio:.2f}" if ratio is not None else "")
 
 
 def _columns(table: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
     rows = table["rows"]
     return {name: [row[index] for row in rows] for index, name in enumerate(table["columns"])}
+
+
+def _where(columns: Mapping[str, list[Any]], mask: Sequence[bool]) -> dict[str, list[Any]]:
+    return {name: [v for v, keep in zip(values, mask, strict=True) if keep] for name, values in columns.items()}
 
 
 def _scaled(values: Sequence[float], factor: float) -> list[float]:

@@ -6,6 +6,7 @@ It only listens, so it can be left out, killed or started late without the robot
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.clock import Clock, ClockType
-from std_msgs.msg import Bool, Float64
+from std_msgs.msg import Bool, Float64, String
 
 from selfalign.msg import ActionChunk, AlignReport, EToken
 from selfalign_ros import qos, run_picture, run_summary
@@ -53,6 +54,7 @@ class RunReport(ToolNode):
         self.create_subscription(EToken, "e_token", self._on_token, qos.LATCHED)
         self.create_subscription(Float64, "distance_to_target", self._on_distance, qos.EVENTS)
         self.create_subscription(Bool, "target_reached", self._on_target_reached, qos.EVENTS)
+        self.create_subscription(String, "body", self._on_body, qos.LATCHED)
         self.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 100)
         # The supervisor keeps a line that ends with a carriage return at the bottom of the terminal.
         self._has_status_line = os.environ.get(STATUS_LINE_ENVIRONMENT) == "1" or sys.stdout.isatty()
@@ -108,20 +110,22 @@ class RunReport(ToolNode):
         self._records.aligns.append(
             AlignRecord(
                 end=to_ns(message.header.stamp) / NS_PER_S,
-                duration=message.duration,
+                duration_s=message.duration,
+                state=message.state,
+                text=message.text,
                 version_before=message.version_before,
                 version_after=message.version_after,
-                steps=message.steps,
-                fit_count=message.fit_count,
-                holdout_count=message.holdout_count,
-                losses=losses,
-                difference_mean=message.holdout_difference_mean,
-                difference_stderr=message.holdout_difference_stderr,
                 e_token_norm=message.e_token_norm,
-                gradient_norm=message.gradient_norm,
-                learning_rate=message.learning_rate,
+                transitions=message.transitions,
+                drift=message.drift,
+                drift_factor=message.drift_factor if message.drift_tested else math.nan,
+                attempted=message.attempted,
                 accepted=message.accepted,
-                reason=message.reason,
+                start=message.start,
+                steps=message.steps,
+                difference_mean=message.difference_mean if message.attempted else math.nan,
+                difference_stderr=message.difference_stderr if message.attempted else math.nan,
+                losses=losses if message.attempted else None,
             )
         )
 
@@ -134,6 +138,9 @@ class RunReport(ToolNode):
 
     def _on_target_reached(self, message: Bool) -> None:
         self._records.targets.append((self._now(), message.data))
+
+    def _on_body(self, message: String) -> None:
+        self._records.bodies.append((self._now(), message.data))
 
     def _on_diagnostics(self, message: DiagnosticArray) -> None:
         for status in message.status:

@@ -5,7 +5,7 @@ Pure functions over plain records; this module must not know ROS. The report is 
 ==================== ==================================================================================================
 key                  content
 ==================== ==================================================================================================
-schema, version      ``"selfalign/run_report"``, 1
+schema, version      ``"selfalign/run_report"``, 2
 ok, reason           whether the run made chunks, and why not
 duration_s           how long was listened; all ``t`` below are seconds since then started
 contract             name of the robot contract
@@ -15,11 +15,13 @@ latency_s            inference time per chunk, statistics ``all``, ``while_align
 observation_age_s    age of the observation when inference started, statistics
 frames               per camera topic: received, dropped (gaps in the stamps), rate_hz
 e_token              first_version, last_version, norm (of the last)
-align                calls, accepted, refused, duration_s (statistics)
+align                rounds, attempts, accepted, refused, drifts, duration_s (statistics over attempts)
+bodies               of a simulated robot: the names of the bodies it had, in their order
 distance_to_target_m first, last, mean, minimum
 targets              of a simulated robot: attempted (over, reached or not), reached, seconds_to_reach (statistics)
 diagnostics          last status of each name: level (ok, warn, error, stale), message, values
-series               over time: chunks, align, e_token, distance_to_target, targets, each with ``columns`` and ``rows``
+series               over time: chunks, align (every round), e_token, distance_to_target, targets, bodies, each with
+                     ``columns`` and ``rows``
 ==================== ==================================================================================================
 
 Statistics are ``count, mean, p50, p95, p99, max``, the last five null when count is 0. A number that was not finite is
@@ -28,6 +30,7 @@ null.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -37,9 +40,9 @@ from typing import Any
 import numpy as np
 
 SCHEMA = "selfalign/run_report"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 LOSSES = ("perception", "dynamics", "inverse_dynamics", "total")
-SETS = ("fit_before", "fit_after", "holdout_before", "holdout_after")
+SETS = ("fit_before", "fit_after", "guard_before", "guard_after")
 LEVELS = {0: "ok", 1: "warn", 2: "error", 3: "stale"}
 
 
@@ -63,23 +66,29 @@ class ChunkRecord:
 
 @dataclass(frozen=True)
 class AlignRecord:
-    """One align call that ended at ``end`` [s]. ``losses[set][loss]`` for the names in ``SETS`` and ``LOSSES``."""
+    """One round of the aligner that ended at ``end`` [s] after ``duration_s`` of computing.
+
+    ``losses[set][loss]`` for the names in ``SETS`` and ``LOSSES``, None without an attempt; numbers that were not
+    measured are NaN.
+    """
 
     end: float
-    duration: float
+    duration_s: float
+    state: str
+    text: str
     version_before: int
     version_after: int
-    steps: int
-    fit_count: int
-    holdout_count: int
-    losses: Mapping[str, Mapping[str, float]]
-    difference_mean: float
-    difference_stderr: float
     e_token_norm: float
-    gradient_norm: float
-    learning_rate: float
-    accepted: bool
-    reason: str
+    transitions: int = 0
+    drift: bool = False
+    drift_factor: float = math.nan
+    attempted: bool = False
+    accepted: bool = False
+    start: str = ""
+    steps: int = 0
+    difference_mean: float = math.nan
+    difference_stderr: float = math.nan
+    losses: Mapping[str, Mapping[str, float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +122,7 @@ class RunRecords:
     frames: dict[str, list[float]] = field(default_factory=dict)  # camera topic -> header stamps
     distances: list[tuple[float, float]] = field(default_factory=list)  # (time of arrival, metres)
     targets: list[tuple[float, bool]] = field(default_factory=list)  # (when it was over, whether it was reached)
+    bodies: list[tuple[float, str]] = field(default_factory=list)  # (when it was in force, its name)
     statuses: dict[str, StatusRecord] = field(default_factory=dict)
 
 
@@ -129,8 +139,8 @@ def statistics(values: Sequence[float]) -> dict[str, float | int | None]:
 def split_by_align(
     chunks: Sequence[ChunkRecord], aligns: Sequence[AlignRecord]
 ) -> tuple[list[ChunkRecord], list[ChunkRecord]]:
-    """The chunks whose inference overlapped an align call, and the others."""
-    calls = [(call.end - call.duration, call.end) for call in aligns]
+    """The chunks whose inference overlapped a round of the aligner, and the others."""
+    calls = [(call.end - call.duration_s, call.end) for call in aligns]
     during: list[ChunkRecord] = []
     apart: list[ChunkRecord] = []
     for chunk in chunks:
@@ -167,7 +177,8 @@ def summarise(records: RunRecords) -> dict[str, Any]:
         for name in ("p50", "p95", "p99")
     }
     reason = why_no_chunk(records)
-    accepted = sum(call.accepted for call in records.aligns)
+    attempts = [call for call in records.aligns if call.attempted]
+    accepted = sum(call.accepted for call in attempts)
     versions = [token.version for token in records.tokens]
     return {
         "schema": SCHEMA,
@@ -192,11 +203,14 @@ def summarise(records: RunRecords) -> dict[str, Any]:
             "norm": records.tokens[-1].norm if versions else None,
         },
         "align": {
-            "calls": len(records.aligns),
+            "rounds": len(records.aligns),
+            "attempts": len(attempts),
             "accepted": accepted,
-            "refused": len(records.aligns) - accepted,
-            "duration_s": statistics([call.duration for call in records.aligns]),
+            "refused": len(attempts) - accepted,
+            "drifts": sum(call.drift for call in records.aligns),
+            "duration_s": statistics([call.duration_s for call in attempts]),
         },
+        "bodies": [name for _, name in records.bodies],
         "distance_to_target_m": _distance_summary([distance for _, distance in records.distances]),
         "targets": _target_summary(records.targets),
         "diagnostics": {
@@ -226,8 +240,8 @@ def progress_line(records: RunRecords, elapsed: float, total: float) -> str:
     parts.append(f"{len(records.chunks)} chunks")
     if records.chunks:
         parts[-1] += f" ({latency['p50'] * 1e3:.0f} ms, p99 {latency['p99'] * 1e3:.0f} ms)"
-    accepted = sum(call.accepted for call in records.aligns)
-    parts.append(f"{len(records.aligns)} align calls ({accepted} accepted)")
+    attempts, accepted = (sum(getattr(call, name) for call in records.aligns) for name in ("attempted", "accepted"))
+    parts.append(f"{attempts} align attempts ({accepted} accepted)")
     if records.tokens:
         parts.append(f"E-Token v{records.tokens[-1].version}")
     if records.distances:
@@ -278,20 +292,17 @@ def _target_summary(targets: Sequence[tuple[float, bool]]) -> dict[str, Any]:
 
 def _series(records: RunRecords) -> dict[str, dict[str, list[Any]]]:
     start = records.start
-    align_columns = [
-        "t", "duration_s", "version_before", "version_after", "steps", "fit_count", "holdout_count", "accepted",
-        "reason", "difference_mean", "difference_stderr", "e_token_norm", "gradient_norm", "learning_rate",
-        *(f"{name}.{loss}" for name in SETS for loss in LOSSES),
-    ]  # fmt: skip
+    names = [field.name for field in dataclasses.fields(AlignRecord) if field.name not in ("end", "losses")]
+    nothing = dict.fromkeys(LOSSES, math.nan)
     align_rows = [
         [
-            call.end - start, call.duration, call.version_before, call.version_after, call.steps, call.fit_count,
-            call.holdout_count, call.accepted, call.reason, call.difference_mean, call.difference_stderr,
-            call.e_token_norm, call.gradient_norm, call.learning_rate,
-            *(call.losses[name][loss] for name in SETS for loss in LOSSES),
+            call.end - start,
+            *(getattr(call, name) for name in names),
+            *((call.losses or dict.fromkeys(SETS, nothing))[name][loss] for name in SETS for loss in LOSSES),
         ]
         for call in records.aligns
-    ]  # fmt: skip
+    ]
+    align_columns = ["t", *names, *(f"{name}.{loss}" for name in SETS for loss in LOSSES)]
     return {
         "chunks": {
             "columns": ["t", "latency_s", "observation_age_s", "e_token_version"],
@@ -313,4 +324,5 @@ def _series(records: RunRecords) -> dict[str, dict[str, list[Any]]]:
             "columns": ["t", "reached"],
             "rows": [[stamp - start, reached] for stamp, reached in records.targets],
         },
+        "bodies": {"columns": ["t", "name"], "rows": [[stamp - start, name] for stamp, name in records.bodies]},
     }

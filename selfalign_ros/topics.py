@@ -59,6 +59,7 @@ def graph_topics(contract: RobotContract) -> list[Topic]:
         Topic("align_report", AlignReport, qos.EVENTS),
         Topic("distance_to_target", Float64, qos.EVENTS),
         Topic("target_reached", Bool, qos.EVENTS),
+        Topic("body", String, qos.LATCHED),
         Topic("/diagnostics", DiagnosticArray, _DIAGNOSTICS),
     ]
 

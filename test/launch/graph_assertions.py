@@ -9,16 +9,20 @@ from typing import Any
 import yaml
 from node_testing import ROOT, Probe, wait_for
 
-# Small batches and frequent align calls, so that a test sees several of them in a few seconds; no giving way to others.
-_QUICK = {
+QUICK_ALIGNER = {
     "niceness": 0,
     "align_frequency": 4.0,
-    "steps": 2,
-    "batch_size": 4,
-    "holdout_size": 4,
-    "guard_draws": 4,
-    "time_budget_ms": 60000.0,
+    "collect_fit_count": 4,
+    "collect_guard_count": 4,
+    "collect_min_command": 0.0,
+    "collect_min_motion": 0.0,
+    "refine_steps": 2,
+    "guard_draws": 2,
+    "guard_sigmas": 0.0,
+    "watch_count": 4,
 }
+"""Few transitions, however little the robot moves, and few steps; no giving way to others, and a guard that lets about
+every second token pass: what is tested is the graph, not the result."""
 
 
 def write_quick_parameters(folder: Path) -> Path:
@@ -32,7 +36,7 @@ def write_quick_parameters(folder: Path) -> Path:
     (folder / "contract.yaml").write_text(yaml.safe_dump(contract))
     parameters = {
         "/**": {"ros__parameters": {"contract": str(folder / "contract.yaml"), "checkpoint": "tiny"}},
-        "/aligner": {"ros__parameters": _QUICK},
+        "/aligner": {"ros__parameters": QUICK_ALIGNER},
         "/robot_sim": {"ros__parameters": {"episode_seconds": 1.0}},
     }
     path = folder / "quick.yaml"
@@ -55,8 +59,9 @@ def assert_outputs_appear(probe: Probe) -> None:
     wait_for(lambda: len(probe.messages["action_chunk"]) >= 3, "three chunks")
     chunk = probe.messages["action_chunk"][-1]
     assert len(chunk.data) == chunk.horizon * chunk.dim and chunk.dim == len(chunk.joint_names) == 7
-    wait_for(lambda: len(probe.messages["align_report"]) >= 2, "two align calls")
+    wait_for(lambda: len(probe.messages["align_report"]) >= 2, "two rounds of the aligner")
     wait_for(lambda: probe.messages["e_token"], "an E-Token")
+    wait_for(lambda: any(report.attempted for report in probe.messages["align_report"]), "an attempt to align")
     reports = probe.messages["align_report"]
     assert all(report.version_after == report.version_before + report.accepted for report in reports)
 
@@ -69,7 +74,22 @@ def assert_parameters_tune(probe: Probe) -> None:
     assert not refusal.successful and "align_frequency" in refusal.reason
     before = len(probe.messages["align_report"])
     assert probe.set_parameter("aligner", "enable", True).successful
-    wait_for(lambda: len(probe.messages["align_report"]) > before, "an align call after enable")
+    wait_for(lambda: len(probe.messages["align_report"]) > before, "a round after enable")
+
+
+def wait_for_accepted_token(probe: Probe) -> Any:
+    """The report of a token accepted from now on; asks for attempts, because after a refusal the aligner rests."""
+    from std_srvs.srv import Trigger
+
+    start = len(probe.messages["align_report"])
+
+    def accepted() -> Any:
+        reports = [report for report in list(probe.messages["align_report"])[start:] if report.accepted]
+        if not reports:
+            probe.call(Trigger, "aligner/align_now", Trigger.Request())
+        return reports
+
+    return wait_for(accepted, "an accepted token")[0]
 
 
 def assert_aligner_may_die(probe: Probe, kill: Callable[[], Any], wait_for_restart: Callable[[], Any]) -> None:
@@ -80,5 +100,5 @@ def assert_aligner_may_die(probe: Probe, kill: Callable[[], Any], wait_for_resta
     wait_for_restart()
     version = probe.messages["action_chunk"][-1].e_token_version
     reports = len(probe.messages["align_report"])
-    wait_for(lambda: len(probe.messages["align_report"]) > reports, "an align call of the new aligner")
+    wait_for(lambda: len(probe.messages["align_report"]) > reports, "a round of the new aligner")
     assert probe.messages["align_report"][-1].version_before >= version  # it continued from the token in use

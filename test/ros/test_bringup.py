@@ -17,6 +17,7 @@ from graph_assertions import (
     assert_outputs_appear,
     assert_parameters_tune,
     listen,
+    wait_for_accepted_token,
     write_quick_parameters,
 )
 
@@ -35,14 +36,14 @@ def test_a_run_from_start_to_stop(probe: Probe, tmp_path: Path) -> None:
         assert_aligner_may_die(
             probe, lambda: run.kill_node("aligner"), lambda: run.wait_for_line("[aligner-3]: process started", 2)
         )
-        wait_for(lambda: any(report.accepted for report in probe.messages["align_report"]), "an accepted align call")
+        wait_for_accepted_token(probe)
         # The robot's other processes go through the same: each comes back, none takes another with it.
         for name in ("robot_sim", "buffer", "policy"):
             run.kill_node(name)
             run.wait_for_pid(name, starts=2)
         chunks = len(probe.messages["action_chunk"])
         wait_for(lambda: len(probe.messages["action_chunk"]) >= chunks + 3, "chunks after everything was killed once")
-        run.wait_for_line("align calls (")  # the progress line
+        run.wait_for_line("align attempts (")  # the progress line
         assert run.pids["policy"][0] == policy and all(len(run.pids[name]) == 2 for name in NODES)
         assert run.stop() == 0, run.output  # what was killed and came back is no failure
     finally:
@@ -60,13 +61,17 @@ def _check_report(folder: Path) -> None:
     assert parts == latency["all"]["count"] == report["chunks"]["count"]
     assert report["observation_age_s"]["p50"] > 0
     align = report["align"]
-    assert align["calls"] == align["accepted"] + align["refused"] == len(report["series"]["align"]["rows"]) >= 3
+    rows, columns = (report["series"]["align"][name] for name in ("rows", "columns"))
+    rounds = [dict(zip(columns, row, strict=True)) for row in rows]
+    attempts = [call for call in rounds if call["attempted"]]
+    assert align["rounds"] == len(rounds) >= 3
+    assert align["attempts"] == align["accepted"] + align["refused"] == len(attempts) >= 1
     assert report["e_token"]["last_version"] >= 1 and report["e_token"]["norm"] > 0
-    columns = report["series"]["align"]["columns"]
-    for row in report["series"]["align"]["rows"]:
-        call = dict(zip(columns, row, strict=True))
-        assert call["duration_s"] > 0 and call["reason"] and call["e_token_norm"] > 0
-        assert all(call[f"holdout_before.{loss}"] > 0 for loss in ("perception", "dynamics", "inverse_dynamics"))
+    assert all(call["text"] and call["e_token_norm"] > 0 for call in rounds)
+    for call in attempts:
+        assert call["duration_s"] > 0
+        assert all(call[f"guard_before.{loss}"] > 0 for loss in ("perception", "dynamics", "inverse_dynamics"))
+    assert set(report["bodies"]) == {"nominal"}
     for camera in ("overhead", "wrist"):
         assert report["frames"][f"camera/{camera}/image_raw"]["received"] > 10
     assert report["distance_to_target_m"]["minimum"] > 0

@@ -31,17 +31,29 @@ def chunk(stamp: float, latency: float = 0.02, age: float = 0.01, version: int =
     return ChunkRecord(stamp, age, latency, version, horizon=16, dim=7)
 
 
-def align(end: float, duration: float = 0.5, version: int = 0, accepted: bool = True, loss: float = 1.0) -> AlignRecord:
+def align(
+    end: float, duration: float = 0.5, version: int = 0, accepted: bool = True, loss: float = 1.0, **options
+) -> AlignRecord:
     losses = {name: dict.fromkeys(LOSSES, loss) for name in SETS}
+    values = {"attempted": True, "steps": 8, "difference_mean": -0.1, "difference_stderr": 0.02, "losses": losses}
     return AlignRecord(
-        end, duration, version, version + accepted, 8, 16, 16, losses, -0.1, 0.02, 1.5, 0.3, 0.03, accepted, "because"
-    )
+        end, duration, "collect", "because", version, version + accepted, 1.5, 40, accepted=accepted,
+        **(values | options),
+    )  # fmt: skip
+
+
+def watching(end: float, **options) -> AlignRecord:
+    return AlignRecord(end, 0.01, "watch", "watching", 1, 1, 1.5, 12, **options)
 
 
 def records() -> RunRecords:
     run = RunRecords("sim_arm", start=100.0, duration=4.0)
     run.chunks = [chunk(100.0 + 0.4 * i, latency=0.02 + 0.001 * i) for i in range(10)]
-    run.aligns = [align(102.0), align(103.0, version=1, accepted=False)]
+    run.aligns = [
+        align(102.0), align(103.0, version=1, accepted=False), watching(103.2, drift_factor=1.1),
+        watching(103.5, drift=True, drift_factor=2.0),
+    ]  # fmt: skip
+    run.bodies = [(100.1, "nominal"), (103.3, "bent")]
     run.tokens = [TokenRecord(100.5, 0, 1.0), TokenRecord(102.0, 1, 1.5)]
     run.frames = {"camera/overhead": [100.0 + i / 30 for i in range(60) if i not in (7, 8, 20)]}
     run.distances = [(100.0, 0.4), (101.0, 0.3), (102.0, 0.35)]
@@ -94,9 +106,10 @@ def test_jitter_of_the_stamps_is_no_dropped_frame() -> None:
 def test_report_holds_what_happened() -> None:
     report = summarise(records())
     assert report["ok"] and report["reason"] == ""
-    assert (report["schema"], report["version"]) == ("selfalign/run_report", 1)
+    assert (report["schema"], report["version"]) == ("selfalign/run_report", 2)
     assert report["chunks"] == {"count": 10, "rate_hz": pytest.approx(2.5), "first_t": 0.0, "horizon": 16, "dim": 7}
-    assert report["align"] | {"duration_s": None} == {"calls": 2, "accepted": 1, "refused": 1, "duration_s": None}
+    expected = {"rounds": 4, "attempts": 2, "accepted": 1, "refused": 1, "drifts": 1, "duration_s": None}
+    assert report["align"] | {"duration_s": None} == expected
     assert report["align"]["duration_s"]["max"] == 0.5
     assert report["e_token"] == {"first_version": 0, "last_version": 1, "norm": 1.5}
     assert report["frames"]["camera/overhead"]["dropped"] == 3
@@ -109,10 +122,13 @@ def test_report_holds_what_happened() -> None:
     assert report["series"]["targets"]["rows"][2] == [pytest.approx(3.5), False]
     assert report["diagnostics"]["policy: chunks"] == {"level": "ok", "message": "moving", "values": {"chunks": "10"}}
     table = report["series"]["align"]
-    assert len(table["rows"]) == 2 and len(table["columns"]) == len(table["rows"][0])
+    assert len(table["rows"]) == 4 and len(table["columns"]) == len(table["rows"][0])
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
-    assert rows[0]["t"] == pytest.approx(2.0) and rows[0]["holdout_after.inverse_dynamics"] == 1.0
-    assert [row["accepted"] for row in rows] == [True, False]
+    assert rows[0]["t"] == pytest.approx(2.0) and rows[0]["guard_after.inverse_dynamics"] == 1.0
+    assert [row["accepted"] for row in rows] == [True, False, False, False]
+    assert [row["drift"] for row in rows] == [False, False, False, True]
+    assert report["bodies"] == ["nominal", "bent"]
+    assert report["series"]["bodies"]["rows"][1] == [pytest.approx(3.3), "bent"]
 
 
 def test_a_run_without_chunks_says_what_the_nodes_complain_about() -> None:
@@ -134,13 +150,14 @@ def test_numbers_that_are_not_finite_are_null_in_json() -> None:
     run = records()
     run.aligns.append(align(103.5, version=1, loss=math.nan))
     text = json.dumps(finite(summarise(run)), allow_nan=False)
-    assert json.loads(text)["series"]["align"]["rows"][2][-1] is None
+    assert json.loads(text)["series"]["align"]["rows"][4][-1] is None
 
 
 def test_progress_line_tells_the_state_of_the_run() -> None:
     line = progress_line(records(), elapsed=4.0, total=30.0)
     for part in (
-        "4/30 s", "10 chunks", "2 align calls (1 accepted)", "E-Token v1", "35.0 cm to target", "2 of 3 targets reached"
+        "4/30 s", "10 chunks", "2 align attempts (1 accepted)", "E-Token v1", "35.0 cm to target",
+        "2 of 3 targets reached",
     ):  # fmt: skip
         assert part in line
 

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import signal
+import sys
 
 import numpy as np
 import pytest
-from node_testing import wait_for
+from node_testing import ROOT, wait_for
+
+sys.path.insert(0, str(ROOT / "test" / "launch"))
+from graph_assertions import QUICK_ALIGNER, wait_for_accepted_token
+from std_srvs.srv import Trigger
 
 pytestmark = pytest.mark.ros
 
 COMMANDS = "joint_trajectory_controller/joint_trajectory"
-# Few optimiser steps on few transitions, and no giving way to others: what is tested is the graph, not the result.
-ALIGNER = {
-    "niceness": 0,
-    "align_frequency": 2.0,
-    "steps": 2,
-    "batch_size": 4,
-    "holdout_size": 4,
-    "guard_draws": 2,
-    "guard_sigmas": 0.0,
-}
+ALIGNER = QUICK_ALIGNER | {"align_frequency": 2.0}
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +47,13 @@ def running(graph, probe, contract_path):
     graph.start("aligner", contract=contract_path, **ALIGNER)
 
 
+def wait_for_chunk(probe, version: int) -> None:
+    wait_for(lambda: probe.messages["action_chunk"][-1].e_token_version == version, f"a chunk with version {version}")
+
+
 def count_from_now(probe, topic: str, enough: int) -> None:
     start = len(probe.messages[topic])
     wait_for(lambda: len(probe.messages[topic]) >= start + enough, f"{enough} more messages on {topic}")
-
-
-def accepted(probe) -> list:
-    return [report for report in probe.messages["align_report"] if report.accepted]
 
 
 @pytest.mark.parametrize(
@@ -93,20 +89,39 @@ def test_trajectory_starts_in_the_future_and_ends_with_its_chunk(probe) -> None:
 
 
 def test_token_version_rises_and_chunks_follow(probe) -> None:
-    wait_for(lambda: len(accepted(probe)) >= 2, "two accepted align calls")
-    report = accepted(probe)[-1]
+    report = wait_for_accepted_token(probe)
     assert report.version_after == report.version_before + 1
     assert report.embodiment == "sim_arm"
-    assert (report.fit_count, report.holdout_count) == (4, 4)
+    assert report.attempted and report.guard_count == 4 and 1 <= report.fit_count <= 4
     assert report.steps == 2
     version = report.version_after
     wait_for(lambda: probe.messages["action_chunk"][-1].e_token_version >= version, f"chunk with version {version}")
 
 
+def test_every_stage_is_reported_in_words_and_numbers(probe) -> None:
+    def reports(condition) -> list:
+        return [report for report in list(probe.messages["align_report"]) if condition(report)]
+
+    counting = wait_for(lambda: reports(lambda r: r.text.startswith("collecting: ")), "a report of collection")[0]
+    assert counting.state == "collect" and not counting.attempted and not counting.joints
+    attempt = wait_for(lambda: reports(lambda r: r.attempted), "a report of an attempt")[0]
+    assert attempt.text.split(":")[0] in ("accepted", "refused") and attempt.start
+    assert list(attempt.joints) == list(probe.messages["joint_states"][-1].name)
+    assert len(attempt.command_spread) == len(attempt.motion_spread) == len(attempt.joints)
+    assert attempt.guard_before.total > 0 and attempt.guard_after.total > 0 and attempt.e_token_norm > 0
+    assert -2 <= attempt.difference_mean <= 2
+    # What differs at all from the current token passes a guard without margin in about half of the attempts; the others
+    # are followed by a watch.
+    refused = wait_for(
+        lambda: reports(lambda r: r.attempted and not r.accepted) or not wait_for_accepted_token(probe), "a refusal"
+    )[0]
+    assert refused.state == "watch" and refused.version_after == refused.version_before
+    watched = wait_for(lambda: reports(lambda r: r.drift_tested), "a drift test")[0]
+    assert watched.drift_factor > 0 and "standard errors" in watched.text
+
+
 def test_align_frequency_takes_effect_at_once(probe) -> None:
     assert probe.set_parameter("aligner", "align_frequency", 0.001).successful
-    from std_srvs.srv import Trigger
-
     # Whatever was running has ended once the diagnostics have come round; then nothing starts for 1000 s ...
     probe.wait_for_diagnostics("aligner: align", 2)
     reports = len(probe.messages["align_report"])
@@ -115,21 +130,35 @@ def test_align_frequency_takes_effect_at_once(probe) -> None:
     # ... except by request, or when the parameter says so.
     response = probe.call(Trigger, "aligner/align_now", Trigger.Request())
     assert response.success, response.message
-    wait_for(lambda: len(probe.messages["align_report"]) == reports + 1, "the report of the requested call")
+    wait_for(lambda: len(probe.messages["align_report"]) == reports + 1, "the report of the requested round")
+    assert probe.messages["align_report"][-1].text == response.message
     assert probe.set_parameter("aligner", "align_frequency", 5).successful  # a whole number will do
     count_from_now(probe, "align_report", 3)
 
 
-def test_steps_take_effect_at_once(probe) -> None:
-    assert probe.set_parameter("aligner", "steps", 3).successful
-    wait_for(lambda: probe.messages["align_report"][-1].steps == 3, "an align call of three steps")
+def test_settings_of_the_stages_take_effect_at_once(probe) -> None:
+    assert probe.set_parameter("aligner", "refine_steps", 3).successful
+    assert probe.set_parameter("aligner", "collect_guard_count", 5).successful
+    report = wait_for_accepted_token(probe)
+    assert (report.steps, report.guard_count) == (3, 5)
+    assert probe.set_parameter("aligner", "mode", "bank").successful
+    count = len(probe.messages["align_report"])
+
+    def attempts() -> list:
+        probe.call(Trigger, "aligner/align_now", Trigger.Request())
+        return [report for report in list(probe.messages["align_report"])[count:] if report.attempted]
+
+    assert wait_for(attempts, "an attempt in mode bank")[-1].steps == 0
+    assert probe.set_parameter("aligner", "mode", "subspace").successful
 
 
 @pytest.mark.parametrize(
     ("name", "value", "parts"),
     [
         ("align_frequency", -1.0, ["align_frequency", "-1.0", "50.0"]),
-        ("learning_rate", float("nan"), ["learning_rate", "nan", "10.0"]),
+        ("refine_learning_rate", float("nan"), ["refine_learning_rate", "nan", "10.0"]),
+        ("mode", "best", ["mode", "best", "bank, subspace, full"]),
+        ("collect_guard_count", 1, ["collect_guard_count", "1", "4096"]),
         ("lambda_inv", -3.0, ["lambda_inv", "-3.0"]),
         ("niceness", 3, ["read-only", "niceness"]),
     ],
@@ -158,25 +187,60 @@ def test_parameters_describe_themselves(probe) -> None:
     assert descriptor.floating_point_range[0].to_value == 50.0
 
 
-def test_buffer_says_how_many_transitions_there_are(probe) -> None:
+def sample(probe, **options):
     from selfalign.srv import SampleTransitions
 
-    request = SampleTransitions.Request(fit_size=4, holdout_size=4000, seed=1)
-    response = probe.call(SampleTransitions, "buffer/sample_transitions", request)
-    assert not response.success
-    assert "transitions" in response.message
+    request = SampleTransitions.Request(**({"count": 8, "stride": 2, "least": 4} | options))
+    return probe.call(SampleTransitions, "buffer/sample_transitions", request)
 
 
 def test_buffer_serves_whole_batches(probe) -> None:
-    from selfalign.srv import SampleTransitions
-
-    request = SampleTransitions.Request(fit_size=4, holdout_size=4, seed=1)
-    response = probe.call(SampleTransitions, "buffer/sample_transitions", request)
+    response = wait_for(lambda: (r := sample(probe)).found >= 4 and r, "four transitions")
     assert response.success, response.message
     frames = len(response.frame_stamps)
     assert len(response.frames) == frames * len(response.cameras) * response.height * response.width * 3
-    assert len(response.obs_index) == len(response.next_index) == 8
-    assert response.fit_count == 4
+    assert len(response.obs_index) == len(response.next_index) == response.found <= 8
+    begins = np.array(response.frame_stamps)[np.array(response.obs_index)]
+    assert (np.diff(begins) > 0).all()
+
+
+def test_buffer_sends_no_frames_that_nobody_needs(probe) -> None:
+    wait_for(lambda: sample(probe).found == 8, "eight transitions")
+    few = sample(probe, least=9)
+    assert (few.success, few.found, len(few.frames)) == (True, 8, 0)
+    old = sample(probe, newer_than_ns=2**62)
+    assert (old.success, old.found, len(old.frames)) == (True, 8, 0)
+    none = sample(probe, since_ns=2**62)
+    assert (none.success, none.found, len(none.frames)) == (True, 0, 0)
+    bad = sample(probe, stride=0)
+    assert not bad.success and "stride: found 0" in bad.message
+
+
+def test_a_token_can_be_rolled_back_and_reset(probe) -> None:
+    def digest(version: int) -> bytes:
+        tokens = probe.messages["e_token"]
+        wait_for(lambda: tokens and tokens[-1].version >= version, f"E-Token version {version}")
+        return next(token.data.tobytes() for token in reversed(list(tokens)) if token.version == version)
+
+    # No attempt of its own in between.
+    assert probe.set_parameter("aligner", "enable", False).successful
+    first = wait_for_accepted_token(probe)
+    before = digest(first.version_before)
+    response = probe.call(Trigger, "aligner/rollback", Trigger.Request())
+    version = first.version_after + 1
+    assert response.success and response.message == f"in use as E-Token version {version}"
+    assert digest(version) == before != digest(first.version_after)
+    wait_for_chunk(probe, version)
+
+    response = probe.call(Trigger, "aligner/reset", Trigger.Request())
+    if before != digest(0):
+        assert response.success and digest(version + 1) == digest(0)
+        wait_for_chunk(probe, version + 1)
+    response = probe.call(Trigger, "aligner/reset", Trigger.Request())
+    assert not response.success and "found the policy's own token in use" in response.message
+    response = probe.call(Trigger, "aligner/save", Trigger.Request())
+    assert not response.success and "token_folder" in response.message
+    assert probe.set_parameter("aligner", "enable", True).successful
 
 
 @pytest.mark.parametrize(
@@ -206,9 +270,10 @@ def test_killed_aligner_leaves_the_policy_running_and_goes_on_from_its_version(p
     assert version >= 2
     graph.start("aligner", contract=contract_path, **ALIGNER)
     probe.messages["align_report"].clear()
-    wait_for(lambda: accepted(probe), "an accepted align call of the restarted aligner")
-    assert accepted(probe)[0].version_before == version
-    wait_for(lambda: probe.messages["action_chunk"][-1].e_token_version > version, "chunks with a newer version")
+    wait_for(lambda: probe.messages["align_report"], "a round of the restarted aligner")
+    assert probe.messages["align_report"][0].version_before == version
+    report = wait_for_accepted_token(probe)
+    wait_for(lambda: probe.messages["action_chunk"][-1].e_token_version >= report.version_after, "chunks with it")
 
 
 def test_killed_robot_stops_the_policy_and_a_restarted_one_moves_again(probe, graph, contract_path) -> None:
