@@ -276,6 +276,40 @@ def test_killed_aligner_leaves_the_policy_running_and_goes_on_from_its_version(p
     wait_for(lambda: probe.messages["action_chunk"][-1].e_token_version >= report.version_after, "chunks with it")
 
 
+def test_saved_tokens_survive_a_restart_of_everything(probe, graph, contract_path, tmp_path) -> None:
+    graph.nodes["aligner"].stop(signal.SIGKILL)
+    graph.start("aligner", contract=contract_path, token_folder=tmp_path, **ALIGNER)
+    report = wait_for_accepted_token(probe)
+    assert probe.set_parameter("aligner", "enable", False).successful
+    response = probe.call(Trigger, "aligner/save", Trigger.Request())
+    path = tmp_path / "sim_arm.safetensors"
+    assert response.success and response.message.endswith(f"saved to {path}") and path.is_file()
+    version = int(response.message.split()[2])
+    assert version >= report.version_after
+    saved = next(t.data.tobytes() for t in reversed(list(probe.messages["e_token"])) if t.version == version)
+    for name in ("aligner", "policy"):
+        graph.nodes[name].stop(signal.SIGKILL)
+    probe.messages["e_token"].clear()
+    # A policy that starts afresh has its own token, version 0, until the aligner hands it the saved one.
+    graph.start("policy", contract=contract_path)
+    graph.start("aligner", contract=contract_path, token_folder=tmp_path, **ALIGNER, enable=False)
+    wait_for(lambda: probe.messages["e_token"], "an E-Token")
+    assert probe.messages["e_token"][0].version == version
+    assert probe.messages["e_token"][0].data.tobytes() == saved
+    wait_for_chunk(probe, version)
+
+
+def test_a_saved_token_that_does_not_fit_is_named_and_left_alone(probe, graph, contract_path, tmp_path) -> None:
+    path = tmp_path / "sim_arm.safetensors"
+    path.write_bytes(b"not a token")
+    graph.nodes["aligner"].stop(signal.SIGKILL)
+    node = graph.start("aligner", contract=contract_path, token_folder=tmp_path, **ALIGNER)
+    probe.messages["align_report"].clear()
+    wait_for(lambda: probe.messages["align_report"], "a round of the aligner all the same")
+    assert "saved E-Token not used" in node.log and str(path) in node.log
+    assert path.read_bytes() == b"not a token"
+
+
 def test_killed_robot_stops_the_policy_and_a_restarted_one_moves_again(probe, graph, contract_path) -> None:
     graph.nodes["robot_sim"].stop(signal.SIGKILL)
     probe.wait_for_status("policy: chunks", "holding", "found age")

@@ -24,6 +24,7 @@ def robot(graph, probe):
     probe.listen(Float64, "distance_to_target", 100)
     probe.listen(Bool, "target_reached", 100)
     probe.listen(String, "prompt", qos.LATCHED)
+    probe.listen(String, "body", qos.LATCHED)
     return graph.start("robot_sim", contract=graph.contract("sim_reach.yaml"), episode_seconds=EPISODE_S, seed=3)
 
 
@@ -132,3 +133,47 @@ def test_the_order_of_targets_depends_on_the_seed_alone(probe) -> None:
         prompts.append(sim.prompt)
     sim.close()
     assert [message.data for message in probe.messages["prompt"]][: len(prompts)] == prompts
+
+
+def set_body(probe, body: str):
+    from selfalign.srv import SetBody
+
+    return probe.call(SetBody, "robot_sim/set_body", SetBody.Request(body=body))
+
+
+def test_the_body_changes_while_it_runs_and_everyone_is_told(probe, robot, commands) -> None:
+    assert [message.data for message in probe.messages["body"]] == ["nominal"]
+    commands.publish(trajectory(dict.fromkeys(COMMANDED, 0.5)))
+    wait_for(lambda: np.abs(measured(probe, COMMANDED)[-1] - 0.5).max() < 0.1, "the arm at 0.5")
+    response = set_body(probe, "{name: turned, joints: {shoulder_pan: {sign: -1, offset: 0.2}}}")
+    assert response.success and response.message == "body 'turned' is in force"
+    wait_for(lambda: probe.messages["body"][-1].data == "turned", "the new body's name")
+    assert "body changed from 'nominal' to 'turned'" in robot.log
+    # The arm stays where it is: q = 0.5, which the new encoder calls -(0.5 - 0.2).
+    wait_for(lambda: np.abs(measured(probe, COMMANDED)[-1] - [-0.3, 0.5, 0.5]).max() < 0.1, "the new encoder's reading")
+    held = measured(probe, HELD)
+    assert np.abs(held[-1] - held[0]).max() < 2 * SAG
+    # Commands are the new body's.
+    commands.publish(trajectory(dict.fromkeys(COMMANDED, 0.4)))
+    wait_for(lambda: np.abs(measured(probe, COMMANDED)[-1] - 0.4).max() < 0.1, "the arm at 0.4 of the new body")
+    assert set_body(probe, "bodies/nominal.yaml").success
+    wait_for(lambda: probe.messages["body"][-1].data == "nominal", "the nominal body's name")
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("bodies/none.yaml", "file 'bodies/none.yaml': found neither"),
+        ("{name: bent, arms: 2}", "arms: unknown key"),
+        ("{name: bent, payload: -3}", "payload: found -3"),
+        ("payload: 0.1", "name: found nothing"),
+        ("{name: [", "not readable as YAML"),
+    ],
+)
+def test_a_body_that_is_none_is_refused_and_nothing_changes(probe, robot, body: str, reason: str) -> None:
+    names = len(probe.messages["body"])
+    response = set_body(probe, body)
+    assert not response.success and reason in response.message, response.message
+    count = len(probe.messages["joint_states"])
+    wait_for(lambda: len(probe.messages["joint_states"]) > count + 5, "more joint states")
+    assert len(probe.messages["body"]) == names
