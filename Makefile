@@ -15,7 +15,8 @@ CONFIG ?= config/training/example.yaml
 CHECKPOINT ?= policies/tiny_reach
 
 .DEFAULT_GOAL := help
-.PHONY: help build bringup record replay train evaluate tiny-policy test lint clean clean-all
+.PHONY: help build bringup record replay train evaluate tiny-policy train-step held-out ablations adaptation
+.PHONY: test lint clean clean-all
 
 help:  ## show this text
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,8 +51,29 @@ train:  ## train a policy: CONFIG=my.yaml ARGS='--resume data.path=DATASET'
 evaluate:  ## closed-loop episodes in the simulator: CHECKPOINT=directory
 	@$(BOOTSTRAP) run python3 -m selfalign_core.evaluate $(CHECKPOINT) $(ARGS)
 
-tiny-policy:  ## make the shipped policy from nothing (2 to 3 hours on 2 cores), in runs/tiny_policy
+tiny-policy:  ## make the shipped policy from nothing (about an hour on 2 cores), in runs/tiny_policy
 	@$(BOOTSTRAP) run tools/tiny_policy.sh
+
+# Studies. One thread each: they run side by side, and their work is too small to split.
+train-step: export OMP_NUM_THREADS := 1
+train-step:  ## time and memory of a training step with and without the alignment expert
+	@$(BOOTSTRAP) run python3 -m benchmarks.train_step --json runs/train_step.json $(ARGS)
+
+held-out: export OMP_NUM_THREADS := 1
+held-out:  ## losses on recordings and bodies never trained on, before and after: of a run of make tiny-policy
+	@[ -d runs/tiny_policy/unseen ] || $(BOOTSTRAP) run python3 -m selfalign_core.data.sim_demos \
+	  --output runs/tiny_policy/unseen --bodies 17 --episodes 4 --frames 36 --seed 77
+	@$(BOOTSTRAP) run python3 -m benchmarks.held_out runs/tiny_policy/joint --bodies runs/tiny_policy/unseen \
+	  --json runs/held_out.json $(ARGS)
+
+ablations: export OMP_NUM_THREADS := 1
+ablations:  ## training without its parts, one after another (about 2 hours); starts from that of make tiny-policy
+	@$(BOOTSTRAP) run python3 -m benchmarks.ablations --config config/training/tiny_policy.yaml \
+	  --output runs/ablations $(ARGS)
+
+adaptation: export OMP_NUM_THREADS := 1
+adaptation:  ## unseen bodies with and without alignment: CHECKPOINT=directory
+	@$(BOOTSTRAP) run python3 -m benchmarks.adaptation $(CHECKPOINT) --output runs/adaptation $(ARGS)
 
 lint:  ## ruff
 	@$(BOOTSTRAP) run python3 -m ruff check .
