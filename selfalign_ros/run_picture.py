@@ -74,7 +74,9 @@ def _draw_verdicts(axis: Any, attempts: Mapping[str, Any], rounds: Mapping[str, 
             bars = 200 * errors[mask]
             axis.errorbar(times[mask], 100 * means[mask], bars, fmt="o", ms=4, capsize=2, color=colour, label=name)
     factors = np.array(rounds["drift_factor"], float)
-    axis.plot(rounds["t"], 100 * (factors - 1), ".-", ms=4, lw=0.7, color="C1", label="loss against baseline (watch)")
+    if (tested := np.isfinite(factors)).any():
+        times, rise = np.array(rounds["t"], float)[tested], 100 * (factors[tested] - 1)
+        axis.plot(times, rise, ".", ms=4, color="C1", label="loss against baseline (watch)")
     axis.axhline(0.0, color="0.4", lw=0.8)
     axis.set_ylabel("shadow − current\n[% of loss, ± 2 s.e.]")
 

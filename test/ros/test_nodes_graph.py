@@ -263,6 +263,21 @@ def test_robot_refuses_a_malformed_command_and_says_why(probe, graph, points, re
     probe.node.destroy_publisher(publisher)
 
 
+def test_the_aligner_may_ask_for_motion_when_there_is_too_little(probe, graph) -> None:
+    assert probe.set_parameter("policy", "calibrate_duration", 3.2).successful
+    assert probe.set_parameter("aligner", "collect_min_command", 10.0).successful
+    probe.call(Trigger, "aligner/align_now", Trigger.Request())  # out of a rest, if it is in one
+    probe.wait_for_status("aligner: align", "waiting for motion", "expected at least 10.000")
+    assert "calibration motion" not in graph.nodes["policy"].log  # nobody has allowed it
+    assert probe.set_parameter("aligner", "auto_calibrate_after", 1.0).successful
+    assert probe.set_parameter("aligner", "auto_calibrate", True).successful
+    wait_for(lambda: "calibration motion: moving for 3.2 s" in graph.nodes["policy"].log, "the motion")
+    wait_for(lambda: "asked for motion (waiting for motion" in graph.nodes["aligner"].log, "the aligner says so")
+    assert probe.set_parameter("aligner", "auto_calibrate", False).successful
+    assert probe.set_parameter("aligner", "collect_min_command", 0.0).successful
+    wait_for(lambda: "calibration motion completed" in graph.nodes["policy"].log, "the end of the motion")
+
+
 def test_killed_aligner_leaves_the_policy_running_and_goes_on_from_its_version(probe, graph, contract_path) -> None:
     graph.nodes["aligner"].stop(signal.SIGKILL)
     count_from_now(probe, "action_chunk", 3)
@@ -278,7 +293,10 @@ def test_killed_aligner_leaves_the_policy_running_and_goes_on_from_its_version(p
 
 def test_saved_tokens_survive_a_restart_of_everything(probe, graph, contract_path, tmp_path) -> None:
     graph.nodes["aligner"].stop(signal.SIGKILL)
+    probe.messages["align_report"].clear()
     graph.start("aligner", contract=contract_path, token_folder=tmp_path, **ALIGNER)
+    # A call before it is heard could go to the one that was killed.
+    wait_for(lambda: probe.messages["align_report"], "a round of the restarted aligner")
     report = wait_for_accepted_token(probe)
     assert probe.set_parameter("aligner", "enable", False).successful
     response = probe.call(Trigger, "aligner/save", Trigger.Request())
@@ -303,8 +321,8 @@ def test_a_saved_token_that_does_not_fit_is_named_and_left_alone(probe, graph, c
     path = tmp_path / "sim_arm.safetensors"
     path.write_bytes(b"not a token")
     graph.nodes["aligner"].stop(signal.SIGKILL)
-    node = graph.start("aligner", contract=contract_path, token_folder=tmp_path, **ALIGNER)
     probe.messages["align_report"].clear()
+    node = graph.start("aligner", contract=contract_path, token_folder=tmp_path, **ALIGNER)
     wait_for(lambda: probe.messages["align_report"], "a round of the aligner all the same")
     assert "saved E-Token not used" in node.log and str(path) in node.log
     assert path.read_bytes() == b"not a token"
