@@ -73,9 +73,16 @@ def test_a_training_step_is_compared_in_time_and_memory(
 
 def test_a_step_above_a_limit_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     figures = {"step_s": 1.0, "step_mib": 1.0, "resting_mib": 1.0, "memory_mib": 1.0}
-    result = {"setting": {"name": "x"}, "action": figures, "all": figures, "ratio": dict(figures), "met": False}
-    monkeypatch.setattr(train_step, "measure", lambda setting, steps: result)
+    limited = True
+
+    def measure(setting: train_step.Setting, steps: int) -> dict[str, Any]:
+        chosen = {"name": "x", "limited": limited}
+        return {"setting": chosen, "action": figures, "all": figures, "ratio": dict(figures), "met": False}
+
+    monkeypatch.setattr(train_step, "measure", measure)
     assert train_step.main([]) == 1
+    limited = False
+    assert train_step.main([]) == 0
     assert train_step.main(["--steps", "0"]) == 2
 
 
