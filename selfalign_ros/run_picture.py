@@ -33,7 +33,7 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     _draw_distance(axes[0], series)
     _draw_losses(axes[1], attempts)
     _draw_verdicts(axes[2], attempts, series["align"])
-    _draw_token(axes[3], series)
+    _draw_token(axes[3], series, report["duration_s"])
     _draw_latency(axes[4], series["chunks"], report)
     _draw_events(axes, series)
     axes[-1].set_xlabel("time [s]")
@@ -81,15 +81,20 @@ def _draw_verdicts(axis: Any, attempts: Mapping[str, Any], rounds: Mapping[str, 
     axis.set_ylabel("shadow − current\n[% of loss, ± 2 s.e.]")
 
 
-def _draw_token(axis: Any, series: Mapping[str, Any]) -> None:
-    chunks, tokens, aligns = series["chunks"], series["e_token"], series["align"]
-    axis.plot([*tokens["t"], *aligns["t"][-1:]], [*tokens["norm"], *aligns["e_token_norm"][-1:]], "-o", ms=4,
-              color="C5", drawstyle="steps-post", label="norm of E")  # fmt: skip
+def _draw_token(axis: Any, series: Mapping[str, Any], duration_s: float) -> None:
+    chunks, tokens = series["chunks"], series["e_token"]
+    norms = [*tokens["norm"], *tokens["norm"][-1:]]
+    axis.step([*tokens["t"], *[duration_s][: len(tokens["t"])]], norms, where="post", color="C5", label="norm of E")
+    axis.plot(tokens["t"], tokens["norm"], "o", ms=4, color="C5")
     axis.set_ylabel("norm of E", color="C5")
+    if norms:
+        axis.set_ylim(0.95 * min(norms), 1.05 * max(norms) + 1e-6)
     versions = axis.twinx()
     versions.step(chunks["t"], chunks["e_token_version"], where="post", color="0.4", lw=1)
     versions.set_ylabel("version used by chunks", color="0.4")
-    versions.yaxis.get_major_locator().set_params(integer=True)
+    if used := chunks["e_token_version"]:
+        versions.set_ylim(min(used) - 0.5, max(used) + 0.5)
+    versions.yaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
 def _draw_latency(axis: Any, chunks: Mapping[str, Any], report: Mapping[str, Any]) -> None:
