@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--episodes", type=int, default=defaults.episodes, help="per body and arm")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="of the bodies; not the training's")
     parser.add_argument("--curve-bodies", type=int, default=8, help="bodies of the curves over transitions")
-    parser.add_argument("--shift-runs", type=int, default=10, help="runs of each shift")
+    parser.add_argument("--shift-runs", type=int, default=4, help="runs of each shift")
     parser.add_argument("--right-runs", type=int, default=40, help="runs of a robot that is already right")
     parser.add_argument("--right-opportunities", type=int, default=5, help="align opportunities in each of them")
     parser.add_argument("--no-token", metavar="DIR", help="a policy trained without a token, measured as it is")

@@ -25,7 +25,7 @@ _VALIDATION_DRAWS = 4
 class ExpertFit:
     """``steps`` of Adam on ``batch`` random frames and prompts each; the rate falls to zero."""
 
-    steps: int = 200
+    steps: int = 160
     batch: int = 32
     learning_rate: float = 0.05
 

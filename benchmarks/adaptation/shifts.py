@@ -28,8 +28,10 @@ SHIFTS: dict[str, BodyConfig] = {
         _NOMINAL, overhead=CameraBody(position=(0.04, -0.04, 0.03), rotation=(0.1, -0.1, 0.12))
     ),
     "actuator": _NOMINAL.replace_joint("shoulder_lift", strength=0.6).replace_joint("elbow_flex", strength=0.6),
+    "servo": _NOMINAL.replace_joint("elbow_flex", sign=-1),
 }
-"""As far as training's ranges go: a payload is gripped, the camera is bumped, two actuators weaken."""
+"""As far as training's ranges go: a payload is gripped, the camera is bumped, two actuators weaken, and a servo is
+replaced by one that turns the other way, which is the one that stops a policy from reaching at all."""
 
 
 @dataclass(frozen=True)
