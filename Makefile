@@ -15,7 +15,7 @@ CONFIG ?= config/training/example.yaml
 CHECKPOINT ?= policies/tiny_reach
 
 .DEFAULT_GOAL := help
-.PHONY: help build bringup record replay train evaluate tiny-policy train-step held-out ablations adaptation
+.PHONY: help build bringup record replay train evaluate tiny-policy train-step held-out ablations adaptation image-path
 .PHONY: test lint clean clean-all
 
 help:  ## show this text
@@ -74,6 +74,10 @@ ablations:  ## training without its parts, one after another (about 2 hours); st
 adaptation: export OMP_NUM_THREADS := 1
 adaptation:  ## unseen bodies with and without alignment: CHECKPOINT=directory
 	@$(BOOTSTRAP) run python3 -m benchmarks.adaptation $(CHECKPOINT) --output runs/adaptation $(ARGS)
+
+image-path: export OMP_NUM_THREADS := 1
+image-path:  ## time per camera frame from message to model input, against plain cv2
+	@$(BOOTSTRAP) run python3 -m benchmarks.image_path --json benchmarks/results/image_path.json $(ARGS)
 
 lint:  ## ruff
 	@$(BOOTSTRAP) run python3 -m ruff check .

@@ -16,7 +16,6 @@ from sensor_msgs.msg import JointState
 from selfalign.srv import SampleTransitions, Step
 from selfalign_core.buffer import TransitionBuffer
 from selfalign_core.errors import InputError
-from selfalign_core.images import resize_with_pad
 from selfalign_core.policy_config import image_size_of, transition_horizon_of
 from selfalign_ros import qos
 from selfalign_ros.conversions import fill_transitions, positions_in_order, to_ns
@@ -94,10 +93,7 @@ class BufferNode(SelfAlignNode):
         self.worker.submit(lambda: self._add_frame(selection), self._on_added)
 
     def _add_frame(self, selection: Selection) -> None:
-        height, width = self._image_size
-        images = {
-            name: resize_with_pad(image, height, width) for name, image in selection.decode(self.contract).items()
-        }
+        images = selection.decode(self.contract, self._image_size)
         self._buffer.add_frame(selection.stamp_ns, images, selection.state.astype(np.float32))
         self._frame_rate.tick()
 

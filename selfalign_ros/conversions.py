@@ -25,7 +25,7 @@ from selfalign.msg import EToken as ETokenMsg
 from selfalign_core.commands import CommandPath
 from selfalign_core.contract import Camera, RobotContract
 from selfalign_core.errors import InputError
-from selfalign_core.images import decode_compressed, decode_image
+from selfalign_core.images import decode_compressed, decode_resized, resize_with_pad
 from selfalign_core.types import ActionChunk, EToken, TransitionBatch
 
 if TYPE_CHECKING:
@@ -56,24 +56,31 @@ def fill(typecode: str, values: np.ndarray) -> array.array:
 # --- images and joints ---
 
 
-def decode(camera: Camera, message: Image | CompressedImage) -> np.ndarray:
-    """The image of one camera, (H, W, 3) uint8 RGB. Raises ``InputError`` naming camera and topic."""
+def decode(camera: Camera, message: Image | CompressedImage, size: tuple[int, int]) -> np.ndarray:
+    """The image of one camera at the model's ``size`` (height, width): (height, width, 3) uint8 RGB, the aspect ratio
+    kept, padded with black. Raises ``InputError`` naming camera and topic.
+    """
     try:
         if isinstance(message, CompressedImage):
             image = decode_compressed(message.data)
-        else:
-            image = decode_image(
-                message.data,
-                height=message.height,
-                width=message.width,
-                step=message.step,
-                encoding=message.encoding,
-            )
-        if image.shape[:2] != (camera.height, camera.width):
-            raise InputError(f"size: found {image.shape[1]}x{image.shape[0]}; expected {camera.width}x{camera.height}")
+            _check_size(camera, *image.shape[:2])
+            return resize_with_pad(image, *size)
+        _check_size(camera, message.height, message.width)
+        return decode_resized(
+            message.data,
+            height=message.height,
+            width=message.width,
+            step=message.step,
+            encoding=message.encoding,
+            size=size,
+        )
     except InputError as error:
         raise InputError(f"camera {camera.name} ({camera.topic}): {error}") from None
-    return image
+
+
+def _check_size(camera: Camera, height: int, width: int) -> None:
+    if (height, width) != (camera.height, camera.width):
+        raise InputError(f"size: found {width}x{height}; expected {camera.width}x{camera.height}")
 
 
 def image_message(rgb: np.ndarray, stamp: Time, frame_id: str) -> Image:

@@ -39,9 +39,11 @@ class Selection:
     state: np.ndarray  # (joints,) float64, contract order and units
     stamp_ns: int
 
-    def decode(self, contract: RobotContract) -> dict[str, np.ndarray]:
-        """Camera name -> (H, W, 3) uint8 RGB. Raises ``InputError`` naming the camera."""
-        return {camera.name: decode(camera, self.images[camera.name]) for camera in contract.cameras}
+    def decode(self, contract: RobotContract, size: tuple[int, int]) -> dict[str, np.ndarray]:
+        """Camera name -> (H, W, 3) uint8 RGB at the model's ``size`` (H, W). Raises ``InputError`` naming the
+        camera.
+        """
+        return {camera.name: decode(camera, self.images[camera.name], size) for camera in contract.cameras}
 
 
 class Stream:

@@ -195,7 +195,7 @@ class PolicyNode(SelfAlignNode):
         started = time.perf_counter()
         assert self._policy is not None
         observation = Observation(
-            images=selection.decode(self.contract),
+            images=selection.decode(self.contract, self._policy.image_size),
             state=selection.state.astype(np.float32),
             prompt=prompt,
             stamp_ns=selection.stamp_ns,

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from selfalign_core.images import SUPPORTED_ENCODINGS, decode_compressed, decode_image, resize_with_pad
+from selfalign_core.images import SUPPORTED_ENCODINGS, decode_compressed, decode_image, decode_resized, resize_with_pad
 
 
 def picture(height: int = 12, width: int = 10) -> np.ndarray:
@@ -43,6 +43,28 @@ def test_decode_gives_rgb_whatever_the_encoding_and_padding(encoding: str, paddi
     expected = np.repeat(rgb[..., :1], 3, axis=-1) if encoding == "mono8" else rgb
     np.testing.assert_array_equal(image, expected)
     assert image.dtype == np.uint8 and image.flags.c_contiguous
+
+
+@pytest.mark.parametrize("encoding", SUPPORTED_ENCODINGS)
+@pytest.mark.parametrize("padding", [0, 5])
+@pytest.mark.parametrize("size", [(9, 9), (7, 5), (12, 10), (30, 20), (8, 16)])
+def test_decoding_at_a_size_gives_the_pixels_of_decoding_then_resizing(encoding, padding, size) -> None:
+    pixels = encoded(picture(), encoding)
+    step = pixels.shape[1] * pixels.shape[2] + padding
+    message = {"height": 12, "width": 10, "step": step, "encoding": encoding}
+    data = bytearray(padded(pixels, padding))
+    image = decode_resized(data, **message, size=size)
+    np.testing.assert_array_equal(image, resize_with_pad(decode_image(data, **message), *size))
+    assert image.flags.c_contiguous
+    before = image.copy()
+    data[:] = bytes(len(data))
+    np.testing.assert_array_equal(image, before)  # nothing of the message is shared
+
+
+@pytest.mark.parametrize("encoding", ["16UC1", "mono16", "32FC1"])
+def test_depth_is_refused_at_a_size_too(encoding: str) -> None:
+    with pytest.raises(ValueError, match=f"'{encoding}' .a depth or 16-bit encoding"):
+        decode_resized(bytes(240), height=12, width=10, step=20, encoding=encoding, size=(6, 6))
 
 
 @pytest.mark.parametrize("wrap", [bytes, bytearray, memoryview, lambda data: array.array("B", data)])
