@@ -27,6 +27,8 @@ LOG_LEVELS = ("debug", "info", "warn", "error", "fatal")
 EXIT_CONFIGURATION = 2
 
 _DDS_PROFILE = "FASTRTPS_DEFAULT_PROFILES_FILE"
+# Where one of these is set, a site has chosen its own DDS settings.
+_SITE_DDS = (_DDS_PROFILE, "FASTDDS_DEFAULT_PROFILES_FILE", "FASTDDS_BUILTIN_TRANSPORTS")
 
 ParameterValue = bool | int | float | str
 
@@ -238,7 +240,7 @@ def _namespace(values: Mapping[str, ParameterValue]) -> str:
 
 def _environment(discovery_range: str) -> dict[str, str]:
     environment = {"ROS_AUTOMATIC_DISCOVERY_RANGE": discovery_range}
-    if _DDS_PROFILE not in os.environ:  # a site's own profile stands
+    if not any(os.environ.get(name) for name in _SITE_DDS):
         environment[_DDS_PROFILE] = str(config_folder() / "dds" / "fastdds.xml")
     return environment
 

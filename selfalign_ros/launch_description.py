@@ -10,6 +10,7 @@ from launch.events.process import ProcessExited
 from launch_ros.actions import Node
 
 from selfalign_ros.graph import EXIT_CONFIGURATION, PACKAGE, GraphDeclaration, NodeProcess
+from selfalign_ros.shared_memory import remove_orphaned_segments
 from selfalign_ros.supervisor import check_domain
 
 
@@ -57,9 +58,11 @@ def _node(node: NodeProcess) -> Node:
 
 def _on_exit(node: NodeProcess) -> Callable[[ProcessExited, LaunchContext], list]:
     def handle(event: ProcessExited, context: LaunchContext) -> list:
+        code = event.returncode
+        if code < 0:
+            remove_orphaned_segments()
         if context.is_shutdown:
             return []
-        code = event.returncode
         if code == EXIT_CONFIGURATION:
             # An exception is how a launch file makes `ros2 launch` end with an error.
             raise RuntimeError(f"{node.name} cannot work as configured (see its message above)")

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TextIO
 
 from selfalign_ros.graph import EXIT_CONFIGURATION, Graph, GraphError, NodeProcess
+from selfalign_ros.shared_memory import remove_orphaned_segments
 
 # A line ended by a carriage return alone is a status line: kept at the bottom of a terminal, dropped elsewhere.
 STATUS_LINE_ENVIRONMENT = "SELFALIGN_STATUS_LINE"
@@ -206,6 +207,7 @@ class Supervisor:
             os.close(wakeup_write)
             for claim in claims:
                 claim.close()
+            remove_orphaned_segments()
             self._terminal.close()
         return self._exit_code
 
@@ -274,6 +276,8 @@ class Supervisor:
 
     def _on_exit(self, process: _Process) -> None:
         code, node = process.exit_code, process.node
+        if code < 0:
+            remove_orphaned_segments()
         if code == 0:
             self._say(process, f"process has finished cleanly [pid {process.pid}]")
         elif not (self._stopping and code in (-signal.SIGINT, -signal.SIGTERM, 128 + signal.SIGINT)):

@@ -52,8 +52,16 @@ def test_arguments_that_are_not_given_leave_parameter_files_in_force(tmp_path: P
         assert set(node.parameters) <= {"use_sim_time"}, node.name
 
 
-def test_a_site_may_bring_its_own_dds_profile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTRTPS_DEFAULT_PROFILES_FILE", "/etc/site.xml")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("FASTRTPS_DEFAULT_PROFILES_FILE", "/etc/site.xml"),
+        ("FASTDDS_DEFAULT_PROFILES_FILE", "/etc/site.xml"),
+        ("FASTDDS_BUILTIN_TRANSPORTS", "LARGE_DATA"),
+    ],
+)
+def test_a_site_may_bring_its_own_dds_settings(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
     assert "FASTRTPS_DEFAULT_PROFILES_FILE" not in BRINGUP({}).environment
 
 
