@@ -175,6 +175,7 @@ def _lerobot(
         lerobot_epsilon=steps.get("normalizer_processor", {}).get("eps", _EPSILON),
         delta_mask=_relative_mask(values, action_dim) if values.get("use_relative_actions") else None,
         num_steps=values.get("num_inference_steps", 10),
+        rtc_max_delay=values.get("rtc_training_max_delay", 0),
         embodiment=embodiment,
     )
     return ForeignCheckpoint(config, converted)

@@ -29,6 +29,8 @@ class PolicyConfig:
     ``joints``: names of the joints of state and actions, in their order; empty if the data did not say.
     ``lerobot_epsilon``: of a policy whose numbers were normalised by LeRobot's rule (``transforms.Normalizer``).
     ``bank_keys``: embodiment of each row of the checkpoint's E-Token bank; rows beyond them are free.
+    ``rtc_max_delay``: how many of a chunk's first actions the model learned to be given clean (training-time real-time
+    chunking, arXiv 2512.05964); 0 if it was not trained for that.
     """
 
     model: ModelConfig
@@ -44,6 +46,7 @@ class PolicyConfig:
     padding_masked: bool = False
     bank_keys: tuple[str, ...] = ()
     joints: tuple[str, ...] = ()
+    rtc_max_delay: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cameras", tuple(self.cameras))
@@ -73,6 +76,11 @@ class PolicyConfig:
             raise ConfigError(f"PolicyConfig.lerobot_epsilon: found {self.lerobot_epsilon}, expected 0 < value < 1")
         if self.num_steps < 1:
             raise ConfigError(f"PolicyConfig.num_steps: found {self.num_steps}, expected >= 1")
+        if not 0 <= self.rtc_max_delay < self.model.action_horizon:
+            raise ConfigError(
+                f"PolicyConfig.rtc_max_delay: found {self.rtc_max_delay}, expected >= 0 and less than the model's "
+                f"action_horizon={self.model.action_horizon}"
+            )
         if any((self.delta_mask or ())[self.state_dim :]):
             raise ConfigError(
                 f"PolicyConfig.delta_mask: found {self.delta_mask}, expected True only below state_dim={self.state_dim}"

@@ -111,11 +111,6 @@ class Trainer:
         self.policy_config, self.tokenizer, self.stats = self._policy_parts(model.config, tokenizer)
         check_fits(self.policy_config, self.dataset)
         bank = self._make_bank(model, train, start_bank)
-        if self.config.rtc_max_delay >= model.config.action_horizon:
-            raise ConfigError(
-                f"rtc_max_delay: found {config.rtc_max_delay}, expected less than the model's "
-                f"action_horizon={model.config.action_horizon}"
-            )
         dims = torch.arange(model.config.action_dim) < self.policy_config.action_dim
         self.joint = JointModel(model.train(), bank, dims).to(ranks.device)
         self._freeze()
@@ -208,6 +203,7 @@ class Trainer:
             delta_mask=meta.delta_mask,
             padding_masked=True,
             joints=meta.joint_names if meta.state_dim == meta.action_dim else (),
+            rtc_max_delay=self.config.rtc_max_delay,
         )
         normalised = {data.state_norm, data.action_norm} != {"identity"}
         return config, tokenizer, self.dataset.norm_stats if normalised else {}

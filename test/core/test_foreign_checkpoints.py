@@ -179,6 +179,14 @@ def test_a_lerobot_config_without_a_field_reads_as_lerobot_would(tmp_path, weigh
     assert read_foreign(edit_config(directory, lambda v: v.pop(missing))).config == expected
 
 
+def test_what_lerobot_trained_for_real_time_chunking_is_read(tmp_path, weights, pi05):
+    directory = lerobot_directory(tmp_path / "c", weights, pi05)
+    assert read_foreign(directory).config.rtc_max_delay == 0
+    assert read_foreign(edit_config(directory, lambda v: v.update(rtc_training_max_delay=2))).config.rtc_max_delay == 2
+    with pytest.raises(ConfigError, match="rtc_max_delay: found"):
+        read_foreign(edit_config(directory, lambda v: v.update(rtc_training_max_delay=HORIZON)))
+
+
 def test_a_policy_of_another_type_is_refused(tmp_path, weights, pi05):
     directory = lerobot_directory(tmp_path / "c", weights, pi05)
     with pytest.raises(CheckpointError, match="found a policy of type 'pi0_fast', expected 'pi0' or 'pi05'"):

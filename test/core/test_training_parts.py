@@ -248,6 +248,7 @@ def test_with_training_time_rtc_given_actions_are_clean_and_not_learned(pi05: bo
 
 def test_rtc_delays_cover_their_range_and_mask_the_given_actions(tmp_path: Path, data: Path) -> None:
     made = trainer(tmp_path / "run", data, rtc_max_delay=2)
+    assert made.policy_config.rtc_max_delay == 2  # the checkpoint says what it was trained for
     seen = set()
     for step in range(6):
         batch = made.loader.batch(step)
