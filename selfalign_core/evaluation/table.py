@@ -31,6 +31,7 @@ from selfalign_core.evaluation.rollout import (
 from selfalign_core.evaluation.statistics import mean_interval, share_interval
 from selfalign_core.policy import Policy
 from selfalign_core.sim import TARGET_NAMES, BodyConfig, ReachEnv
+from selfalign_core.text_table import align_columns
 
 OWN, OTHER, MEAN, WRONG_PROMPT = "own", "other", "mean", "wrong-prompt"
 ROWS = (OWN, OTHER, MEAN, WRONG_PROMPT)
@@ -279,11 +280,7 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
         lines.append((names.get(row["row"], f"token of {row['row']}"), *_percent(row, "success"), *rest))
         if "reached_prompted" in row:
             lines.append(("wrong prompt: prompted", *_percent(row, "reached_prompted"), "", "", str(row["n"])))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]).rstrip()
-        for line in lines
-    )
+    return align_columns(lines)
 
 
 def _percent(row: dict[str, Any], name: str) -> tuple[str, str]:
