@@ -10,6 +10,8 @@ BAG ?=
 DURATION ?=
 REPORT ?=
 PARAMS ?=
+AGAINST ?=
+AGAINST_CHECKPOINT ?=
 ARGS ?=
 CONFIG ?= config/training/example.yaml
 CHECKPOINT ?= policies/tiny_reach
@@ -25,8 +27,10 @@ help:  ## show this text
 	@echo "  REPORT=out.json   where bringup or replay writes its report (a .png goes next to it)"
 	@echo "  PARAMS=my.yaml    ROS parameter file with values that differ from config/parameters.yaml"
 	@echo "  BAG=directory     bag to record or to replay"
+	@echo "  AGAINST=my.yaml   replay a second time with this parameter file, or with the policy AGAINST_CHECKPOINT=DIR,"
+	@echo "                    and print, write and draw what differs (REPORT, default runs/replay/comparison.json)"
 	@echo "  CONFIG=my.yaml    what to train (default: $(CONFIG))"
-	@echo "  CHECKPOINT=DIR    policy to evaluate (default: $(CHECKPOINT))"
+	@echo "  CHECKPOINT=DIR    policy to evaluate (default: $(CHECKPOINT)) or to replay"
 	@echo "  ARGS='...'        more arguments: NAME:=VALUE for bringup (checkpoint:=DIR runs another policy),"
 	@echo "                    KEY=VALUE for train, options for the others"
 
@@ -41,9 +45,12 @@ record:  ## record a run as a bag: BAG=directory DURATION=20
 	@$(if $(BAG),,$(error make record needs BAG=directory))$(BOOTSTRAP) run python3 -m selfalign_ros.record \
 	  --output $(BAG) $(if $(DURATION),--duration $(DURATION)) $(if $(PARAMS),--params $(PARAMS)) $(ARGS)
 
-replay:  ## play a bag through the same nodes, in lock-step: BAG=directory
+# CHECKPOINT counts only when it was given: otherwise that of the parameters is replayed.
+replay:  ## play a bag through the same nodes, in lock-step: BAG=directory, AGAINST=other.yaml compares
 	@$(if $(BAG),,$(error make replay needs BAG=directory))$(BOOTSTRAP) run python3 -m selfalign_ros.replay \
-	  $(BAG) $(if $(REPORT),--report $(REPORT)) $(if $(PARAMS),--params $(PARAMS)) $(ARGS)
+	  $(BAG) $(if $(REPORT),--report $(REPORT)) $(if $(PARAMS),--params $(PARAMS)) \
+	  $(if $(filter command environment,$(origin CHECKPOINT)),--checkpoint $(CHECKPOINT)) \
+	  $(if $(AGAINST),--against $(AGAINST)) $(if $(AGAINST_CHECKPOINT),--against-checkpoint $(AGAINST_CHECKPOINT)) $(ARGS)
 
 train:  ## train a policy: CONFIG=my.yaml ARGS='--resume data.path=DATASET'
 	@$(BOOTSTRAP) run python3 -m selfalign_core.train --config $(CONFIG) $(ARGS)

@@ -1,5 +1,7 @@
 """``python -m selfalign_ros.replay BAG``: play a bag through policy, buffer and aligner in lock-step.
 
+With ``--against FILE`` or ``--against-checkpoint FOLDER`` it is played twice, and what differs is told.
+
 Only the command line is handled here; the playing is done by ``selfalign_ros.replay_node``, in a domain of its own so
 that no robot hears it.
 """
@@ -10,15 +12,22 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from selfalign_ros.bag import Bag, BagError
+from selfalign_core.errors import SelfAlignError
+from selfalign_ros.bag import Bag
 from selfalign_ros.bringup import given_arguments, graph_parser
 from selfalign_ros.graph import REPLAY, GraphError
+from selfalign_ros.replay_pair import run_pair
 from selfalign_ros.supervisor import Supervisor, free_domain
+
+COMPARISON = "runs/replay/comparison.json"
+"""Where the comparison of two replays is written, unless ``report`` says otherwise."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code of the graph; 2 when the arguments or the bag cannot be used."""
     parser = graph_parser(REPLAY, "selfalign_ros.replay")
+    parser.add_argument("--against", metavar="FILE", help="replay again with this parameter file, and compare")
+    parser.add_argument("--against-checkpoint", metavar="FOLDER", help="replay again with this policy, and compare")
     options = parser.parse_intermixed_args(argv)
     if options.show_args:
         print(REPLAY.show_arguments())
@@ -28,12 +37,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         bags = [text for text in options.arguments if ":=" not in text]
         options.arguments = [text for text in options.arguments if ":=" in text] + [f"bag:={text}" for text in bags]
         given = given_arguments(options, REPLAY)
-        given.setdefault("domain", str(free_domain()))
-        graph = REPLAY(given)
+        against = {"params_file": options.against, "checkpoint": options.against_checkpoint}
+        different = {name: value for name, value in against.items() if value}
+        graph = REPLAY({"domain": str(free_domain())} | given)
         with Bag(Path(str(graph.node("replay").parameters["bag"]))):
             pass  # a bag that is none is found before any process is started
+        if different:
+            return run_pair(given, different, Path(given.get("report") or COMPARISON))
         return Supervisor(graph).run()
-    except (GraphError, BagError) as error:
+    except (GraphError, SelfAlignError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

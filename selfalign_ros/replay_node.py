@@ -17,8 +17,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rcl_interfaces.srv import GetParameters
 from rclpy.client import Client
+from rclpy.parameter import parameter_value_to_python
 from rclpy.task import Future
 from rosgraph_msgs.msg import Clock
 
@@ -28,12 +30,13 @@ from selfalign_core.errors import ConfigError
 from selfalign_ros import qos, run_summary
 from selfalign_ros.bag import Bag, BagError, BagMessage
 from selfalign_ros.conversions import NS_PER_S, to_ns, to_stamp
+from selfalign_ros.parameters import load_specs
 from selfalign_ros.recorder_node import ABOUT_NAMESPACE
 from selfalign_ros.tool_node import ToolNode, check_report_path, run_tool, write_report
 from selfalign_ros.topics import Topic, camera_topics, graph_topics, header_stamp_ns
 
 SCHEMA = "selfalign/replay"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 NODES = ("buffer", "policy", "aligner")  # the order of their steps
 COMPARED = ("chunks", "e_tokens", "aligns")
 # What must be in a bag; the prompt need not, it has a parameter that stands in for it.
@@ -58,13 +61,17 @@ class Replay(ToolNode):
         self._bag = Bag(Path(self.parameters["bag"]))
         if self.parameters["report"]:
             check_report_path(Path(self.parameters["report"]))
-        self._earlier = _read_earlier(self.parameters["compare"])
+        self._earlier = read_report(Path(self.parameters["compare"])) if self.parameters["compare"] else None
         self._inputs = self._recorded_inputs()
         self._first_ns, self._last_ns = self._bag.check(list(self._inputs))
         self._check_clock()
         self.chunks: list[dict[str, Any]] = []
         self.e_tokens: list[dict[str, Any]] = []
         self.aligns: list[dict[str, Any]] = []
+        # Measured, not computed: of no account when two replays are compared bit for bit.
+        self._inference_s: list[float] = []
+        self._align_s: list[float] = []
+        self._node_parameters: dict[str, dict[str, Any]] = {}
         self._ticks = 0
         self._error = ""
 
@@ -150,9 +157,11 @@ class Replay(ToolNode):
 
         self._wait(lambda: not unconnected(), deadline, unconnected)
         for name in NODES:
-            request = GetParameters.Request(names=["lockstep"])
+            request = GetParameters.Request(names=list(load_specs(name)))
             response = self._call(self._handshakes[name], request, deadline, f"{name}/get_parameters")
-            if not (response.values and response.values[0].bool_value):
+            values = map(parameter_value_to_python, response.values)
+            self._node_parameters[name] = dict(zip(request.names, values, strict=False))
+            if not self._node_parameters[name].get("lockstep"):
                 raise ReplayError(f"node {name}: found lockstep false; expected true")
         for recorded, topic in self._inputs.items():
             if (found := self.count_publishers(topic.name)) != 1:
@@ -227,18 +236,27 @@ class Replay(ToolNode):
     # --- what the nodes produce ---
 
     def _on_chunk(self, message: ActionChunk) -> None:
-        # Not the durations: they are measured, everything else is computed.
         self.chunks.append(
             {
                 "stamp_ns": to_ns(message.header.stamp),
                 "e_token_version": message.e_token_version,
                 "shape": [message.horizon, message.dim],
                 "sha256": _digest(message.data),
+                "actions": np.reshape(message.data, (message.horizon, message.dim)).tolist(),
             }
         )
+        self._inference_s.append(message.inference_duration)
 
     def _on_e_token(self, message: EToken) -> None:
-        self.e_tokens.append({"version": message.version, "sha256": _digest(message.data)})
+        self.e_tokens.append(
+            {
+                "version": message.version,
+                "sha256": _digest(message.data),
+                "model_digest": message.model_digest,
+                "shape": list(map(int, message.shape)),
+                "data": message.data.tolist(),
+            }
+        )
 
     def _on_align_report(self, message: AlignReport) -> None:
         losses = {
@@ -254,11 +272,16 @@ class Replay(ToolNode):
                 "text": message.text,
                 "attempted": message.attempted,
                 "accepted": message.accepted,
+                "start": message.start,
+                "steps": message.steps,
+                "difference_mean": message.difference_mean,
+                "difference_stderr": message.difference_stderr,
                 "drift": message.drift,
                 "e_token_norm": message.e_token_norm,
                 "losses": losses,
             }
         )
+        self._align_s.append(message.duration)
 
     # --- the outcome ---
 
@@ -276,10 +299,16 @@ class Replay(ToolNode):
                 "reason": self._error,
                 "bag": str(self._bag.path),
                 "contract": self.contract.name,
+                "joints": [{"name": joint.name, "unit": joint.unit} for joint in self.contract.joints],
+                "dt_ns": self.contract.dt_ns,
+                "start_ns": self._first_ns,
+                "end_ns": self._last_ns,
+                "parameters": self._node_parameters,
                 "ticks": self._ticks,
                 "chunks": self.chunks,
                 "e_tokens": self.e_tokens,
                 "aligns": self.aligns,
+                "measured": {"inference_s": self._inference_s, "align_s": self._align_s},
             }
         )
         if self.parameters["report"]:
@@ -316,11 +345,10 @@ def first_difference(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> st
     return ""
 
 
-def _read_earlier(path: str) -> dict[str, Any] | None:
-    if not path:
-        return None
+def read_report(path: Path) -> dict[str, Any]:
+    """The report of an earlier replay. Raises ``ConfigError`` if the file holds none of this version."""
     try:
-        report = json.loads(Path(path).read_text(encoding="utf-8"))
+        report = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"replay report {path}: found {error}; expected a report to compare with") from None
     kind = (report.get("schema"), report.get("version")) if isinstance(report, dict) else None

@@ -26,7 +26,7 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    series = {name: _columns(table) for name, table in report["series"].items()}
+    series = {name: columns_of(table) for name, table in report["series"].items()}
     figure, axes = plt.subplots(5, 1, figsize=(11, 13), sharex=True, layout="constrained")
     figure.suptitle(_headline(report), fontsize=11)
     attempts = _where(series["align"], series["align"]["attempted"])
@@ -39,7 +39,7 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     axes[-1].set_xlabel("time [s]")
     axes[-1].set_xlim(0, max(report["duration_s"], 1e-3))
     for axis in axes:
-        _finish(axis)
+        finish_panel(axis)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -130,7 +130,8 @@ def _draw_events(axes: Sequence[Any], series: Mapping[str, Any]) -> None:
         )  # fmt: skip
 
 
-def _finish(axis: Any) -> None:
+def finish_panel(axis: Any) -> None:
+    """Grid, legend above the panel, and a word where there is nothing to see."""
     axis.grid(alpha=0.3)
     handles, labels = axis.get_legend_handles_labels()
     if handles:
@@ -138,7 +139,8 @@ def _finish(axis: Any) -> None:
         axis.legend(
             handles, labels, fontsize=8, ncols=len(labels), loc="lower right", bbox_to_anchor=(1, 1), frameon=False
         )
-    if not any(np.size(line.get_xdata()) and line.get_transform() == axis.transData for line in axis.get_lines()):
+    lines = any(np.size(line.get_xdata()) and line.get_transform() == axis.transData for line in axis.get_lines())
+    if not lines and not axis.patches:
         axis.text(0.5, 0.5, "nothing received", transform=axis.transAxes, ha="center", va="center", color="0.5")
 
 
@@ -158,7 +160,8 @@ def _headline(report: Mapping[str, Any]) -> str:
     return text + (f"; latency p99 while aligning / otherwise: {ratio:.2f}" if ratio is not None else "")
 
 
-def _columns(table: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+def columns_of(table: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """Column name -> values of a table with ``columns`` and ``rows``."""
     rows = table["rows"]
     return {name: [row[index] for row in rows] for index, name in enumerate(table["columns"])}
 

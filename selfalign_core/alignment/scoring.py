@@ -160,11 +160,15 @@ class Scorer:
         return torch.cat(parts).reshape(len(rows), count).T.clone()
 
     @torch.inference_mode()
-    def summary(self, data: Prepared, token: Tensor, draws: int, seed: int) -> AlignLosses:
-        """Mean losses of ``token`` (T, W) over ``draws`` draws."""
+    def samples(self, data: Prepared, token: Tensor, draws: int, seed: int) -> SampleLosses:
+        """Losses (draws * len(data),) of ``token`` (T, W), in the order of the rows of :meth:`noise`."""
         noise = self.noise(data, draws, seed)
         rows = torch.arange(len(noise.time), device=token.device).split(_MAX_ROWS)
         parts = [self.losses(data, noise, token, part) for part in rows]
-        losses = SampleLosses(*(torch.cat(values) for values in zip(*(vars(p).values() for p in parts), strict=True)))
+        return SampleLosses(*(torch.cat(values) for values in zip(*(vars(p).values() for p in parts), strict=True)))
+
+    def summary(self, data: Prepared, token: Tensor, draws: int, seed: int) -> AlignLosses:
+        """Mean losses of ``token`` (T, W) over ``draws`` draws."""
+        losses = self.samples(data, token, draws, seed)
         values = (losses.perception, losses.dynamics, losses.inverse_dynamics, self.weighted(losses))
         return AlignLosses(*(float(value.mean()) for value in values))

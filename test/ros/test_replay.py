@@ -16,6 +16,7 @@ import pytest
 import yaml
 from graph_fixtures import GraphRun
 from node_testing import ROOT, Probe, wait_for
+from PIL import Image
 from rosbags.rosbag2 import Reader
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 
@@ -155,7 +156,46 @@ def test_two_replays_are_identical_and_a_change_is_found(
     second = replay(recording, folder, "--report", "second.json", "--compare", "first.json", *common)
     assert second.returncode == 0, second.stdout
     assert "identical" in second.stdout
-    assert (folder / "second.json").read_text() == (folder / "first.json").read_text()
+    again = json.loads((folder / "second.json").read_text())
+    assert {**again, "measured": None} == {**report, "measured": None}  # only what was measured may differ
+
+
+def test_two_parameter_files_are_compared_in_numbers_and_a_picture(
+    ros_domain: int, recording: Path, folder: Path, parameters: Path
+) -> None:
+    """What an engineer asks: how many attempts, accepted when, at what cost, and what they did to token and losses."""
+    document = yaml.safe_load(parameters.read_text())
+    document["/aligner"]["ros__parameters"]["enable"] = False
+    (folder / "resting.yaml").write_text(yaml.safe_dump(document))
+    arguments = ("--params", str(parameters), "--against", "resting.yaml", "--report", "comparison.json")
+    result = replay(recording, folder, *arguments, f"domain:={ros_domain}")
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = json.loads((folder / "comparison.json").read_text())
+    assert found["parameters"] == {"aligner.enable": [True, False]}
+    quick, resting = found["runs"]
+    assert (quick["label"], resting["label"]) == ("quick.yaml", "resting.yaml")
+    assert quick["attempts"] >= 1 and quick["compute_per_attempt_s"]["max"] > 0
+    assert len(quick["accepted_at_s"]) + len(quick["refused_at_s"]) == quick["attempts"]
+    assert (resting["attempts"], resting["rounds"], resting["e_token"]["moved_spreads"]) == (0, 0, 0.0)
+    assert found["chunks"]["paired"] == quick["chunks"] == resting["chunks"] >= 3
+    assert len(found["chunks"]["joints"]) == 7
+    # Without an accepted token nothing may differ, with one the token does: chunks follow the token alone.
+    accepted = bool(quick["accepted_at_s"])
+    assert (found["e_token"]["distance_last_spreads"] > 0) == accepted
+    losses = quick["losses_on_bag"]["losses"]
+    assert all(values["before"] > 0 for values in losses.values())
+    assert any(values["difference"] != 0 for values in losses.values()) == accepted
+    assert all(values["difference"] == 0 for values in resting["losses_on_bag"]["losses"].values())
+    assert "inverse dynamics loss on the bag" in result.stdout and "attempts to align" in result.stdout
+    with Image.open(folder / "comparison.png") as picture:
+        assert picture.size[0] > 800
+
+
+def test_a_comparison_that_cannot_be_made_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    bag = write_bag(tmp_path / "bag")
+    result = replay(bag, tmp_path, "--against", "other.yaml", "--compare", "first.json")
+    assert result.returncode == 2 and "argument compare: found it with another replay" in result.stderr
+    assert "process started" not in result.stdout
 
 
 def test_differences_are_named() -> None:
@@ -295,7 +335,7 @@ def test_a_bag_that_does_not_fit_the_contract_is_refused(
 def test_a_report_that_is_none_cannot_be_compared_with(ros_domain: int, tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text('{"schema": "something else"}')
     bag = write_bag(tmp_path / "bag")
-    assert "expected ('selfalign/replay', 2)" in _refusing_replay(bag, "-p", f"compare:={tmp_path}/other.json")
+    assert "expected ('selfalign/replay', 3)" in _refusing_replay(bag, "-p", f"compare:={tmp_path}/other.json")
 
 
 def test_a_report_that_cannot_be_written_is_refused_before_the_replay(ros_domain: int, tmp_path: Path) -> None:
