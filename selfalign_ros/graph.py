@@ -202,11 +202,21 @@ NAMESPACE = LaunchArgument("namespace", "Namespace of all nodes, for several rob
 DEVICE = LaunchArgument("device", "Torch device of policy and aligner. Empty: as in the parameters.")
 LOG_LEVEL = LaunchArgument("log_level", "Lowest severity that is logged.", "info", choices=LOG_LEVELS)
 REPORT = LaunchArgument("report", "JSON file for the run report; a PNG is written beside it.", kind="file")
+NODES = LaunchArgument(
+    "nodes",
+    "Nodes to start here, such as policy,buffer or aligner, when the others run on another machine (discovery_range is "
+    "SUBNET on both then). Empty: all.",
+)
 DISCOVERY_RANGE = LaunchArgument(
     "discovery_range",
     "Where nodes look for each other (ROS_AUTOMATIC_DISCOVERY_RANGE); LOCALHOST keeps them on this machine.",
     "LOCALHOST",
     choices=DISCOVERY_RANGES,
+)
+STATIC_PEERS = LaunchArgument(
+    "static_peers",
+    "Other machines with nodes of this graph, name or address, separated by ; (ROS_STATIC_PEERS), where the network "
+    "carries no multicast. Empty: as in the environment.",
 )
 DURATION = LaunchArgument("duration", "Seconds after which everything stops by itself. 0: never.", "0", "seconds")
 
@@ -223,7 +233,9 @@ _BRINGUP_ARGUMENTS = (
     LaunchArgument("respawn", "Start a node again that died.", "true", "flag"),
     DURATION,
     REPORT,
+    NODES,
     DISCOVERY_RANGE,
+    STATIC_PEERS,
 )
 
 
@@ -238,8 +250,10 @@ def _namespace(values: Mapping[str, ParameterValue]) -> str:
     return "/" + str(values["namespace"]).strip("/")
 
 
-def _environment(discovery_range: str) -> dict[str, str]:
+def _environment(discovery_range: str, static_peers: str = "") -> dict[str, str]:
     environment = {"ROS_AUTOMATIC_DISCOVERY_RANGE": discovery_range}
+    if static_peers:
+        environment["ROS_STATIC_PEERS"] = static_peers
     if not any(os.environ.get(name) for name in _SITE_DDS):
         environment[_DDS_PROFILE] = str(config_folder() / "dds" / "fastdds.xml")
     return environment
@@ -248,6 +262,15 @@ def _environment(discovery_range: str) -> dict[str, str]:
 def _stop_at(duration_s: float) -> float:
     # Monotonic time is the same in every process of a machine, so a restarted node still ends when it should.
     return time.monotonic() + duration_s if duration_s > 0 else 0.0
+
+
+def _chosen(nodes: list[NodeProcess], names: str) -> list[NodeProcess]:
+    """Those of ``nodes`` that the argument ``nodes`` names."""
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    known = [node.name for node in nodes]
+    if unknown := sorted(set(wanted) - set(known)):
+        raise GraphError(f"argument nodes: found {', '.join(unknown)}; expected some of {', '.join(known)}")
+    return [node for node in nodes if not wanted or node.name in wanted]
 
 
 def _assemble_bringup(values: Mapping[str, ParameterValue]) -> Graph:
@@ -286,6 +309,7 @@ def _assemble_bringup(values: Mapping[str, ParameterValue]) -> Graph:
                 **common,
             )
         )
+    nodes = _chosen(nodes, str(values["nodes"]))
     if values["report"] or values["duration"]:
         stop = {"stop_at": _stop_at(values["duration"])}
         nodes.append(
@@ -300,7 +324,7 @@ def _assemble_bringup(values: Mapping[str, ParameterValue]) -> Graph:
         )
     return Graph(
         tuple(nodes),
-        environment=_environment(str(values["discovery_range"])),
+        environment=_environment(str(values["discovery_range"]), str(values["static_peers"])),
         duration_s=values["duration"],
     )
 

@@ -36,8 +36,8 @@ def write_quick_parameters(folder: Path) -> Path:
     (folder / "contract.yaml").write_text(yaml.safe_dump(contract))
     parameters = {
         "/**": {"ros__parameters": {"contract": str(folder / "contract.yaml"), "checkpoint": "tiny"}},
-        "/aligner": {"ros__parameters": QUICK_ALIGNER},
-        "/robot_sim": {"ros__parameters": {"episode_seconds": 1.0}},
+        "/**/aligner": {"ros__parameters": QUICK_ALIGNER},
+        "/**/robot_sim": {"ros__parameters": {"episode_seconds": 1.0}},
     }
     path = folder / "quick.yaml"
     path.write_text(yaml.safe_dump(parameters))

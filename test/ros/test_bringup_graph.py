@@ -77,6 +77,16 @@ def test_a_real_robot_needs_no_simulated_one() -> None:
         BRINGUP({"use_sim": "false"}).node("robot_sim")
 
 
+def test_nodes_of_one_robot_may_run_on_two_machines() -> None:
+    robot = BRINGUP({"nodes": "policy, buffer", "discovery_range": "SUBNET"})
+    workstation = BRINGUP({"nodes": "aligner", "discovery_range": "SUBNET", "static_peers": "10.0.0.1;robot"})
+    assert [node.name for node in robot.nodes] == ["policy", "buffer"]
+    assert [node.name for node in workstation.nodes] == ["aligner"]
+    assert workstation.environment["ROS_AUTOMATIC_DISCOVERY_RANGE"] == "SUBNET"
+    assert workstation.environment["ROS_STATIC_PEERS"] == "10.0.0.1;robot"
+    assert "ROS_STATIC_PEERS" not in robot.environment  # the environment's own stand
+
+
 @pytest.mark.parametrize("given", [{"duration": "5"}, {"report": "out.json"}])
 def test_a_report_listens_when_asked_for_and_ends_the_run(given: dict[str, str]) -> None:
     report = BRINGUP(given).node("run_report")
@@ -108,6 +118,8 @@ def test_replay_is_in_lock_step_and_moves_nothing() -> None:
         (BRINGUP, {"use_sim": "maybe"}, r"argument use_sim: found 'maybe'; expected true or false"),
         (BRINGUP, {"log_level": "loud"}, r"argument log_level: found 'loud'; expected one of debug, info"),
         (BRINGUP, {"discovery_range": "WORLD"}, r"argument discovery_range: found 'WORLD'; expected one of LOCALHOST"),
+        (BRINGUP, {"nodes": "aligner,polcy"}, r"argument nodes: found polcy; expected some of policy, buffer, aligner"),
+        (BRINGUP, {"nodes": "robot_sim", "use_sim": "false"}, r"argument nodes: found robot_sim; expected some of"),
         (RECORD, {}, r"argument output: found nothing"),
         (REPLAY, {}, r"argument bag: found nothing"),
     ],
