@@ -21,6 +21,7 @@ from selfalign_core.checkpoint import load_model, model_digest, read_bank, save_
 from selfalign_core.config import ModelConfig
 from selfalign_core.contract import RobotContract
 from selfalign_core.errors import CheckpointError, ConfigError, InputError
+from selfalign_core.fast import FastSampler
 from selfalign_core.foreign_checkpoints import fit_to_robot, read_foreign
 from selfalign_core.images import resize_with_pad
 from selfalign_core.model.pi0 import ModelInputs, Pi0
@@ -67,6 +68,9 @@ class Policy:
         self.trained = trained
         self.bank = bank
         """(capacity, peft_num_tokens, width) E-Tokens of the bodies trained on; ``config.bank_keys`` names the rows."""
+        self.fast = True
+        """Whether :meth:`infer` samples on fused weights, or as the model itself does: same numbers within rounding."""
+        self._sampler = FastSampler(model)
         self.digest = model_digest(model)
         self._prompt = PromptTokenizer(tokenizer, max_len=config.model.max_token_len, pi05=config.model.pi05)
         self._state_norm = Normalizer(stats.get("state"), config.state_norm, config.lerobot_epsilon)
@@ -342,7 +346,8 @@ class Policy:
         shape = (1, self.horizon, self.config.model.action_dim)
         noise = torch.randn(shape, generator=generator).to(self._device)
         dim_mask = self.dim_mask if self.config.padding_masked else None
-        actions = self.model.sample_actions(inputs, noise, num_steps=self.config.num_steps, dim_mask=dim_mask)[0]
+        sampler = self._sampler if self.fast else self.model
+        actions = sampler.sample_actions(inputs, noise, num_steps=self.config.num_steps, dim_mask=dim_mask)[0]
         values = self.actions_from_model(actions, np.asarray(observation.state, np.float32))
         if not np.isfinite(values).all():
             raise InputError("sample_actions: found NaN or infinity in the actions, expected finite numbers")

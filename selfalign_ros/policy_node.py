@@ -139,6 +139,7 @@ class PolicyNode(SelfAlignNode):
 
         started = time.perf_counter()
         policy = Policy.load(self._checkpoint, contract=self.contract, device=parameters["device"])
+        policy.fast = parameters["fast"]
         # The first inference pays for lazy initialisation; the robot shall not wait for it.
         height, width = policy.image_size
         blank = {name: np.zeros((height, width, 3), np.uint8) for name in self.contract.camera_names}
