@@ -8,6 +8,7 @@ Not thread safe: OpenGL ties drawing to one thread, so one thread owns an ``ArmS
 
 from __future__ import annotations
 
+import atexit
 import math
 import weakref
 from dataclasses import dataclass
@@ -347,8 +348,10 @@ class _Renderer:
         self._camera = mujoco.MjvCamera()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self._raw = np.empty((0, 0, 3), np.uint8)
-        # Runs before the interpreter shuts down too, when OpenGL can no longer be reached from a destructor.
+        # At exit it has to run before MuJoCo closes the display, and so be registered after that.
         self._finalizer = weakref.finalize(self, _free, self._gl, self._context)
+        self._finalizer.atexit = False
+        atexit.register(self._finalizer)
 
     def draw(
         self, model: mujoco.MjModel, data: mujoco.MjData, camera: str, optics: CameraBody, out: np.ndarray
@@ -375,6 +378,7 @@ class _Renderer:
             cv2.transform(np.ascontiguousarray(upright), optics.brightness * _hue_rotation(optics.hue), dst=out)
 
     def close(self) -> None:
+        atexit.unregister(self._finalizer)
         self._finalizer()
 
 

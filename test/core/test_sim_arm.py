@@ -277,7 +277,11 @@ def test_targets_move_without_moving_the_arm() -> None:
 
 
 def test_a_program_that_rendered_exits_quietly() -> None:
-    code = "from selfalign_core.sim import ArmSim; s = ArmSim(); s.render('overhead', 32, 32); t = s"
+    # With a finalizer of its own beforehand, which moves all others to after MuJoCo closes its display.
+    code = (
+        "import weakref; weakref.finalize(weakref.WeakSet(), int)\n"
+        "from selfalign_core.sim import ArmSim; s = ArmSim(); s.render('overhead', 32, 32); t = s"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )
