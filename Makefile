@@ -17,11 +17,11 @@ CONFIG ?= config/training/example.yaml
 CHECKPOINT ?= policies/tiny_reach
 
 .DEFAULT_GOAL := help
-.PHONY: help build bringup record replay train evaluate tiny-policy train-step held-out ablations adaptation image-path
-.PHONY: test lint clean clean-all
+.PHONY: help build bringup record replay train evaluate tiny-policy train-step held-out ablations adaptation
+.PHONY: image-path soak test lint clean clean-all
 
 help:  ## show this text
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  DURATION=30       seconds after which bringup or record stops by itself"
 	@echo "  REPORT=out.json   where bringup or replay writes its report (a .png goes next to it)"
@@ -85,6 +85,9 @@ adaptation:  ## unseen bodies with and without alignment: CHECKPOINT=directory
 image-path: export OMP_NUM_THREADS := 1
 image-path:  ## time per camera frame from message to model input, against plain cv2
 	@$(BOOTSTRAP) run python3 -m benchmarks.image_path --json benchmarks/results/image_path.json $(ARGS)
+
+soak:  ## simulated operation at real rates, an hour unless DURATION=seconds: memory flat, no chunk missed
+	@$(BOOTSTRAP) run python3 -m benchmarks.soak $(if $(DURATION),--duration $(DURATION)) $(ARGS)
 
 lint:  ## ruff
 	@$(BOOTSTRAP) run python3 -m ruff check .
