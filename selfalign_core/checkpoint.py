@@ -305,7 +305,7 @@ def _check_names(tensors: TensorFile, expected: dict[str, tuple[int, ...]], fres
 
 
 def _materialise(model: Pi0, fresh: set[str], device: str, seed: int) -> None:
-    """Give storage to what was built on the meta device and is not in the file: fresh parts, constant buffers."""
+    """Give storage to what was built on the meta device and is not in the file: fresh parts."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for prefix, module in model.named_modules():
@@ -319,8 +319,6 @@ def _materialise(model: Pi0, fresh: set[str], device: str, seed: int) -> None:
     if "next_obs_mean" in fresh:
         model.next_obs_mean = torch.zeros(model.next_obs_mean.shape, device=device)
         model.next_obs_std = torch.ones(model.next_obs_std.shape, device=device)
-    embeddings = model.paligemma_with_expert.paligemma.model.vision_tower.vision_model.embeddings
-    embeddings.position_ids = torch.arange(embeddings.num_positions, device=device).expand((1, -1))
     left = [name for name, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
     if left:
         raise CheckpointError(f"checkpoint: {len(left)} tensor(s) were left without a value: {left[:5]}")

@@ -41,6 +41,7 @@ from selfalign_core.fast.weights import folded, rms_floor, stack_weights, vision
 from selfalign_core.model import flow_matching as flow
 from selfalign_core.model.masks import MASK_FILL
 from selfalign_core.model.pi0 import ModelInputs, Pi0
+from selfalign_core.model.siglip import LAYER_NORM_EPS
 
 _MAX_SHAPES = 8
 """Shapes whose buffers are kept: other cameras, prompts of other lengths."""
@@ -356,8 +357,8 @@ class _Run:
         positions = weights.positions if cameras == 1 else weights.positions.repeat(cameras, 1)
         x = torch.addmm(positions, patches, weights.patch).to(weights.projector.dtype)
         for layer in weights.layers:
-            x = plan.siglip_layer(x, layer, cameras, size.num_heads, 1e-6)
-        return torch.addmm(weights.projector_bias, F.layer_norm(x, x.shape[1:], eps=1e-6), weights.projector)
+            x = plan.siglip_layer(x, layer, cameras, size.num_heads, LAYER_NORM_EPS)
+        return torch.addmm(weights.projector_bias, F.layer_norm(x, x.shape[1:], eps=LAYER_NORM_EPS), weights.projector)
 
     def run_prefix(self, features: Tensor, tokens: Tensor) -> None:
         """Keys and values of the prefix, in their places."""

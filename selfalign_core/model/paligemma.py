@@ -11,13 +11,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import SiglipVisionConfig
-from transformers.models.siglip.modeling_siglip import SiglipVisionModel
 
 from selfalign_core.config import ModelConfig, VisionSize
 from selfalign_core.errors import InputError
 from selfalign_core.model.gemma import GemmaStack, PrefixCache
 from selfalign_core.model.masks import make_position_ids, prefix_att_2d_mask
+from selfalign_core.model.siglip import SiglipVision
 
 ExpertName = Literal["action", "alignment"]
 
@@ -32,32 +31,15 @@ _FLOAT32_IN_BFLOAT16 = (
 
 
 class VisionTower(nn.Module):
-    """SigLIP from transformers, without pooling head; every patch token is kept."""
+    """SigLIP, one level deeper than it need be: as in the state-dict names."""
 
     def __init__(self, size: VisionSize):
         super().__init__()
-        siglip = SiglipVisionModel(
-            SiglipVisionConfig(
-                hidden_size=size.width,
-                intermediate_size=size.mlp_dim,
-                num_hidden_layers=size.depth,
-                num_attention_heads=size.num_heads,
-                image_size=size.image_size,
-                patch_size=size.patch_size,
-                hidden_act="gelu_pytorch_tanh",
-                layer_norm_eps=1e-6,
-                vision_use_head=False,
-            )
-        )
-        # Up to transformers 5.5 the tower is nested one level deeper; the state-dict names are the nested ones.
-        self.vision_model = getattr(siglip, "vision_model", siglip)
+        self.vision_model = SiglipVision(size)
 
     def forward(self, images: Tensor) -> Tensor:
         """``images`` (B, 3, H, W) in [-1, 1] → (B, patches, vision width)."""
-        tower = self.vision_model
-        hidden = tower.embeddings(images)
-        hidden = hidden.to(tower.encoder.layers[0].self_attn.q_proj.weight.dtype)
-        return tower.post_layernorm(tower.encoder(inputs_embeds=hidden).last_hidden_state)
+        return self.vision_model(images)
 
 
 class Projector(nn.Module):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -502,3 +504,11 @@ def test_a_checkpoint_is_refused_by_a_robot_with_other_joints(tmp_path: Path) ->
     turned = dataclasses.replace(contract, joints=(*others, first))
     with pytest.raises(ConfigError, match=r"found joints shoulder_lift.*trained on, in their order: shoulder_pan"):
         Policy.load(str(tmp_path / "policy"), contract=turned)
+
+
+def test_loading_a_policy_imports_only_what_it_needs() -> None:
+    """Seconds between a robot's start and its first motion."""
+    heavy = ["transformers", "peft", "matplotlib", "mujoco", "gymnasium", "tensorboard", "pyarrow", "torch._dynamo"]
+    script = f"import sys, selfalign_core.policy; print([name for name in {heavy} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert found.strip() == "[]"
