@@ -36,7 +36,8 @@ from selfalign_ros.conversions import (
     to_stamp,
 )
 from selfalign_ros.diagnostics import ERROR, OK, WARN, Complaint, Status
-from selfalign_ros.node import SelfAlignNode, run
+from selfalign_ros.managed_node import ManagedNode
+from selfalign_ros.node import run
 from selfalign_ros.resources import checkpoint_folder
 from selfalign_ros.worker import Outcome
 
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 # How long a fresh aligner listens for the token in use before it starts from the checkpoint's own.
 _LISTEN_S = 2.0
-_STARTING = "starting: the model is being loaded"
+_WAITING = "not aligning yet: listening for the token in use"
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def align_config(parameters: Mapping[str, Any]) -> AlignConfig:
     return config.without_budgets() if parameters["lockstep"] else config
 
 
-class AlignerNode(SelfAlignNode):
+class AlignerNode(ManagedNode):
     """See the module."""
 
     # On a busy machine loading would take minutes if it gave way already.
@@ -86,12 +87,11 @@ class AlignerNode(SelfAlignNode):
 
     def __init__(self) -> None:
         super().__init__("aligner")
-        self._checkpoint = checkpoint_folder(self.parameters["checkpoint"])
         self._aligner: SelfAligner | None = None  # used in the worker only
         self._token: EToken | None = None
         self._token_in_use: ETokenMsg | None = None
         self._ready = False
-        self._loaded_at = 0.0
+        self._activated_at = 0.0
         self._busy = False
         self._rounds = self._accepted = self._refused = self._drifts = self._failed = 0
         self._last_round_ns: int | None = None
@@ -104,7 +104,14 @@ class AlignerNode(SelfAlignNode):
         self._asked: tuple[int, int, int] | None = None
         self._known_ns = 0
         self._waiting_since_ns: int | None = None  # for an attempt
+        self._timer: Any = None
 
+    # --- life ---
+
+    async def configure(self) -> None:
+        checkpoint, parameters = checkpoint_folder(self.parameters["checkpoint"]), dict(self.parameters.values)
+        self._token = await self.call_worker(lambda: self._load(checkpoint, parameters))
+        self.get_logger().info(f"model {self._token.model_digest[:12]} ready to align")
         self._token_publisher = self.create_publisher(ETokenMsg, "e_token", qos.LATCHED)
         self._report_publisher = self.create_publisher(AlignReportMsg, "align_report", qos.EVENTS)
         self.create_subscription(ETokenMsg, "policy/e_token_in_use", self._on_token_in_use, qos.LATCHED)
@@ -120,17 +127,28 @@ class AlignerNode(SelfAlignNode):
         ):
             group = MutuallyExclusiveCallbackGroup()
             self.create_service(Trigger, f"~/{name}", callback, callback_group=group)
-        self._timer: Any = None
-
-    # --- life ---
 
     def activate(self) -> None:
-        parameters = dict(self.parameters.values)
-        self.worker.submit(lambda: self._load(parameters), self._on_loaded)
+        self._activated_at = time.monotonic()
         # Not on the ROS clock: a buffer that never answers must not be waited for while time stands still.
         self.create_steady_timer(0.2, self._watch)
-        if not self.lockstep:
-            self._start_timer()
+        if self.lockstep:
+            self._begin()
+            return
+        self._start_timer()
+        if self._token_in_use is not None:
+            self._continue_from(self._token_in_use)
+
+    def deactivate(self) -> None:
+        self._ready = False
+        self._timer = None
+        self._waiting_since_ns = None
+
+    def is_idle(self) -> bool:
+        return not self._busy
+
+    def cleanup(self) -> None:
+        self._aligner = self._token = self._token_in_use = self._asked = None
 
     def parameters_changed(self, names: set[str]) -> None:
         self._asked = None  # with other settings the same transitions may do
@@ -149,14 +167,15 @@ class AlignerNode(SelfAlignNode):
         period_s = 1.0 / self.parameters["align_frequency"]
         self._timer = self.create_timer(period_s, self._on_timer, callback_group=self._timer_group)
 
-    def _load(self, parameters: dict[str, Any]) -> EToken:
+    def _load(self, checkpoint: str, parameters: dict[str, Any]) -> EToken:
+        self.say_progress(f"loading the model {checkpoint or 'tiny'}")
         import torch
 
         torch.set_num_threads(parameters["torch_threads"])
         from selfalign_core.alignment import SelfAligner
         from selfalign_core.policy import Policy
 
-        policy = Policy.load(self._checkpoint, contract=self.contract, device=parameters["device"])
+        policy = Policy.load(checkpoint, contract=self.contract, device=parameters["device"])
         self._aligner = SelfAligner(
             policy,
             align_config(parameters),
@@ -188,15 +207,6 @@ class AlignerNode(SelfAlignNode):
         folder = self.parameters["token_folder"]
         return Path(folder).expanduser() / f"{self.contract.embodiment}.safetensors" if folder else None
 
-    def _on_loaded(self, outcome: Outcome[EToken]) -> None:
-        self._token = outcome.result()
-        self._loaded_at = time.monotonic()
-        self.get_logger().info(f"model {self._token.model_digest[:12]} ready to align")
-        if self.lockstep:
-            self._begin()
-        elif self._token_in_use is not None:
-            self._continue_from(self._token_in_use)
-
     def _begin(self) -> None:
         assert self._token is not None
         self._ready = True
@@ -204,7 +214,7 @@ class AlignerNode(SelfAlignNode):
 
     def _on_token_in_use(self, message: ETokenMsg) -> None:
         self._token_in_use = message
-        if self._token is not None and not self.lockstep:
+        if self.is_active and not self.lockstep:
             self._continue_from(message)
 
     def _continue_from(self, message: ETokenMsg) -> None:
@@ -225,7 +235,7 @@ class AlignerNode(SelfAlignNode):
             elif (token := outcome.result()) is not None:
                 self.get_logger().info(f"continuing from E-Token version {token.version}")
                 self._token = token
-            if not self._ready:
+            if self.is_active and not self._ready:
                 self._begin()
 
         self.worker.submit(use, used)
@@ -234,7 +244,7 @@ class AlignerNode(SelfAlignNode):
         self.notify()
         if self._sample is not None and time.monotonic() > self._sample_deadline:
             self._sample.cancel()
-        late = self._token is not None and time.monotonic() - self._loaded_at > _LISTEN_S
+        late = time.monotonic() - self._activated_at > _LISTEN_S
         if late and not self._ready and self._token_in_use is None:
             self._begin()
 
@@ -246,7 +256,6 @@ class AlignerNode(SelfAlignNode):
 
     async def step(self, request: Step.Request) -> bool:
         now_ns = to_ns(request.stamp)
-        await self.until(lambda: self._ready)
         if self._last_round_ns is None:
             self._last_round_ns = now_ns
         period_ns = round(NS_PER_S / self.parameters["align_frequency"])
@@ -330,8 +339,11 @@ class AlignerNode(SelfAlignNode):
         return response
 
     def _advance_job(self, batch: TransitionBatch | None, found: int, now_ns: int) -> Callable[[], Round]:
-        aligner, should_stop = self._aligner, self.worker.should_stop
+        aligner, worker = self._aligner, self.worker
         assert aligner is not None
+
+        def should_stop() -> bool:
+            return worker.should_stop() or not self.is_active
 
         def job() -> Round:
             started, version = time.monotonic(), aligner.token.version
@@ -388,7 +400,7 @@ class AlignerNode(SelfAlignNode):
 
     async def _on_align_now(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         if not self._ready:
-            response.message = _STARTING
+            response.message = _WAITING
         elif self._busy:
             response.message = "a round is running"
         else:
@@ -440,7 +452,7 @@ class AlignerNode(SelfAlignNode):
         """What ``order`` returns in the worker; None, with the reason in ``response``, if it cannot be done."""
         aligner = self._aligner
         if not self._ready or aligner is None:
-            response.message = _STARTING
+            response.message = _WAITING
             return None
         try:
             value = await self.call_worker(lambda: order(aligner))
@@ -467,7 +479,7 @@ class AlignerNode(SelfAlignNode):
         if self._problem:
             yield Status("align", ERROR if self._failed else WARN, self._problem, values)
         elif not self._ready:
-            yield Status("align", WARN, _STARTING, values)
+            yield Status("align", WARN, _WAITING, values)
         elif not self.parameters["enable"]:
             yield Status("align", OK, "disabled: the parameter enable is false", values)
         else:

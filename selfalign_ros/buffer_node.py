@@ -21,20 +21,32 @@ from selfalign_ros import qos
 from selfalign_ros.conversions import fill_transitions, positions_in_order, to_ns
 from selfalign_ros.diagnostics import OK, WARN, Complaint, Rate, Status
 from selfalign_ros.inputs import Selection, SensorInputs
-from selfalign_ros.node import SelfAlignNode, run
+from selfalign_ros.managed_node import ManagedNode
+from selfalign_ros.node import run
 from selfalign_ros.resources import checkpoint_folder
 from selfalign_ros.worker import Outcome
 
 
-class BufferNode(SelfAlignNode):
+class BufferNode(ManagedNode):
     """See the module."""
 
     def __init__(self) -> None:
         super().__init__("buffer")
+        self._buffer: TransitionBuffer | None = None  # used in the worker only
+        self._image_size = (0, 0)
+        self._last_stamp_ns = -1
+        self._contents: dict[str, object] = {}
+        self._problem = ""
+        self._frame_rate, self._action_rate = Rate(), Rate()
+        self._served = self._refused = 0
+        self._complaint = Complaint(self.get_logger().warning)
+
+    # --- life ---
+
+    async def configure(self) -> None:
         contract = self.contract
         checkpoint = checkpoint_folder(self.parameters["checkpoint"])
         self._image_size = image_size_of(checkpoint)
-        # Used in the worker only.
         self._buffer = TransitionBuffer(
             cameras=contract.camera_names,
             image_size=self._image_size,
@@ -44,13 +56,6 @@ class BufferNode(SelfAlignNode):
             dt_ns=contract.dt_ns,
             capacity=self.parameters["capacity"],
         )
-        self._last_stamp_ns = -1
-        self._contents: dict[str, object] = {}
-        self._problem = ""
-        self._frame_rate, self._action_rate = Rate(), Rate()
-        self._served = self._refused = 0
-        self._complaint = Complaint(self.get_logger().warning)
-
         self.inputs = SensorInputs(self, contract, qos.LOCKSTEP if self.lockstep else qos.SENSOR, self.arrived)
         executed_qos = qos.LOCKSTEP if self.lockstep else qos.EVENTS
         self.create_subscription(JointState, "executed_action", self._on_executed_action, executed_qos)
@@ -60,6 +65,9 @@ class BufferNode(SelfAlignNode):
     def activate(self) -> None:
         if not self.lockstep:
             self.create_timer(1.0 / self.contract.rate_hz, lambda: self._ingest(self.now_ns()))
+
+    def cleanup(self) -> None:
+        self._buffer, self._last_stamp_ns, self._contents = None, -1, {}
 
     # --- what goes in ---
 

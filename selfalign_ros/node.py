@@ -2,9 +2,10 @@
 
 A node's life: the constructor declares and checks (it raises ``ConfigError`` on anything a restart would
 not cure),
-``activate`` starts the work, ``deactivate`` stops it and leaves the robot holding, ``close`` ends the
+``start`` begins the work, ``stop`` ends it and leaves the robot holding, ``close`` ends the
 threads. All callbacks run in one single-threaded executor; long work runs in the node's ``worker`` and its
-outcome comes back to the executor. ``run`` is the main function of every node.
+outcome comes back to the executor. ``run`` is the main function of every node. What starts and stops at the word of a
+lifecycle manager is in ``selfalign_ros.managed_node``.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ _AUTOGROUP = Path("/proc/self/autogroup")
 
 
 class SelfAlignNode(Node):
-    """Base of the nodes. Subclasses fill in ``activate``, ``deactivate``, ``statuses`` and, for replay,
-    ``step``.
-    """
+    """Base of the nodes. Subclasses fill in ``start``, ``stop``, ``statuses`` and, for replay, ``step``."""
 
     loads_before_niceness = False
     """True: the node calls ``set_niceness`` itself, in the thread whose work shall give way."""
+    is_active = True
+    """Whether the node works now; lock-step steps wait for it."""
 
     def __init__(self, kind: str) -> None:
         super().__init__(kind)
@@ -58,10 +59,10 @@ class SelfAlignNode(Node):
         self.contract = RobotContract.from_yaml(config_file(self.parameters["contract"]))
         self.lockstep: bool = self.parameters.values.get("lockstep", False)
         self._mailbox: deque[Callable[[], None]] = deque()
-        self.worker = Worker(f"{kind}-worker", self._post)
+        self.worker = self.new_worker()
         self._waiting: list[tuple[Callable[[], bool], Future]] = []
         self._received: dict[str, int] = {}
-        self.diagnostics = Diagnostics(self, self.contract.name, self.statuses)
+        self.diagnostics = Diagnostics(self, self.contract.name, self.all_statuses)
         self.parameters.on_change(self.parameters_changed, self.check_parameters)
         if self.lockstep:
             # A group of its own: while a step waits, messages must still arrive.
@@ -70,15 +71,19 @@ class SelfAlignNode(Node):
 
     # --- to be filled in ---
 
-    def activate(self) -> None:
-        """Start working."""
+    def start(self) -> None:
+        """Start working. The node has an executor by now."""
 
-    def deactivate(self) -> None:
+    def stop(self) -> None:
         """Stop working; whatever moves is left holding its position."""
 
     def statuses(self) -> Iterable[Status]:
         """What diagnostics shall say now."""
         return ()
+
+    def all_statuses(self) -> Iterable[Status]:
+        """``statuses`` and what the base has to say."""
+        return self.statuses()
 
     def parameters_changed(self, names: set[str]) -> None:
         """Parameters have new values."""
@@ -152,7 +157,7 @@ class SelfAlignNode(Node):
             for topic, count in zip(request.topics, request.counts, strict=False)
         }
         try:
-            await self.until(lambda: self._has_received(expected))
+            await self.until(lambda: self.is_active and self._has_received(expected))
             response.acted = await self.step(request)
             response.success = True
         except SelfAlignError as error:
@@ -179,7 +184,11 @@ class SelfAlignNode(Node):
         except OSError as error:
             self.get_logger().warning(f"niceness {niceness} refused by the system ({error}); going on without")
 
-    # --- from the worker back to the executor ---
+    # --- the worker, and from it back to the executor ---
+
+    def new_worker(self) -> Worker:
+        """A worker whose outcomes come back to this node's executor."""
+        return Worker(f"{self.get_name()}-worker", self._post)
 
     def _post(self, deliver: Callable[[], None]) -> None:
         self._mailbox.append(deliver)
@@ -207,7 +216,7 @@ def run(make_node: Callable[[], SelfAlignNode], args: list[str] | None = None) -
         executor = SingleThreadedExecutor()
         node = make_node()
         executor.add_node(node)
-        node.activate()
+        node.start()
         while not is_stopped():
             executor.spin_once(timeout_sec=_SPIN_TIMEOUT_S)
         code = 0
@@ -219,7 +228,7 @@ def run(make_node: Callable[[], SelfAlignNode], args: list[str] | None = None) -
         code = 1
     finally:
         if node is not None:
-            node.deactivate()
+            node.stop()
             node.close()
             executor.shutdown(timeout_sec=1.0)
             node.destroy_node()

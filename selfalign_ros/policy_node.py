@@ -42,16 +42,16 @@ from selfalign_ros.conversions import (
 )
 from selfalign_ros.diagnostics import ERROR, OK, WARN, Complaint, Rate, Status
 from selfalign_ros.inputs import Selection, SensorInputs
-from selfalign_ros.node import SelfAlignNode, run
+from selfalign_ros.managed_node import ManagedNode
+from selfalign_ros.node import run
 from selfalign_ros.resources import checkpoint_folder
 from selfalign_ros.worker import Outcome
 
 if TYPE_CHECKING:
     from selfalign_core.policy import Policy
 
-_STARTING = "starting: the model is being loaded"
+_INACTIVE = "inactive"
 _FIRST_CHUNK = "waiting for the first chunk"
-_STOPPING = "stopping"
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Inference:
     duration_s: float
 
 
-class PolicyNode(SelfAlignNode):
+class PolicyNode(ManagedNode):
     """See the module."""
 
     def __init__(self) -> None:
@@ -71,8 +71,6 @@ class PolicyNode(SelfAlignNode):
         contract = self.contract
         self._limiter = CommandLimiter.from_contract(contract)
         self._policy: Policy | None = None  # used in the worker only
-        self._loaded = False
-        self._checkpoint = checkpoint_folder(self.parameters["checkpoint"])
         self._prompt: str = self.parameters["prompt"]
 
         self._token_version = 0
@@ -85,7 +83,7 @@ class PolicyNode(SelfAlignNode):
         self._commanded_ns = 0
         self._inferring = False
         self._due_ns: int | None = None
-        self._hold_reason = _STARTING
+        self._hold_reason = _INACTIVE
         self._last_now_ns: int | None = None
         self._time_jumps = 0
 
@@ -99,6 +97,19 @@ class PolicyNode(SelfAlignNode):
         self._complaint = Complaint(self.get_logger().warning)
         self._failure = Complaint(self.get_logger().error, grace_s=0.0)
 
+    # --- life ---
+
+    async def configure(self) -> None:
+        checkpoint = checkpoint_folder(self.parameters["checkpoint"])
+        parameters, prompt = dict(self.parameters.values), self._prompt
+        token = await self.call_worker(lambda: self._load(checkpoint, parameters, prompt))
+        self.open_topics()
+        if token is not None:
+            self._in_use_publisher.publish(e_token_message(token, self.get_clock().now().to_msg()))
+
+    def open_topics(self) -> None:
+        """Listen and offer what a configured node does."""
+        contract = self.contract
         sensor = qos.LOCKSTEP if self.lockstep else qos.SENSOR
         latched = qos.LOCKSTEP_LATCHED if self.lockstep else qos.LATCHED
         self.inputs = SensorInputs(self, contract, sensor, self.arrived)
@@ -114,23 +125,29 @@ class PolicyNode(SelfAlignNode):
             self._command_publisher = self.create_publisher(message_type, contract.action.topic, qos.COMMAND)
             self.create_service(Trigger, "~/calibrate", self._on_calibrate)
 
-    # --- life ---
-
     def activate(self) -> None:
-        parameters, prompt = dict(self.parameters.values), self._prompt
-        self.worker.submit(lambda: self._load(parameters, prompt), self._on_loaded)
+        self._hold_reason = _FIRST_CHUNK
+        self._last_now_ns = self._due_ns = None
         if not self.lockstep:
             self.create_timer(1.0 / self.contract.rate_hz, self._control)
 
     def deactivate(self) -> None:
         if not self.lockstep:
-            self._hold(_STOPPING)
+            self._hold(_INACTIVE)
+
+    def is_idle(self) -> bool:
+        return not self._inferring
+
+    def cleanup(self) -> None:
+        self._policy = None
+        self._token_version, self._token_refused_version, self._token_refusal = 0, -1, ""
 
     def parameters_changed(self, names: set[str]) -> None:
         if "prompt" in names:
             self._prompt = self.parameters["prompt"]
 
-    def _load(self, parameters: dict[str, Any], prompt: str) -> EToken | None:
+    def _load(self, checkpoint: str, parameters: dict[str, Any], prompt: str) -> EToken | None:
+        self.say_progress(f"loading the model {checkpoint or 'tiny'}")
         import torch
 
         torch.set_num_threads(parameters["torch_threads"])
@@ -138,9 +155,10 @@ class PolicyNode(SelfAlignNode):
         from selfalign_core.policy import Policy
 
         started = time.perf_counter()
-        policy = Policy.load(self._checkpoint, contract=self.contract, device=parameters["device"])
+        policy = Policy.load(checkpoint, contract=self.contract, device=parameters["device"])
         policy.fast = parameters["fast"]
         # The first inference pays for lazy initialisation; the robot shall not wait for it.
+        self.say_progress(f"warming up ({time.perf_counter() - started:.1f} s so far)")
         height, width = policy.image_size
         blank = {name: np.zeros((height, width, 3), np.uint8) for name in self.contract.camera_names}
         policy.infer(Observation(blank, self.contract.home.astype(np.float32), prompt, 0))
@@ -149,20 +167,12 @@ class PolicyNode(SelfAlignNode):
         self.get_logger().info(f"model {policy.digest[:12]}{kind} ready in {time.perf_counter() - started:.1f} s")
         return policy.e_token
 
-    def _on_loaded(self, outcome: Outcome[EToken | None]) -> None:
-        token = outcome.result()
-        self._loaded = True
-        self._hold_reason = _FIRST_CHUNK
-        if token is not None and self._token_version == 0:
-            self._in_use_publisher.publish(e_token_message(token, self.get_clock().now().to_msg()))
-
     # --- E-Token ---
 
     def _on_e_token(self, message: ETokenMsg) -> None:
         def swap() -> EToken | None:
             policy = self._policy
-            if policy is None:
-                return None
+            assert policy is not None
             token = e_token_from_message(message)
             current = policy.e_token
             if current is not None and token.version <= current.version:
@@ -279,8 +289,8 @@ class PolicyNode(SelfAlignNode):
 
     def _why_not(self, now_ns: int) -> str:
         """Why the robot may not move; "" if it may."""
-        if not self._loaded:
-            return _STARTING
+        if not self.is_active:
+            return _INACTIVE
         if not self.parameters["enable"]:
             return "disabled: the parameter enable is false"
         return self.inputs.fault(now_ns)
@@ -350,7 +360,7 @@ class PolicyNode(SelfAlignNode):
             self._holds, self._last_hold = self._holds + 1, reason
         self._path = self._chunk = self._commanded = None
         self._hold_reason = reason
-        self._complaint.say("" if reason in (_STARTING, _FIRST_CHUNK, _STOPPING) else f"holding: {reason}")
+        self._complaint.say("" if reason in (_INACTIVE, _FIRST_CHUNK) else f"holding: {reason}")
 
     # --- calibration ---
 
@@ -414,7 +424,6 @@ class PolicyNode(SelfAlignNode):
 
     async def step(self, request: Step.Request) -> bool:
         now_ns = to_ns(request.stamp)
-        await self.until(lambda: self._loaded)
         wanted = int(request.e_token_version)
         await self.until(lambda: self._token_version >= wanted or self._token_refused_version >= wanted > 0)
         if self._token_version < wanted:
@@ -439,7 +448,7 @@ class PolicyNode(SelfAlignNode):
         yield self.inputs.status(now_ns)
         level = OK
         if self._hold_reason:
-            level = WARN if self._hold_reason in (_STARTING, _FIRST_CHUNK) else ERROR
+            level = WARN if self._hold_reason in (_INACTIVE, _FIRST_CHUNK) else ERROR
             level = WARN if not self.parameters["enable"] else level
         values: dict[str, object] = {
             "chunks": self._chunk_rate.count,

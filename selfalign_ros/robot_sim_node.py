@@ -150,7 +150,7 @@ class RobotSimNode(SelfAlignNode):
         # A group of its own: it waits for the simulation, and commands must arrive meanwhile.
         self.create_service(SetBody, "~/set_body", self._on_set_body, callback_group=MutuallyExclusiveCallbackGroup())
 
-    def activate(self) -> None:
+    def start(self) -> None:
         self.worker.submit(self._simulate, self._on_end)
 
     def parameters_changed(self, names: set[str]) -> None:

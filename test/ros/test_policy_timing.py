@@ -27,7 +27,8 @@ class Stage:
         self.commands: list[Any] = []
         self.jobs: list[Callable[[Any], None]] = []
         self.node = PolicyNode()
-        self.node._loaded = True
+        self.node.open_topics()
+        self.node.is_active = True
         self.node.now_ns = lambda: self.now_ns
         self.node.worker.submit = lambda job, done: self.jobs.append(done)
         self.node._command_publisher = SimpleNamespace(publish=self.commands.append)
