@@ -165,7 +165,7 @@ def test_two_parameter_files_are_compared_in_numbers_and_a_picture(
 ) -> None:
     """What an engineer asks: how many attempts, accepted when, at what cost, and what they did to token and losses."""
     document = yaml.safe_load(parameters.read_text())
-    document["/aligner"]["ros__parameters"]["enable"] = False
+    document["/**/aligner"]["ros__parameters"]["enable"] = False
     (folder / "resting.yaml").write_text(yaml.safe_dump(document))
     arguments = ("--params", str(parameters), "--against", "resting.yaml", "--report", "comparison.json")
     result = replay(recording, folder, *arguments, f"domain:={ros_domain}")
