@@ -15,16 +15,18 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from selfalign_core.checkpoint import load_model, model_digest, read_bank, save_model, write_atomically
+from selfalign_core.chunking import Handover
 from selfalign_core.config import ModelConfig
 from selfalign_core.contract import RobotContract
 from selfalign_core.errors import CheckpointError, ConfigError, InputError
 from selfalign_core.fast import FastSampler
 from selfalign_core.foreign_checkpoints import fit_to_robot, read_foreign
 from selfalign_core.images import resize_with_pad
-from selfalign_core.model.pi0 import ModelInputs, Pi0
+from selfalign_core.model.pi0 import Guidance, ModelInputs, Pi0
 from selfalign_core.policy_config import PolicyConfig, is_foreign, is_untrained
 from selfalign_core.tokenizer import PromptTokenizer, load_tokenizer, word_tokenizer
 from selfalign_core.transforms import (
@@ -69,7 +71,8 @@ class Policy:
         self.bank = bank
         """(capacity, peft_num_tokens, width) E-Tokens of the bodies trained on; ``config.bank_keys`` names the rows."""
         self.fast = True
-        """Whether :meth:`infer` samples on fused weights, or as the model itself does: same numbers within rounding."""
+        """Whether :meth:`infer` samples on fused weights, or as the model itself does: same numbers within rounding.
+        Guidance is always as the model does."""
         self._sampler = FastSampler(model)
         self.digest = model_digest(model)
         self._prompt = PromptTokenizer(tokenizer, max_len=config.model.max_token_len, pi05=config.model.pi05)
@@ -334,8 +337,38 @@ class Policy:
 
     # ---------------------------------------------------------------- inference
 
-    def infer(self, observation: Observation, *, seed: int = 0) -> ActionChunk:
+    def sampling_options(self, handover: Handover | None, state: np.ndarray) -> dict[str, Any]:
+        """Options of ``Pi0.sample_actions``: steps, padding, and what ``handover`` asks of it.
+
+        ``handover`` and ``state`` (B, state_dim) are of one batch.
+
+        Raises:
+            ConfigError: this checkpoint was not trained for the hand-over.
+        """
+        options: dict[str, Any] = {
+            "num_steps": self.config.num_steps,
+            "dim_mask": self.dim_mask if self.config.padding_masked else None,
+        }
+        if handover is None or handover.method not in ("prefix", "guidance"):
+            return options
+        previous = self.actions_to_model(handover.previous, state)
+        if handover.method == "guidance":
+            horizon = self.horizon
+            weights = torch.from_numpy(handover.weights(horizon)).to(self._device)[:, None] * self.dim_mask
+            target = F.pad(previous, (0, 0, 0, horizon - handover.overlap))
+            return options | {"guidance": Guidance(target, weights)}
+        if handover.delay > self.config.rtc_max_delay:
+            raise ConfigError(
+                f"chunk_handover: found prefix with {handover.delay} actions given, expected at most the checkpoint's "
+                f"rtc_max_delay={self.config.rtc_max_delay}"
+            )
+        return options | {"committed": previous[:, : handover.delay]}
+
+    def infer(self, observation: Observation, *, seed: int = 0, handover: Handover | None = None) -> ActionChunk:
         """Sample one chunk. The noise comes from ``seed`` and the observation's stamp, never from the clock.
+
+        Args:
+            handover: what the chunk is to continue; its ``previous`` begins at the observation's stamp.
 
         Raises:
             InputError: bad observation, or the model answered NaN.
@@ -345,10 +378,14 @@ class Policy:
         generator = torch.Generator().manual_seed(_mix(seed, observation.stamp_ns))
         shape = (1, self.horizon, self.config.model.action_dim)
         noise = torch.randn(shape, generator=generator).to(self._device)
-        dim_mask = self.dim_mask if self.config.padding_masked else None
-        sampler = self._sampler if self.fast else self.model
-        actions = sampler.sample_actions(inputs, noise, num_steps=self.config.num_steps, dim_mask=dim_mask)[0]
-        values = self.actions_from_model(actions, np.asarray(observation.state, np.float32))
+        state = np.asarray(observation.state, np.float32)
+        batch = handover and replace(handover, previous=handover.previous[None])
+        options = self.sampling_options(batch, state[None])
+        sampler = self._sampler if self.fast and "guidance" not in options else self.model
+        actions = sampler.sample_actions(inputs, noise, **options)[0]
+        values = self.actions_from_model(actions, state)
+        if handover is not None:
+            values = handover.join(values)
         if not np.isfinite(values).all():
             raise InputError("sample_actions: found NaN or infinity in the actions, expected finite numbers")
         return ActionChunk(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from selfalign_core.chunking import Handover
 from selfalign_core.data.sim_demos import REACH_JOINTS
 from selfalign_core.errors import ConfigError, InputError
 from selfalign_core.images import resize_with_pad
@@ -222,19 +223,21 @@ class PolicyPlanner:
             if camera not in CAMERAS:
                 raise ConfigError(f"checkpoint: found camera {camera!r}, expected only {', '.join(CAMERAS)}")
 
-    @torch.inference_mode()
-    def __call__(self, running: Sequence[RunningEpisode]) -> np.ndarray:
+    @torch.no_grad()
+    def __call__(self, running: Sequence[RunningEpisode], handover: Handover | None = None) -> np.ndarray:
+        """``handover``: of the running episodes as a batch, in their order."""
         policy = self.policy
         observations = [one.observation(self.cameras) for one in running]
         actions = policy.model.sample_actions(
             _collate([policy.inputs(observation) for observation in observations]),
             torch.stack([self._noise(one) for one in running]).to(policy.dim_mask.device),
-            num_steps=policy.config.num_steps,
             token=self._tokens(running),
-            dim_mask=policy.dim_mask if policy.config.padding_masked else None,
+            **policy.sampling_options(handover, np.stack([observation.state for observation in observations])),
         )
         pairs = zip(actions, observations, strict=True)
         chunks = np.stack([policy.actions_from_model(rows, observation.state) for rows, observation in pairs])
+        if handover is not None:
+            chunks = handover.join(chunks)
         if not np.isfinite(chunks).all():
             raise InputError("sample_actions: found NaN or infinity in the actions, expected finite numbers")
         return chunks

@@ -56,6 +56,16 @@ def sampling_times(num_steps: int) -> list[float]:
     return times
 
 
+def guidance_weight(time: float, num_steps: int) -> float:
+    """How strongly a denoising step at ``time`` is drawn to its guide, eq. 2 and 4 of arXiv 2506.07339 (τ is 1 - t).
+
+    It grows without bound towards either end. The limit is ``num_steps``, by which one step of 1/num_steps makes the
+    whole correction; the paper takes 5 for its 5 steps.
+    """
+    tau = 1.0 - time
+    return num_steps if tau * time <= 0 else min(num_steps, (tau * tau + time * time) / (tau * time))
+
+
 def time_embedding(time: Tensor, dimension: int) -> Tensor:
     """Sine-cosine embedding of ``time`` (B,) or (B, S), in float64: (..., dimension) in time's dtype, sines first.
 

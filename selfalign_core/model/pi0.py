@@ -6,7 +6,7 @@ normalisation, optimisers or ROS. Numbers equal openpi's PyTorch model (checked 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,6 +61,17 @@ class Transitions:
     def select(self, rows: Tensor) -> Transitions:
         """The given batch rows (int64)."""
         return Transitions(*(None if t is None else t[rows] for t in vars(self).values()))
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Actions that sampling is drawn to (inference-time real-time chunking, arXiv 2506.07339).
+
+    ``target``: (B, horizon, action_dim). ``weights``: broadcastable to it, in 0..1, how much each action is drawn.
+    """
+
+    target: Tensor
+    weights: Tensor
 
 
 @dataclass(frozen=True)
@@ -583,14 +594,17 @@ class Pi0(nn.Module):
         num_steps: int = 10,
         token: Tensor | None = None,
         committed: Tensor | None = None,
+        guidance: Guidance | None = None,
         dim_mask: Tensor | None = None,
     ) -> Tensor:
         """Clean actions (B, horizon, action_dim) by ``num_steps`` Euler steps from ``noise`` of that shape.
 
         The prefix runs once; each step reads its keys and values. ``committed`` (B, d, action_dim): the chunk's first
         d actions, already decided; the rest is denoised around them. It wants a model trained for it (training-time
-        real-time chunking, arXiv 2512.05964). ``dim_mask`` (action_dim,) bool: False for padded dimensions that were
-        left out of the training loss; they are known to be 0, so their velocity is the noise, as it was in training.
+        real-time chunking, arXiv 2512.05964). ``guidance`` draws the actions towards others, with any model, by a
+        backward pass through the action expert in each step. ``dim_mask`` (action_dim,) bool: False for padded
+        dimensions that were left out of the training loss; they are known to be 0, so their velocity is the noise, as
+        it was in training.
         """
         expected = (len(inputs.state), self.config.action_horizon, self.config.action_dim)
         if tuple(noise.shape) != expected:
@@ -599,9 +613,16 @@ class Pi0(nn.Module):
             raise InputError(
                 f"committed: found shape {tuple(committed.shape)}, expected at most the first actions of {expected}"
             )
+        if guidance is not None:
+            _check_shape("guidance.target", guidance.target, expected)
         if num_steps < 1:
             raise InputError(f"num_steps: found {num_steps}, expected >= 1")
         prefix = self.prefix(inputs)
+
+        def velocity_at(x_t: Tensor, times: Tensor) -> Tensor:
+            velocity = self.denoise_step(prefix, inputs.state, x_t, times, token=token)
+            return velocity if dim_mask is None else torch.where(dim_mask, velocity, noise)
+
         dt = torch.tensor(-1.0 / num_steps, dtype=torch.float32, device=noise.device)
         x_t = noise
         for time in flow.sampling_times(num_steps):
@@ -610,8 +631,11 @@ class Pi0(nn.Module):
                 x_t = torch.cat([committed, x_t[:, committed.shape[1] :]], dim=1)
                 times = times[:, None].repeat(1, x_t.shape[1])
                 times[:, : committed.shape[1]] = 0.0
-            velocity = self.denoise_step(prefix, inputs.state, x_t, times, token=token)
-            x_t = x_t + dt * (velocity if dim_mask is None else torch.where(dim_mask, velocity, noise))
+            if guidance is None:
+                velocity = velocity_at(x_t, times)
+            else:
+                velocity = _guided(velocity_at, x_t, times, flow.guidance_weight(time, num_steps), guidance)
+            x_t = x_t + dt * velocity
         return x_t if committed is None else torch.cat([committed, x_t[:, committed.shape[1] :]], dim=1)
 
     # ---------------------------------------------------------------- housekeeping
@@ -681,6 +705,21 @@ class Pi0(nn.Module):
         _check_shape("token_masks", inputs.token_masks, tuple(inputs.tokens.shape))
         if inputs.tokens.is_floating_point():
             raise InputError(f"tokens: found dtype {inputs.tokens.dtype}, expected an integer type")
+
+
+def _guided(
+    velocity_at: Callable[[Tensor, Tensor], Tensor], x_t: Tensor, times: Tensor, weight: float, guidance: Guidance
+) -> Tensor:
+    """Velocity at ``x_t`` corrected so that the actions it leads to come nearer to the guide: pseudo-inverse guidance
+    (ΠGDM), eq. 2 and 3 of arXiv 2506.07339, where velocity and time have the opposite sign.
+    """
+    with torch.enable_grad():
+        x_t = x_t.detach().requires_grad_()
+        velocity = velocity_at(x_t, times)
+        denoised = x_t - times.reshape(len(x_t), -1, 1) * velocity
+        error = guidance.weights * (guidance.target - denoised.detach())
+        (correction,) = torch.autograd.grad(denoised, x_t, error)
+    return velocity.detach() - weight * correction
 
 
 def _reduced(losses: Losses, reduction: Literal["mean", "none"]) -> Losses:
