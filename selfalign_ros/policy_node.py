@@ -25,8 +25,9 @@ from trajectory_msgs.msg import JointTrajectory
 from selfalign.msg import ActionChunk as ActionChunkMsg
 from selfalign.msg import EToken as ETokenMsg
 from selfalign.srv import Step
+from selfalign_core.chunking import DelayEstimate, Handover, choose_method
 from selfalign_core.commands import CommandLimiter, CommandPath, plan_path, step_in_force
-from selfalign_core.errors import InputError
+from selfalign_core.errors import ConfigError, InputError
 from selfalign_core.types import ActionChunk, EToken, Observation
 from selfalign_ros import qos
 from selfalign_ros.calibration import Calibration
@@ -78,6 +79,9 @@ class PolicyNode(ManagedNode):
         self._token_refusal = ""
 
         self._chunk: ActionChunk | None = None
+        self._delay = DelayEstimate()
+        self._rtc_max_delay: int | None = None  # the checkpoint's, known when it is loaded
+        self._handover_method = "none"
         self._path: CommandPath | None = None  # what a trajectory controller is following
         self._commanded: np.ndarray | None = None  # what a forward controller was told last
         self._commanded_ns = 0
@@ -142,9 +146,19 @@ class PolicyNode(ManagedNode):
         self._policy = None
         self._token_version, self._token_refused_version, self._token_refusal = 0, -1, ""
 
+    def check_parameters(self, values: dict[str, Any]) -> str | None:
+        if self._rtc_max_delay is not None:
+            try:
+                choose_method(values["chunk_handover"], self._rtc_max_delay)
+            except ConfigError as error:
+                return str(error)
+        return None
+
     def parameters_changed(self, names: set[str]) -> None:
         if "prompt" in names:
             self._prompt = self.parameters["prompt"]
+        if self._rtc_max_delay is not None:
+            self._handover_method = choose_method(self.parameters["chunk_handover"], self._rtc_max_delay)
 
     def _load(self, checkpoint: str, parameters: dict[str, Any], prompt: str) -> EToken | None:
         self.say_progress(f"loading the model {checkpoint or 'tiny'}")
@@ -157,12 +171,15 @@ class PolicyNode(ManagedNode):
         started = time.perf_counter()
         policy = Policy.load(checkpoint, contract=self.contract, device=parameters["device"])
         policy.fast = parameters["fast"]
+        method = choose_method(parameters["chunk_handover"], policy.config.rtc_max_delay)
         # The first inference pays for lazy initialisation; the robot shall not wait for it.
         self.say_progress(f"warming up ({time.perf_counter() - started:.1f} s so far)")
         height, width = policy.image_size
         blank = {name: np.zeros((height, width, 3), np.uint8) for name in self.contract.camera_names}
-        policy.infer(Observation(blank, self.contract.home.astype(np.float32), prompt, 0))
-        self._policy = policy
+        home = self.contract.home.astype(np.float32)
+        for handover in (None, *Handover.rehearsal(method, home, policy.horizon, policy.config.rtc_max_delay)):
+            policy.infer(Observation(blank, home, prompt, 0), handover=handover)
+        self._policy, self._rtc_max_delay, self._handover_method = policy, policy.config.rtc_max_delay, method
         kind = "" if policy.trained else " (untrained: random weights)"
         self.get_logger().info(f"model {policy.digest[:12]}{kind} ready in {time.perf_counter() - started:.1f} s")
         return policy.e_token
@@ -202,7 +219,18 @@ class PolicyNode(ManagedNode):
 
     # --- inference ---
 
-    def _infer(self, selection: Selection, prompt: str, seed: int, now_ns: int) -> Inference:
+    def _plan_handover(self, stamp_ns: int) -> Handover | None:
+        """How the chunk for an observation of ``stamp_ns`` is to continue the one that is executed."""
+        return Handover.plan(
+            self._handover_method,
+            self._chunk,
+            stamp_ns=stamp_ns,
+            dt_ns=self.contract.dt_ns,
+            delay=self._delay.steps(self.contract.dt_ns),
+            rtc_max_delay=self._rtc_max_delay or 0,
+        )
+
+    def _infer(self, selection: Selection, prompt: str, seed: int, now_ns: int, handover: Handover | None) -> Inference:
         started = time.perf_counter()
         assert self._policy is not None
         observation = Observation(
@@ -211,7 +239,7 @@ class PolicyNode(ManagedNode):
             prompt=prompt,
             stamp_ns=selection.stamp_ns,
         )
-        chunk = self._policy.infer(observation, seed=seed)
+        chunk = self._policy.infer(observation, seed=seed, handover=handover)
         if not np.isfinite(chunk.actions).all():
             raise InputError("model output: found actions that are not finite; expected finite positions")
         age_s = (now_ns - selection.stamp_ns) / NS_PER_S
@@ -222,9 +250,10 @@ class PolicyNode(ManagedNode):
         prompt, seed = self._prompt, self.parameters["seed"]
         self._inferring = True
         self._due_ns = now_ns + self._replan_ns()
-        jumps = self._time_jumps
+        jumps, handover = self._time_jumps, self._plan_handover(selection.stamp_ns)
         self.worker.submit(
-            lambda: self._infer(selection, prompt, seed, now_ns), lambda outcome: self._on_inference(outcome, jumps)
+            lambda: self._infer(selection, prompt, seed, now_ns, handover),
+            lambda outcome: self._on_inference(outcome, jumps),
         )
 
     def _on_inference(self, outcome: Outcome[Inference], jumps: int) -> None:
@@ -244,6 +273,7 @@ class PolicyNode(ManagedNode):
         inference = outcome.result()
         self._publish_chunk(inference)
         now_ns = self.now_ns()
+        self._delay.add(now_ns - inference.chunk.stamp_ns)
         if reason := self._why_not(now_ns):
             self._hold(reason)
         elif not self._adopt(inference.chunk, now_ns):
@@ -431,12 +461,15 @@ class PolicyNode(ManagedNode):
         if self._due_ns is not None and now_ns < self._due_ns:
             return False
         if reason := self.inputs.fault(now_ns):
-            self._hold_reason = reason
+            self._hold_reason, self._chunk = reason, None
             return False
         self._hold_reason = ""
         selection = self.inputs.select(now_ns)
         prompt, seed = self._prompt, self.parameters["seed"]
-        inference = await self.call_worker(lambda: self._infer(selection, prompt, seed, now_ns))
+        self._delay.add(now_ns - selection.stamp_ns)  # computing takes no time in lock-step
+        handover = self._plan_handover(selection.stamp_ns)
+        inference = await self.call_worker(lambda: self._infer(selection, prompt, seed, now_ns, handover))
+        self._chunk = inference.chunk
         self._due_ns = now_ns + self._replan_ns()
         self._publish_chunk(inference)
         return True
@@ -454,6 +487,8 @@ class PolicyNode(ManagedNode):
             "chunks": self._chunk_rate.count,
             "chunk rate [Hz]": self._chunk_rate.hz,
             "commands": self._command_rate.count,
+            "hand-over": self._handover_method,
+            "delay [steps]": self._delay.steps(self.contract.dt_ns),
             "late chunks": self._late_chunks,
             "holds": self._holds,
             "last hold": self._last_hold,

@@ -26,12 +26,17 @@ class Stage:
         self.now_ns = 100 * S
         self.commands: list[Any] = []
         self.jobs: list[Callable[[Any], None]] = []
+        self.work: list[Callable[[], Any]] = []
         self.node = PolicyNode()
         self.node.open_topics()
         self.node.is_active = True
         self.node.now_ns = lambda: self.now_ns
-        self.node.worker.submit = lambda job, done: self.jobs.append(done)
+        self.node.worker.submit = self._submit
         self.node._command_publisher = SimpleNamespace(publish=self.commands.append)
+
+    def _submit(self, job: Callable[[], Any], done: Callable[[Any], None]) -> None:
+        self.work.append(job)
+        self.jobs.append(done)
 
     def close(self) -> None:
         self.node.close()
@@ -114,3 +119,45 @@ def test_first_commands_go_from_the_measured_position_however_far_the_chunk_is(s
         position = np.array(point.positions)
         assert (np.abs(position - previous) <= reach).all()
         previous, previous_ns = position, due_ns
+
+
+def test_the_next_chunk_continues_the_one_that_is_executed(stage: Stage) -> None:
+    """By its time stamps, over as many actions as chunks have been late; not after a hold."""
+    handovers = []
+    stage.node._infer = lambda *arguments: handovers.append(arguments[-1])
+    stage.node._rtc_max_delay = 0
+    stage.node.parameters_changed({"chunk_handover"})
+    dt_ns = stage.node.contract.dt_ns
+
+    def infer() -> None:
+        """Start an inference on what is seen now."""
+        stage.joints(stage.now_ns)
+        stage.images(stage.now_ns)
+        stage.node._control()
+        stage.work.pop()()
+
+    infer()
+    observed_ns = stage.now_ns
+    stage.now_ns += 2 * dt_ns
+    stage.end_inference(observed_ns)
+    stage.now_ns = observed_ns + 8 * dt_ns + dt_ns // 2
+    infer()
+    stage.jobs.clear()
+    first, second = handovers
+    assert first is None
+    assert (second.method, second.delay) == ("blend", 3)
+    assert second.previous.shape == (7, len(stage.node.contract.joints))  # of 16, from the middle of the ninth on
+    stage.node._hold("a test")
+    stage.node._inferring = False
+    infer()
+    assert handovers[-1] is None
+
+
+def test_a_hand_over_that_the_checkpoint_was_not_trained_for_is_refused_when_set(stage: Stage) -> None:
+    from rclpy.parameter import Parameter
+
+    stage.node._rtc_max_delay = 0
+    results = [stage.node.set_parameters([Parameter("chunk_handover", value=v)])[0] for v in ("guidance", "prefix")]
+    assert results[0].successful and not results[1].successful
+    assert "chunk_handover: found prefix" in results[1].reason
+    assert stage.node._handover_method == "guidance"
