@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from selfalign_core.config import GemmaSize, ModelConfig, VisionSize, build_dataclass
 from selfalign_core.errors import CheckpointError, ConfigError
 from selfalign_core.model.pi0 import Pi0
+from selfalign_core.torch_state import seeded
 from selfalign_core.types import EToken
 
 E_TOKEN_PARAMETER = "peft_prefix_token"
@@ -306,8 +307,7 @@ def _check_names(tensors: TensorFile, expected: dict[str, tuple[int, ...]], fres
 
 def _materialise(model: Pi0, fresh: set[str], device: str, seed: int) -> None:
     """Give storage to what was built on the meta device and is not in the file: fresh parts."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         for prefix, module in model.named_modules():
             own = [f"{prefix}.{n}" if prefix else n for n, _ in module.named_parameters(recurse=False)]
             if not prefix or not any(name in fresh for name in own):

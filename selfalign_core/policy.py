@@ -29,6 +29,7 @@ from selfalign_core.images import resize_with_pad
 from selfalign_core.model.pi0 import Guidance, ModelInputs, Pi0
 from selfalign_core.policy_config import PolicyConfig, is_foreign, is_untrained
 from selfalign_core.tokenizer import PromptTokenizer, load_tokenizer, word_tokenizer
+from selfalign_core.torch_state import exclusive, seeded
 from selfalign_core.transforms import (
     Normalizer,
     NormStats,
@@ -93,6 +94,7 @@ class Policy:
     # ---------------------------------------------------------------- making one
 
     @classmethod
+    @exclusive()
     def load(cls, checkpoint: str, *, contract: RobotContract, device: str = "cpu") -> Policy:
         """The policy behind a ``checkpoint`` parameter, for the robot of ``contract``.
 
@@ -125,8 +127,7 @@ class Policy:
         state = NormStats((lower + upper) / 2, (upper - lower) / 2, lower, upper)
         step = 0.05 * (upper - lower)
         actions = NormStats(np.zeros_like(step), step, -step, step)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(UNTRAINED_SEED)
+        with seeded(UNTRAINED_SEED):
             model = Pi0(ModelConfig.preset("tiny")).to(device)
         config = PolicyConfig(
             model=model.config,

@@ -462,7 +462,8 @@ class _Graph:
                 sample(self._call)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # Another thread's model, the aligner's in a composed process, may allocate meanwhile.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._actions = sample(self._call)
 
     def __call__(self, call: Call) -> Tensor:

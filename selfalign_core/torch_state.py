@@ -1,0 +1,39 @@
+"""What torch keeps per process (seed of the global generator, number of threads), for threads that each own a model.
+
+Gradient and inference modes are per thread already, and nothing here changes how numbers are rounded; the model's own
+noise comes from generators of its own. What is left is guarded here, so that two models in one process compute exactly
+what each would by itself.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+_LOCK = threading.RLock()
+
+
+@contextmanager
+def exclusive() -> Iterator[None]:
+    """For building a model: it draws from the generator that all threads share. One thread at a time."""
+    with _LOCK:
+        yield
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """The CPU's global generator begins at ``seed`` and is afterwards where it was. One thread at a time."""
+    with exclusive(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def use_threads(count: int) -> None:
+    """Let this thread's operations use ``count`` CPU threads, whatever other threads use."""
+    with exclusive():
+        torch.set_num_threads(count)
+        # A thread takes the number over at its first operation: the one set last, which another may have set by then.
+        torch.get_num_threads()
