@@ -85,8 +85,8 @@ class AlignerNode(ManagedNode):
     # On a busy machine loading would take minutes if it gave way already.
     loads_before_niceness = True
 
-    def __init__(self) -> None:
-        super().__init__("aligner")
+    def __init__(self, cli_args: list[str] | None = None) -> None:
+        super().__init__("aligner", cli_args)
         self._aligner: SelfAligner | None = None  # used in the worker only
         self._token: EToken | None = None
         self._token_in_use: ETokenMsg | None = None
@@ -169,9 +169,9 @@ class AlignerNode(ManagedNode):
 
     def _load(self, checkpoint: str, parameters: dict[str, Any]) -> EToken:
         self.say_progress(f"loading the model {checkpoint or 'tiny'}")
-        import torch
+        from selfalign_core.torch_state import use_threads
 
-        torch.set_num_threads(parameters["torch_threads"])
+        use_threads(parameters["torch_threads"])
         from selfalign_core.alignment import SelfAligner
         from selfalign_core.policy import Policy
 

@@ -30,8 +30,8 @@ from selfalign_ros.worker import Outcome
 class BufferNode(ManagedNode):
     """See the module."""
 
-    def __init__(self) -> None:
-        super().__init__("buffer")
+    def __init__(self, cli_args: list[str] | None = None) -> None:
+        super().__init__("buffer", cli_args)
         self._buffer: TransitionBuffer | None = None  # used in the worker only
         self._image_size = (0, 0)
         self._last_stamp_ns = -1

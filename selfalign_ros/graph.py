@@ -7,6 +7,7 @@ here, so the two ways to start SelfAlign cannot differ. This module is plain dat
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -25,6 +26,8 @@ LOG_LEVELS = ("debug", "info", "warn", "error", "fatal")
 # Exit code of a node that cannot work with what it was given (contract, parameter, checkpoint): restarting
 # is no cure.
 EXIT_CONFIGURATION = 2
+COMPOSITION = "composition"
+"""Name and executable of the process that several nodes share."""
 
 _DDS_PROFILE = "FASTRTPS_DEFAULT_PROFILES_FILE"
 # Where one of these is set, a site has chosen its own DDS settings.
@@ -80,7 +83,7 @@ class LaunchArgument:
 
 @dataclass(frozen=True)
 class NodeProcess:
-    """One node in a process of its own.
+    """One node in a process of its own, or, with ``members``, those nodes in one process.
 
     A node that ``ends_graph`` (a report, a recorder, a replay) stops the whole graph when it ends by itself or dies for
     good, and its exit code becomes the graph's. ``stop_grace_s`` is how long it may take after SIGINT
@@ -98,6 +101,7 @@ class NodeProcess:
     respawn_delay_s: float = 0.5
     ends_graph: bool = False
     stop_grace_s: float = 10.0
+    members: tuple[NodeProcess, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.namespace.startswith("/"):
@@ -114,8 +118,15 @@ class NodeProcess:
     def full_name(self) -> str:
         return f"{self.namespace.rstrip('/')}/{self.name}"
 
+    def arguments(self) -> list[str]:
+        """The command line between the executable and ``ros_arguments``: the members, each with its own."""
+        words = (["--node", member.executable, *member.ros_arguments(), "--"] for member in self.members)
+        return [word for of_member in words for word in of_member]
+
     def ros_arguments(self) -> list[str]:
-        """The command line after the executable, as launch_ros would write it."""
+        """The command line's end, as launch_ros would write it."""
+        if self.members:
+            return ["--ros-args", "--log-level", self.log_level]
         arguments = ["--ros-args", "-r", f"__node:={self.name}", "-r", f"__ns:={self.namespace}"]
         arguments += ["--log-level", self.log_level]
         for path in self.parameter_files:
@@ -130,16 +141,38 @@ class NodeProcess:
 
 @dataclass(frozen=True)
 class Graph:
-    """Nodes and the environment they share. ``duration_s`` 0 means until stopped."""
+    """Nodes and the environment they share. ``duration_s`` 0 means until stopped.
+
+    Those named in ``composed`` share one process: they die together, and nothing between them leaves it.
+    """
 
     nodes: tuple[NodeProcess, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
     duration_s: float = 0.0
+    composed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         names = [node.full_name for node in self.nodes]
         if doubled := sorted({name for name in names if names.count(name) > 1}):
             raise GraphError(f"nodes: found {', '.join(doubled)} more than once; expected unique names")
+
+    @property
+    def processes(self) -> tuple[NodeProcess, ...]:
+        """What is started: every node, the composed ones as one."""
+        members = tuple(node for node in self.nodes if node.name in self.composed)
+        if not members:
+            return self.nodes
+        composition = NodeProcess(
+            COMPOSITION,
+            COMPOSITION,
+            namespace=members[0].namespace,
+            log_level=members[0].log_level,
+            respawn=all(node.respawn for node in members),
+            ends_graph=any(node.ends_graph for node in members),
+            stop_grace_s=max(node.stop_grace_s for node in members),
+            members=members,
+        )
+        return (composition, *(node for node in self.nodes if node.name not in self.composed))
 
     def node(self, name: str) -> NodeProcess:
         """The node of that name. Raises ``GraphError`` naming those there are."""
@@ -218,8 +251,15 @@ STATIC_PEERS = LaunchArgument(
     "Other machines with nodes of this graph, name or address, separated by ; (ROS_STATIC_PEERS), where the network "
     "carries no multicast. Empty: as in the environment.",
 )
+COMPOSED = LaunchArgument(
+    "composed",
+    "Policy, buffer and aligner in one process: less copying between them, but if one crashes all of them start anew.",
+    "false",
+    "flag",
+)
 DURATION = LaunchArgument("duration", "Seconds after which everything stops by itself. 0: never.", "0", "seconds")
 
+_CORE = ("policy", "buffer", "aligner")  # the nodes that can share a process
 _BRINGUP_ARGUMENTS = (
     CONTRACT,
     PARAMS_FILE,
@@ -231,6 +271,7 @@ _BRINGUP_ARGUMENTS = (
     DEVICE,
     LOG_LEVEL,
     LaunchArgument("respawn", "Start a node again that died.", "true", "flag"),
+    COMPOSED,
     DURATION,
     REPORT,
     NODES,
@@ -281,6 +322,8 @@ def _assemble_bringup(values: Mapping[str, ParameterValue]) -> Graph:
         "respawn": values["respawn"],
     }
     clock = {"use_sim_time": values["use_sim_time"]}
+    # In one process an aligner that gave way to others would do so with the interpreter lock in its hands.
+    niceness = {"niceness": 0} if values["composed"] else {}
     nodes = [
         NodeProcess(
             "policy",
@@ -294,7 +337,7 @@ def _assemble_bringup(values: Mapping[str, ParameterValue]) -> Graph:
         NodeProcess(
             "aligner",
             "aligner_node",
-            parameters=_parameters(values, "contract", "checkpoint", "device") | clock,
+            parameters=_parameters(values, "contract", "checkpoint", "device") | clock | niceness,
             **common,
         ),
     ]
@@ -326,6 +369,7 @@ def _assemble_bringup(values: Mapping[str, ParameterValue]) -> Graph:
         tuple(nodes),
         environment=_environment(str(values["discovery_range"]), str(values["static_peers"])),
         duration_s=values["duration"],
+        composed=_CORE if values["composed"] else (),
     )
 
 
@@ -357,7 +401,7 @@ def _assemble_record(values: Mapping[str, ParameterValue]) -> Graph:
     )
     # Without a report the recorder alone decides when the run is over.
     nodes = graph.nodes if values["report"] else tuple(n for n in graph.nodes if n.name != "run_report")
-    return Graph((*nodes, recorder), environment=graph.environment, duration_s=graph.duration_s)
+    return dataclasses.replace(graph, nodes=(*nodes, recorder))
 
 
 RECORD = GraphDeclaration(
@@ -392,6 +436,7 @@ def _assemble_replay(values: Mapping[str, ParameterValue]) -> Graph:
             NodeProcess("replay", "replay_node", parameters=player, **common),
         ),
         environment=_environment("LOCALHOST") | domain,
+        composed=(*_CORE, "replay") if values["composed"] else (),
     )
 
 
@@ -401,6 +446,7 @@ REPLAY = GraphDeclaration(
         LaunchArgument("bag", "Folder of the bag to play.", kind="file"),
         LaunchArgument("report", "JSON file for every chunk and E-Token of the replay.", kind="file"),
         LaunchArgument("compare", "Earlier replay JSON that this one has to equal bit for bit.", kind="file"),
+        COMPOSED,
         LaunchArgument("domain", "ROS domain of the replay, so that no robot hears it. Empty: ROS_DOMAIN_ID."),
         CONTRACT,
         PARAMS_FILE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from launch import LaunchContext, LaunchDescription
 from launch.actions import DeclareLaunchArgument, OpaqueFunction, SetEnvironmentVariable, Shutdown
@@ -30,9 +31,9 @@ def launch_description(declaration: GraphDeclaration, defaults: Mapping[str, str
     def assemble(context: LaunchContext) -> list:
         given = {argument.name: context.launch_configurations[argument.name] for argument in declaration.arguments}
         graph = declaration(given)
-        check_domain({**context.environment, **graph.environment}, len(graph.nodes))
+        check_domain({**context.environment, **graph.environment}, len(graph.processes))
         variables = [SetEnvironmentVariable(name, value) for name, value in graph.environment.items()]
-        return variables + [_node(node) for node in graph.nodes]
+        return variables + [_node(node) for node in graph.processes]
 
     return LaunchDescription([*arguments, OpaqueFunction(function=assemble)])
 
@@ -42,18 +43,28 @@ def _node(node: NodeProcess) -> Node:
     return Node(
         package=PACKAGE,
         executable=node.executable,
-        name=node.name,
         exec_name=node.name,
-        namespace=node.namespace,
-        parameters=[*node.parameter_files, dict(node.parameters)],
-        remappings=list(node.remappings),
+        arguments=node.arguments(),
         ros_arguments=["--log-level", node.log_level],
+        **_own(node),
         output="screen",
         respawn=node.respawn,
         respawn_delay=node.respawn_delay_s,
         sigterm_timeout=str(node.stop_grace_s),
         on_exit=_on_exit(node),
     )
+
+
+def _own(node: NodeProcess) -> dict[str, Any]:
+    """Name, parameters and remappings; the members of a composition have theirs in the arguments."""
+    if node.members:
+        return {}
+    return {
+        "name": node.name,
+        "namespace": node.namespace,
+        "parameters": [*node.parameter_files, dict(node.parameters)],
+        "remappings": list(node.remappings),
+    }
 
 
 def _on_exit(node: NodeProcess) -> Callable[[ProcessExited, LaunchContext], list]:

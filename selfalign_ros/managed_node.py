@@ -37,8 +37,8 @@ class ManagedNode(LifecycleNodeMixin, SelfAlignNode):
     becomes active by itself, and a failure to do so ends the process.
     """
 
-    def __init__(self, kind: str) -> None:
-        SelfAlignNode.__init__(self, kind)
+    def __init__(self, kind: str, cli_args: list[str] | None = None) -> None:
+        SelfAlignNode.__init__(self, kind, cli_args)
         # Reentrant, because a request is still being served when the next question for the state arrives.
         LifecycleNodeMixin.__init__(self, callback_group=ReentrantCallbackGroup())
         self._service_change_state.callback = self._on_change_state

@@ -51,8 +51,10 @@ class SelfAlignNode(Node):
     is_active = True
     """Whether the node works now; lock-step steps wait for it."""
 
-    def __init__(self, kind: str) -> None:
-        super().__init__(kind)
+    def __init__(self, kind: str, cli_args: list[str] | None = None) -> None:
+        """``cli_args``: ROS arguments of this node alone, which shares its process; None: the process's are its own."""
+        super().__init__(kind, cli_args=cli_args)
+        self._has_process = cli_args is None
         self.parameters = Parameters(self, kind)
         if not self.loads_before_niceness:
             self.set_niceness()
@@ -179,7 +181,7 @@ class SelfAlignNode(Node):
                 os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
             # Where Linux groups processes by session (autogroup), niceness counts only within the session. A node in
             # a session of its own, as the supervisor starts them, has to say it for the whole session.
-            if os.getsid(0) == os.getpid() and _AUTOGROUP.exists():
+            if self._has_process and os.getsid(0) == os.getpid() and _AUTOGROUP.exists():
                 _AUTOGROUP.write_text(str(niceness))
         except OSError as error:
             self.get_logger().warning(f"niceness {niceness} refused by the system ({error}); going on without")
@@ -210,31 +212,46 @@ def run(make_node: Callable[[], SelfAlignNode], args: list[str] | None = None) -
 
     0 after a signal, 2 if the configuration is wrong (a restart would not help), 1 after a crash.
     """
-    node: SelfAlignNode | None = None
     try:
         is_stopped = start_ros(args)
-        executor = SingleThreadedExecutor()
+    except SelfAlignError as error:
+        say_fatal(str(error))
+        end_process(EXIT_CONFIGURATION)
+    end_process(live(make_node, is_stopped))
+
+
+def end_process(code: int) -> NoReturn:
+    """Everything that matters is closed: end at once, with this exit code.
+
+    Unloading torch takes seconds more, in which a supervisor would see a node that does not obey, and it crashes if a
+    job that cannot be interrupted is still running.
+    """
+    rclpy.try_shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def live(make_node: Callable[[], SelfAlignNode], is_stopped: Callable[[], bool]) -> int:
+    """The life of one node in this thread, with an executor of its own. Returns its exit code (see ``run``)."""
+    node: SelfAlignNode | None = None
+    executor = SingleThreadedExecutor()
+    try:
         node = make_node()
         executor.add_node(node)
         node.start()
         while not is_stopped():
             executor.spin_once(timeout_sec=_SPIN_TIMEOUT_S)
-        code = 0
+        return 0
     except SelfAlignError as error:
         say_fatal(str(error), node)
-        code = EXIT_CONFIGURATION
+        return EXIT_CONFIGURATION
     except Exception:
         say_fatal(f"crashed:\n{traceback.format_exc()}", node)
-        code = 1
+        return 1
     finally:
         if node is not None:
             node.stop()
             node.close()
             executor.shutdown(timeout_sec=1.0)
             node.destroy_node()
-        rclpy.try_shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Everything that matters is closed. Unloading torch takes seconds more, in which a supervisor would see a node
-    # that does not obey, and it crashes if a job that cannot be interrupted is still running.
-    os._exit(code)

@@ -67,8 +67,8 @@ class Inference:
 class PolicyNode(ManagedNode):
     """See the module."""
 
-    def __init__(self) -> None:
-        super().__init__("policy")
+    def __init__(self, cli_args: list[str] | None = None) -> None:
+        super().__init__("policy", cli_args)
         contract = self.contract
         self._limiter = CommandLimiter.from_contract(contract)
         self._policy: Policy | None = None  # used in the worker only
@@ -162,9 +162,9 @@ class PolicyNode(ManagedNode):
 
     def _load(self, checkpoint: str, parameters: dict[str, Any], prompt: str) -> EToken | None:
         self.say_progress(f"loading the model {checkpoint or 'tiny'}")
-        import torch
+        from selfalign_core.torch_state import use_threads
 
-        torch.set_num_threads(parameters["torch_threads"])
+        use_threads(parameters["torch_threads"])
         import selfalign_core.alignment.calibration  # noqa: F401 - here, because later it would delay a control step
         from selfalign_core.policy import Policy
 

@@ -54,8 +54,8 @@ class ReplayError(RuntimeError):
 class Replay(ToolNode):
     """See the module. ``chunks``, ``e_tokens`` and ``aligns`` are what the nodes produced, in order."""
 
-    def __init__(self) -> None:
-        super().__init__("replay")
+    def __init__(self, cli_args: list[str] | None = None) -> None:
+        super().__init__("replay", cli_args)
         if not self.parameters["bag"]:
             raise ConfigError("parameter bag: found nothing; expected the folder of a bag")
         self._bag = Bag(Path(self.parameters["bag"]))

@@ -1,6 +1,6 @@
-"""Starts a graph's nodes, one process each, and keeps them running: for machines without ``ros2 launch``.
+"""Starts a graph's processes and keeps them running: for machines without ``ros2 launch``.
 
-Each node leads a process group of its own and is killed by the kernel if the supervisor dies, so nothing outlives it.
+Each leads a process group of its own and is killed by the kernel if the supervisor dies, so nothing outlives it.
 Log lines are prefixed ``[policy-1]`` and worded as ``launch`` words them. This module must not know what the nodes
 do, nor import ``rclpy``: only processes, signals, pipes and exit codes.
 """
@@ -58,7 +58,7 @@ class RespawnPolicy:
 
 def default_command(node: NodeProcess) -> list[str]:
     """The node's module under this interpreter."""
-    return [sys.executable, "-m", node.module, *node.ros_arguments()]
+    return [sys.executable, "-m", node.module, *node.arguments(), *node.ros_arguments()]
 
 
 def node_environment(graph: Graph, *, is_tty: bool, base: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -178,7 +178,7 @@ class Supervisor:
         self._terminal = _Terminal(output or sys.stdout)
         self._environment = node_environment(graph, is_tty=self._terminal.is_tty)
         self._processes = [
-            _Process(node, f"{node.name}-{number}", command(node)) for number, node in enumerate(graph.nodes, 1)
+            _Process(node, f"{node.name}-{number}", command(node)) for number, node in enumerate(graph.processes, 1)
         ]
         self._selector = selectors.DefaultSelector()
         self._exit_code = 0

@@ -35,8 +35,8 @@ class ToolNode(Node):
     Subclasses overwrite ``finish``; it runs once, after the last callback, and returns the exit code.
     """
 
-    def __init__(self, kind: str) -> None:
-        super().__init__(kind)
+    def __init__(self, kind: str, cli_args: list[str] | None = None) -> None:
+        super().__init__(kind, cli_args=cli_args)
         self.parameters = Parameters(self, kind)
         self.contract = RobotContract.from_yaml(config_file(self.parameters["contract"]))
         self.is_interrupted: Callable[[], bool] = lambda: False
@@ -92,12 +92,23 @@ def _partial(path: Path) -> Path:
 
 
 def run_tool(make_node: Callable[[], ToolNode], args: list[str] | None = None) -> int:
-    """Run one such node. Returns its exit code; 2 when what it was given cannot be used."""
-    node: ToolNode | None = None
-    executor: SingleThreadedExecutor | None = None
+    """Run one such node in a process of its own. Returns its exit code; 2 when what it was given cannot be used."""
     try:
         is_interrupted = start_ros(args)
-        executor = SingleThreadedExecutor()
+    except SelfAlignError as error:
+        say_fatal(str(error))
+        return EXIT_CONFIGURATION
+    try:
+        return live(make_node, is_interrupted)
+    finally:
+        rclpy.try_shutdown()
+
+
+def live(make_node: Callable[[], ToolNode], is_interrupted: Callable[[], bool]) -> int:
+    """The life of one such node in this thread, with an executor of its own. Returns its exit code."""
+    node: ToolNode | None = None
+    executor = SingleThreadedExecutor()
+    try:
         node = make_node()
         node.is_interrupted = is_interrupted
         node.executor_thread = executor
@@ -112,8 +123,6 @@ def run_tool(make_node: Callable[[], ToolNode], args: list[str] | None = None) -
         say_fatal(str(error))
         return EXIT_CONFIGURATION
     finally:
-        if executor is not None:
-            executor.shutdown(timeout_sec=1.0)
+        executor.shutdown(timeout_sec=1.0)
         if node is not None:
             node.destroy_node()
-        rclpy.try_shutdown()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from graph_fixtures import GraphRun
 from node_testing import ROOT, Probe, wait_for
 
 QUICK_ALIGNER = {
@@ -52,6 +53,33 @@ def listen(probe: Probe) -> None:
     probe.listen(ActionChunk, "action_chunk", qos.EVENTS)
     probe.listen(AlignReport, "align_report", qos.EVENTS)
     probe.listen(EToken, "e_token", qos.LATCHED)
+
+
+def record_bag(probe: Probe, folder: Path, parameters: Path) -> Path:
+    """A bag of a real run, long enough for two attempts to align."""
+    listen(probe)
+    run = GraphRun.module("selfalign_ros.record", "--output", "bag", "--params", str(parameters), cwd=folder)
+    try:
+        wait_for(lambda: sum(r.attempted for r in list(probe.messages["align_report"])) >= 2, "two attempts to align")
+        assert run.stop() == 0, run.output
+    finally:
+        run.close()
+    return folder / "bag"
+
+
+def assert_replay_report(report: dict[str, Any]) -> None:
+    """The nodes worked through the bag, in its order: chunks, attempts to align, a token for each that was accepted."""
+    assert report["ok"] and len(report["chunks"]) >= 3
+    assert any(call["attempted"] for call in report["aligns"])
+    assert len({chunk["sha256"] for chunk in report["chunks"]}) > 1
+    assert len(report["e_tokens"]) == 1 + sum(call["accepted"] for call in report["aligns"])
+    stamps = [chunk["stamp_ns"] for chunk in report["chunks"]]
+    assert stamps == sorted(stamps)
+
+
+def assert_identical(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Two replay reports differ in nothing but what was measured, which depends on the machine."""
+    assert {**one, "measured": None} == {**other, "measured": None}
 
 
 def assert_outputs_appear(probe: Probe) -> None:

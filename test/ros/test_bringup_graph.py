@@ -12,6 +12,7 @@ import yaml
 from selfalign_ros.bringup import given_arguments, graph_parser
 from selfalign_ros.graph import BRINGUP, RECORD, REPLAY, Graph, GraphDeclaration, GraphError, NodeProcess
 from selfalign_ros.resources import config_file
+from selfalign_ros.supervisor import default_command
 
 ROOT = Path(__file__).parents[2]
 # Enough to assemble each graph with everything in it.
@@ -174,3 +175,54 @@ def test_commands_document_their_arguments_and_refuse_others(module: str) -> Non
         assert f"'{argument.name}'" in shown and argument.description in shown
     refused = subprocess.run([*command, "nonsense:=1"], capture_output=True, text=True)
     assert refused.returncode == 2 and "argument nonsense: not known" in refused.stderr
+
+
+# --- composition ---
+
+
+@pytest.mark.parametrize(
+    ("declaration", "given", "members", "others"),
+    [
+        (BRINGUP, {}, ["policy", "buffer", "aligner"], ["robot_sim"]),
+        (BRINGUP, {"nodes": "policy,robot_sim"}, ["policy"], ["robot_sim"]),
+        (RECORD, {"output": "bag"}, ["policy", "buffer", "aligner"], ["robot_sim", "recorder"]),
+        (REPLAY, {"bag": "bag"}, ["policy", "buffer", "aligner", "replay"], []),
+    ],
+)
+def test_composed_nodes_share_one_process_with_the_arguments_each_would_have_alone(
+    declaration: GraphDeclaration, given: dict[str, str], members: list[str], others: list[str]
+) -> None:
+    from selfalign_ros.composition import split
+
+    apart = declaration(given)
+    assert apart.processes == apart.nodes
+    graph = declaration(given | {"composed": "true"})
+    assert [node.full_name for node in graph.nodes] == [node.full_name for node in apart.nodes]  # still claimed by name
+    composition, *rest = graph.processes
+    assert (composition.name, [node.name for node in rest]) == ("composition", others)
+    command = default_command(composition)
+    assert command[1:3] == ["-m", "selfalign_ros.composition"]
+    found, of_process = split(command[3:])
+    assert [(member.executable, list(member.arguments)) for member in found] == [
+        (graph.node(name).executable, graph.node(name).ros_arguments()) for name in members
+    ]
+    assert of_process == ["--ros-args", "--log-level", "info"]
+    ends = "replay" in members
+    assert (composition.respawn, composition.ends_graph) == (not ends, ends)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "found none; expected --node EXECUTABLE"),
+        (["--ros-args"], "found --ros-args; expected --node EXECUTABLE"),
+        (["--node", "robot_sim_node", "--"], "found 'robot_sim_node'; expected one of policy_node, "),
+        (["--node"], "found ''; expected one of"),
+    ],
+)
+def test_a_composition_of_what_cannot_be_composed_is_refused(words: list[str], message: str) -> None:
+    from selfalign_core.errors import ConfigError
+    from selfalign_ros.composition import split
+
+    with pytest.raises(ConfigError, match=message):
+        split(words)

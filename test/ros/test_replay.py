@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,13 @@ import numpy as np
 import pytest
 import yaml
 from graph_fixtures import GraphRun
-from node_testing import ROOT, Probe, wait_for
+from node_testing import ROOT, Probe
 from PIL import Image
 from rosbags.rosbag2 import Reader
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 
 sys.path.insert(0, str(ROOT / "test" / "launch"))
-from graph_assertions import listen, write_quick_parameters
+from graph_assertions import assert_identical, assert_replay_report, record_bag, write_quick_parameters
 
 from selfalign_ros.bag import Bag, BagError, BagWriter
 
@@ -42,14 +44,7 @@ def parameters(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def recording(probe: Probe, folder: Path, parameters: Path) -> Path:
     """A bag of a real run, long enough for attempts to align."""
-    listen(probe)
-    run = GraphRun.module("selfalign_ros.record", "--output", "bag", "--params", str(parameters), cwd=folder)
-    try:
-        wait_for(lambda: sum(r.attempted for r in list(probe.messages["align_report"])) >= 2, "two attempts to align")
-        assert run.stop() == 0, run.output
-    finally:
-        run.close()
-    return folder / "bag"
+    return record_bag(probe, folder, parameters)
 
 
 def replay(bag: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -139,37 +134,76 @@ def test_an_existing_folder_is_not_overwritten(ros_domain: int, tmp_path: Path) 
 # --- replaying ---
 
 
-def test_two_replays_are_identical_and_a_change_is_found(
-    ros_domain: int, recording: Path, folder: Path, parameters: Path, tmp_path: Path
-) -> None:
-    common = ("--params", str(parameters), f"domain:={ros_domain}")
-    first = replay(recording, folder, "--report", "first.json", *common)
-    assert first.returncode == 0, first.stdout
-    report = json.loads((folder / "first.json").read_text())
-    assert report["ok"] and len(report["chunks"]) >= 3
-    assert any(call["attempted"] for call in report["aligns"])
-    assert len({chunk["sha256"] for chunk in report["chunks"]}) > 1
-    assert len(report["e_tokens"]) == 1 + sum(call["accepted"] for call in report["aligns"])
-    stamps = [chunk["stamp_ns"] for chunk in report["chunks"]]
-    assert stamps == sorted(stamps)
-
-    second = replay(recording, folder, "--report", "second.json", "--compare", "first.json", *common)
-    assert second.returncode == 0, second.stdout
-    assert "identical" in second.stdout
-    again = json.loads((folder / "second.json").read_text())
-    assert {**again, "measured": None} == {**report, "measured": None}  # only what was measured may differ
-
-
-def test_two_parameter_files_are_compared_in_numbers_and_a_picture(
-    ros_domain: int, recording: Path, folder: Path, parameters: Path
-) -> None:
-    """What an engineer asks: how many attempts, accepted when, at what cost, and what they did to token and losses."""
+@pytest.fixture(scope="module")
+def compared(ros_domain: int, recording: Path, folder: Path, parameters: Path) -> subprocess.CompletedProcess[str]:
+    """Two replays, one with the quick parameters and one that never aligns, and their comparison."""
     document = yaml.safe_load(parameters.read_text())
     document["/**/aligner"]["ros__parameters"]["enable"] = False
     (folder / "resting.yaml").write_text(yaml.safe_dump(document))
     arguments = ("--params", str(parameters), "--against", "resting.yaml", "--report", "comparison.json")
     result = replay(recording, folder, *arguments, f"domain:={ros_domain}")
     assert result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def report(compared: subprocess.CompletedProcess[str], folder: Path) -> dict[str, Any]:
+    """What the replay with the quick parameters wrote."""
+    return json.loads((folder / "comparison.first.json").read_text())
+
+
+def test_a_replay_tells_what_the_nodes_produced(report: dict[str, Any]) -> None:
+    assert_replay_report(report)
+
+
+@pytest.fixture
+def busy_machine() -> Iterator[None]:
+    """Every core has something else to do."""
+    command = [sys.executable, "-c", "while True: pass"]
+    others = [subprocess.Popen(command) for _ in os.sched_getaffinity(0)]
+    yield
+    assert all(other.poll() is None for other in others)
+    for other in others:
+        other.kill()
+        other.wait()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "processes"),
+    [
+        pytest.param((), ["policy", "buffer", "aligner", "replay"], id="in four processes"),
+        pytest.param(("composed:=true",), ["composition"], id="in one process"),
+    ],
+)
+def test_another_replay_is_identical_on_a_busy_machine(
+    ros_domain: int,
+    recording: Path,
+    folder: Path,
+    parameters: Path,
+    report: dict[str, Any],
+    busy_machine: None,
+    arguments: tuple[str, ...],
+    processes: list[str],
+) -> None:
+    """To the one in four processes on a machine with nothing else to do."""
+    common = ("--params", str(parameters), f"domain:={ros_domain}", "--compare", "comparison.first.json")
+    result = replay(recording, folder, "--report", "again.json", *common, *arguments)
+    assert result.returncode == 0, result.stdout
+    assert "identical to" in result.stdout
+    assert re.findall(r"\[(\w+)-\d\]: process started", result.stdout) == processes
+    assert_identical(json.loads((folder / "again.json").read_text()), report)
+
+
+def test_a_composition_that_cannot_work_ends_with_its_reason(ros_domain: int, recording: Path, folder: Path) -> None:
+    result = replay(recording, folder, f"domain:={ros_domain}", "composed:=true", "checkpoint:=nowhere")
+    assert result.returncode == 2
+    assert "checkpoint 'nowhere': found neither" in result.stdout
+
+
+def test_two_parameter_files_are_compared_in_numbers_and_a_picture(
+    compared: subprocess.CompletedProcess[str], folder: Path
+) -> None:
+    """What an engineer asks: how many attempts, accepted when, at what cost, and what they did to token and losses."""
     found = json.loads((folder / "comparison.json").read_text())
     assert found["parameters"] == {"aligner.enable": [True, False]}
     quick, resting = found["runs"]
@@ -186,7 +220,7 @@ def test_two_parameter_files_are_compared_in_numbers_and_a_picture(
     assert all(values["before"] > 0 for values in losses.values())
     assert any(values["difference"] != 0 for values in losses.values()) == accepted
     assert all(values["difference"] == 0 for values in resting["losses_on_bag"]["losses"].values())
-    assert "inverse dynamics loss on the bag" in result.stdout and "attempts to align" in result.stdout
+    assert "inverse dynamics loss on the bag" in compared.stdout and "attempts to align" in compared.stdout
     with Image.open(folder / "comparison.png") as picture:
         assert picture.size[0] > 800
 
