@@ -18,7 +18,7 @@ CHECKPOINT ?= policies/tiny_reach
 
 .DEFAULT_GOAL := help
 .PHONY: help build bringup record replay train evaluate tiny-policy train-step held-out ablations adaptation
-.PHONY: image-path soak test lint clean clean-all
+.PHONY: handover image-path soak test lint clean clean-all
 
 help:  ## show this text
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -88,6 +88,10 @@ image-path:  ## time per camera frame from message to model input, against plain
 
 soak:  ## simulated operation at real rates, an hour unless DURATION=seconds: memory flat, no chunk missed
 	@$(BOOTSTRAP) run python3 -m benchmarks.soak $(if $(DURATION),--duration $(DURATION)) $(ARGS)
+
+handover: export OMP_NUM_THREADS := 1
+handover:  ## jerk, stalls and success per hand-over between chunks, at injected latencies: CHECKPOINT=directory
+	@$(BOOTSTRAP) run python3 -m benchmarks.handover $(CHECKPOINT) --json runs/handover.json $(ARGS)
 
 lint:  ## ruff
 	@$(BOOTSTRAP) run python3 -m ruff check .

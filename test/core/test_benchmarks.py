@@ -13,7 +13,7 @@ import pytest
 import yaml
 from training_runs import SMALL_MODEL, train, trainer, values, write_dataset
 
-from benchmarks import ablations, held_out, train_step
+from benchmarks import ablations, handover, held_out, train_step
 from benchmarks.report import interval, print_table, write_json
 from benchmarks.scores import Scorer, draw, halves
 from selfalign_core.data.dataset import TransitionDataset
@@ -297,3 +297,22 @@ def test_shares_of_bodies_that_are_all_alike_keep_an_interval() -> None:
     assert found["mean"] == 0.0 and found["low"] == 0.0 and 0.05 < found["high"] < 0.3
     spread = ablations._share_of_bodies([[True] * 5, [False] * 5, [True] * 5, [False] * 5])
     assert spread["low"] == 0.0 and spread["high"] == 1.0  # four bodies, not twenty episodes
+
+
+# ---------------------------------------------------------------- hand-over between chunks
+
+
+def test_hand_overs_are_compared_on_the_same_episodes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "handover.json"
+    checkpoint = str(Path(__file__).parents[2] / "policies/tiny_reach")
+    options = ["--episodes", "3", "--latencies", "150", "--methods", "wait", "none", "blend", "--json", str(file)]
+    assert handover.main([checkpoint, *options]) == 0
+    found = json.loads(file.read_text())
+    wait, none, blend = found["rows"]
+    assert [row["method"] for row in found["rows"]] == ["wait", "none", "blend"]
+    assert wait["stall"]["mean"] > 0.1 and none["stall"]["mean"] == blend["stall"]["mean"] == 0
+    for figure in ("jump", "commanded_jerk", "commanded_jerk_max", "measured_jerk"):
+        assert 0 < blend[figure]["mean"] < 0.7 * none[figure]["mean"], figure
+    assert "150 ms, blend" in capsys.readouterr().out
+    assert handover.main([checkpoint, "--latencies", "-1"]) == 2
+    assert "latencies: found -1 ms, expected >= 0" in capsys.readouterr().err
