@@ -27,9 +27,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.report import MIB, print_table, record, run_command, write_json
+from benchmarks.report import MIB, peak_bytes, print_table, record, run_command, write_json
 from selfalign_core.config import ModelConfig
 from selfalign_core.data.dataset_writer import DatasetWriter
 from selfalign_core.errors import ConfigError
@@ -149,16 +148,7 @@ class Bench:
 
     def step_bytes(self, kind: str) -> int:
         """Peak of what a step holds beyond what rests between steps: activations, gradients, temporaries."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            before = torch.cuda.memory_allocated(self.device)
-            self.step(kind)
-            return torch.cuda.max_memory_allocated(self.device) - before
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            self.step(kind)
-        events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-        sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-        return int(np.cumsum(sizes).max())
+        return peak_bytes(lambda: self.step(kind), self.device)
 
     def resting_bytes(self, kind: str) -> int:
         """Weights, master weights and the optimiser's moments; without the alignment expert's for ``action``."""

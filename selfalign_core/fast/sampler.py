@@ -125,7 +125,22 @@ class FastSampler:
                 inputs, noise, num_steps=num_steps, committed=committed, dim_mask=dim_mask
             )
         self._model.check_inputs(inputs)
-        return self._current_plan().sample(inputs, noise, num_steps, committed if count else None, dim_mask)
+        run, call = self.prepared(
+            inputs, noise, num_steps=num_steps, committed=committed if count else None, dim_mask=dim_mask
+        )
+        return run(call)[None]
+
+    def prepared(
+        self,
+        inputs: ModelInputs,
+        noise: Tensor,
+        *,
+        num_steps: int = 10,
+        committed: Tensor | None = None,
+        dim_mask: Tensor | None = None,
+    ) -> tuple[Run, Call]:
+        """What :meth:`sample_actions` runs, and on what: for a look at its stages. Nothing is checked."""
+        return self._current_plan().prepare(inputs, noise, num_steps, committed, dim_mask)
 
     def _forget(self) -> None:
         self._plan = None
@@ -182,16 +197,16 @@ class _Plan:
         self.out = folded(expert.norm, model.action_out_proj.weight).t().contiguous()
         self.out_bias = model.action_out_proj.bias
         self._times: dict[tuple[int, int], _Times] = {}
-        self._runs: OrderedDict[Shape, _Run] = OrderedDict()
+        self._runs: OrderedDict[Shape, Run] = OrderedDict()
 
     def times(self, steps: int, committed: int) -> _Times:
         if (steps, committed) not in self._times:
             self._times[steps, committed] = _Times(self.model, steps, committed)
         return self._times[steps, committed]
 
-    def sample(
+    def prepare(
         self, inputs: ModelInputs, noise: Tensor, steps: int, committed: Tensor | None, dim_mask: Tensor | None
-    ) -> Tensor:
+    ) -> tuple[Run, Call]:
         present = tuple(i for i, mask in enumerate(inputs.image_masks) if mask)
         tokens, token_mask = inputs.tokens[0], inputs.token_masks[0]
         if not self.keep_padding:
@@ -201,7 +216,7 @@ class _Plan:
         if shape not in self._runs:
             while len(self._runs) >= _MAX_SHAPES:
                 self._runs.popitem(last=False)
-            self._runs[shape] = _Run(self, shape)
+            self._runs[shape] = Run(self, shape)
         self._runs.move_to_end(shape)
         images = [inputs.images[i] for i in present]
         call = Call(
@@ -214,7 +229,7 @@ class _Plan:
             dim_mask=dim_mask,
             token=self.model.peft_prefix_token if self.model.num_e_tokens else None,
         )
-        return self._runs[shape](call)[None]
+        return self._runs[shape], call
 
 
 def compiled(layer: Callable, *, backend: str = "inductor") -> Callable:
@@ -265,7 +280,7 @@ class _Times:
         self.fixed = [modulation(norm, own) for norm in norms]
 
 
-class _Run:
+class Run:
     """The buffers of one shape and the call itself; on a GPU its graph."""
 
     def __init__(self, plan: _Plan, shape: Shape):
