@@ -18,10 +18,10 @@ CHECKPOINT ?= policies/tiny_reach
 
 .DEFAULT_GOAL := help
 .PHONY: help build bringup record replay train evaluate tiny-policy train-step held-out ablations adaptation
-.PHONY: handover image-path soak test lint clean clean-all
+.PHONY: handover image-path latency align-speed interference pipeline soak test lint clean clean-all
 
 help:  ## show this text
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  DURATION=30       seconds after which bringup or record stops by itself"
 	@echo "  REPORT=out.json   where bringup or replay writes its report (a .png goes next to it)"
@@ -85,6 +85,23 @@ adaptation:  ## unseen bodies with and without alignment: CHECKPOINT=directory
 image-path: export OMP_NUM_THREADS := 1
 image-path:  ## time per camera frame from message to model input, against plain cv2
 	@$(BOOTSTRAP) run python3 -m benchmarks.image_path --json benchmarks/results/image_path.json $(ARGS)
+
+latency: export OMP_NUM_THREADS := 1
+latency:  ## time of an action chunk stage by stage, plain and fast, beside the least time: ARGS='--device cuda'
+	@$(BOOTSTRAP) run python3 -m benchmarks.latency --checkpoint $(CHECKPOINT) --json runs/latency.json $(ARGS)
+
+align-speed: export OMP_NUM_THREADS := 1
+align-speed:  ## time and memory of an alignment step, against a joint pass of the whole model
+	@$(BOOTSTRAP) run python3 -m benchmarks.align_speed --checkpoint $(CHECKPOINT) --json runs/align_speed.json $(ARGS)
+
+interference: export OMP_NUM_THREADS := 1
+interference:  ## latencies of the policy with alignment off, at 1 Hz and without pause
+	@$(BOOTSTRAP) run python3 -m benchmarks.interference --checkpoint $(CHECKPOINT) \
+	  --json runs/interference.json $(ARGS)
+
+pipeline: export OMP_NUM_THREADS := 1
+pipeline:  ## from a camera's message to the robot's command: what is not the model
+	@$(BOOTSTRAP) run python3 -m benchmarks.pipeline --checkpoint $(CHECKPOINT) --json runs/pipeline.json $(ARGS)
 
 soak:  ## simulated operation at real rates, an hour unless DURATION=seconds: memory flat, no chunk missed
 	@$(BOOTSTRAP) run python3 -m benchmarks.soak $(if $(DURATION),--duration $(DURATION)) $(ARGS)

@@ -115,8 +115,8 @@ class Bench:
         model.requires_grad_(False)
         return found
 
-    def stages(self) -> dict[str, float]:
-        """Milliseconds of an attempt's stages with the default settings."""
+    def stages(self, limit_ms: float | None = None) -> dict[str, float]:
+        """Milliseconds of an attempt's stages with the default settings; each ends after ``limit_ms``."""
         fit, guard = self._split()
         scorer, config, trusted = self.scorer, self.config, Trusted.of(self.policy)
         current = self.token.detach()
@@ -131,7 +131,7 @@ class Bench:
             return result
 
         def budget() -> Budget:
-            return Budget(None, time.monotonic)
+            return Budget(limit_ms, time.monotonic)
 
         timed("prepare", lambda: scorer.prepare(self.batch))
         best = timed(

@@ -15,7 +15,6 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import rclpy
@@ -32,7 +31,7 @@ from selfalign_ros.conversions import to_ns
 from selfalign_ros.diagnostics import Diagnostics, Status
 from selfalign_ros.graph import EXIT_CONFIGURATION
 from selfalign_ros.parameters import Parameters
-from selfalign_ros.process import say_fatal, start_ros
+from selfalign_ros.process import give_way, say_fatal, start_ros
 from selfalign_ros.resources import config_file
 from selfalign_ros.worker import Outcome, Worker
 
@@ -40,7 +39,6 @@ Result = TypeVar("Result")
 
 _SPIN_TIMEOUT_S = 0.2  # how late a signal may be noticed when nothing else happens
 _WORKER_JOIN_S = 5.0
-_AUTOGROUP = Path("/proc/self/autogroup")
 
 
 class SelfAlignNode(Node):
@@ -176,13 +174,7 @@ class SelfAlignNode(Node):
         if not niceness:
             return
         try:
-            os.setpriority(os.PRIO_PROCESS, 0, niceness)
-            if niceness == 19:  # the lowest: run only when nothing else wants the processor
-                os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-            # Where Linux groups processes by session (autogroup), niceness counts only within the session. A node in
-            # a session of its own, as the supervisor starts them, has to say it for the whole session.
-            if self._has_process and os.getsid(0) == os.getpid() and _AUTOGROUP.exists():
-                _AUTOGROUP.write_text(str(niceness))
+            give_way(niceness, session=self._has_process)
         except OSError as error:
             self.get_logger().warning(f"niceness {niceness} refused by the system ({error}); going on without")
 
