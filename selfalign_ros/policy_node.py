@@ -179,7 +179,7 @@ class PolicyNode(ManagedNode):
         home = self.contract.home.astype(np.float32)
         for handover in (None, *Handover.rehearsal(method, home, policy.horizon, policy.config.rtc_max_delay)):
             policy.infer(Observation(blank, home, prompt, 0), handover=handover)
-        self._policy, self._rtc_max_delay, self._handover_method = policy, policy.config.rtc_max_delay, method
+        self._policy, self._rtc_max_delay = policy, policy.config.rtc_max_delay
         kind = "" if policy.trained else " (untrained: random weights)"
         self.get_logger().info(f"model {policy.digest[:12]}{kind} ready in {time.perf_counter() - started:.1f} s")
         return policy.e_token
@@ -273,10 +273,11 @@ class PolicyNode(ManagedNode):
         inference = outcome.result()
         self._publish_chunk(inference)
         now_ns = self.now_ns()
-        self._delay.add(now_ns - inference.chunk.stamp_ns)
         if reason := self._why_not(now_ns):
             self._hold(reason)
-        elif not self._adopt(inference.chunk, now_ns):
+        elif self._adopt(inference.chunk, now_ns):
+            self._delay.add(now_ns - inference.chunk.stamp_ns)
+        else:
             self._late_chunks += 1
             self._hold(
                 f"late chunk: found its {len(inference.chunk.actions)} actions past when it was ready, "
