@@ -134,7 +134,8 @@ class Watch:
 class AlignConfig:
     """The self-aligner's settings: ``mode``, the three losses' weights and a section per stage.
 
-    ``keep``: accepted tokens remembered for rollback. A stage's ``budget_ms`` is wall time, None for no limit; with a
+    ``keep``: accepted tokens remembered for rollback. ``frame_cache_mib``: memory for what the frozen model made of
+    frames, kept from round to round; 0 keeps nothing. A stage's ``budget_ms`` is wall time, None for no limit; with a
     limit, results depend on the machine's speed.
     """
 
@@ -143,6 +144,7 @@ class AlignConfig:
     lambda_dyn: float = 1.0
     lambda_inv: float = 3.0
     keep: int = 8
+    frame_cache_mib: int = 256
     collect: Collect = field(default_factory=Collect)
     identify: Identify = field(default_factory=Identify)
     refine: Refine = field(default_factory=Refine)
@@ -156,6 +158,7 @@ class AlignConfig:
         if self.lambda_perc == self.lambda_dyn == self.lambda_inv == 0:
             raise ConfigError("AlignConfig.lambda_perc, lambda_dyn, lambda_inv: found all 0, expected one > 0")
         _at_least(self, 1, "keep")
+        _at_least(self, 0, "frame_cache_mib")
 
     def without_budgets(self) -> AlignConfig:
         """The same settings with no limit on any stage's time: what lock-step replay and tests need."""

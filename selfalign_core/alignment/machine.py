@@ -29,6 +29,7 @@ from torch import Tensor
 from selfalign_core.alignment.budget import Budget, Clock
 from selfalign_core.alignment.config import AlignConfig
 from selfalign_core.alignment.excitation import Excitation, measure_excitation
+from selfalign_core.alignment.frames import FrameCache
 from selfalign_core.alignment.guard import Verdict, judge
 from selfalign_core.alignment.history import Accepted, History
 from selfalign_core.alignment.identify import Identification, identify
@@ -139,7 +140,8 @@ class SelfAligner:
     ):
         self.policy, self.config, self._prompt = policy, config, prompt
         self._joints = tuple(joints) or tuple(f"joint {i}" for i in range(policy.state_dim))
-        self._scorer = Scorer(policy, _weights(config), prompt=prompt)
+        self._frames = FrameCache(policy, config.frame_cache_mib * 2**20)
+        self._scorer = Scorer(policy, _weights(config), prompt=prompt, frames=self._frames)
         self._trusted = Trusted.of(policy)
         self._references = references(self._trusted, config.watch.references)
         self._seed, self._clock = seed, clock
@@ -177,8 +179,9 @@ class SelfAligner:
     def configure(self, config: AlignConfig) -> None:
         """Go on with other settings. With other weights no loss compares with an earlier one: it collects anew."""
         old, self.config = self.config, config
+        self._frames.limit_bytes = config.frame_cache_mib * 2**20
         if (_weights(old), old.watch.references) != (_weights(config), config.watch.references):
-            self._scorer = Scorer(self.policy, _weights(config), prompt=self._prompt)
+            self._scorer = Scorer(self.policy, _weights(config), prompt=self._prompt, frames=self._frames)
             self._references = references(self._trusted, config.watch.references)
             self._state = State.COLLECT
 

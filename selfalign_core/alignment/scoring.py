@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from selfalign_core.alignment.frames import Encoded, FrameCache
 from selfalign_core.errors import ConfigError, InputError
 from selfalign_core.model import flow_matching as flow
 from selfalign_core.model.gemma import PrefixCache
@@ -51,13 +52,21 @@ class Prepared:
 class Scorer:
     """Losses λ_p·L_perc + λ_d·L_dyn + λ_i·L_inv of E-Tokens for ``policy``'s model. Owned by one thread.
 
-    ``prompt`` is read only with ``alignment_prefix="full"``.
+    ``prompt`` is read only with ``alignment_prefix="full"``. ``frames``: keeps what was made of frames; by default
+    nothing is kept.
 
     Raises:
         ConfigError: the model has no E-Token or no alignment expert.
     """
 
-    def __init__(self, policy: Policy, weights: tuple[float, float, float], *, prompt: str = ""):
+    def __init__(
+        self,
+        policy: Policy,
+        weights: tuple[float, float, float],
+        *,
+        prompt: str = "",
+        frames: FrameCache | None = None,
+    ):
         config = policy.config.model
         if not config.use_peft_prefix_token:
             raise ConfigError("alignment: found use_peft_prefix_token=False, expected a model with an E-Token")
@@ -68,6 +77,7 @@ class Scorer:
         self.policy = policy
         self._weights = weights
         self._prompt = prompt
+        self._frames = frames or FrameCache(policy)
 
     # ---------------------------------------------------------------- what comes in
 
@@ -94,31 +104,23 @@ class Scorer:
         policy, model = self.policy, self.policy.model
         device = policy.dim_mask.device
         obs, nxt = (torch.from_numpy(index).to(device) for index in (batch.obs_index, batch.next_index))
-        features, masks = [], []
-        for camera in policy.config.cameras:
-            if camera is None:
-                frames = np.zeros((len(batch.frames), *policy.image_size, 3), np.uint8)
-            else:
-                frames = np.ascontiguousarray(batch.frames[:, batch.cameras.index(camera)])
-            features.append(model.paligemma_with_expert.embed_image(policy.images_to_model(frames)))
-            masks.append(torch.full((len(batch),), camera is not None, device=device))
+        frames = self._frames.encode(batch.frames, batch.cameras)
         state = batch.frame_states[batch.obs_index]
         transitions = Transitions(
             state=policy.state_to_model(state),
             actions=policy.actions_to_model(batch.actions, state),
-            next_obs=model.next_observation_features([f[nxt] for f in features]),
-            next_obs_masks=model.next_observation_masks(masks),
+            next_obs=model.next_observation_features([f[nxt] for f in frames.features]),
+            next_obs_masks=model.next_observation_masks([m[nxt] for m in frames.masks]),
         )
-        return Prepared(self._prefix([f[obs] for f in features], masks, state), transitions)
+        seen = frames.select(obs)
+        return Prepared(seen.prefix or self._full_prefix(seen, state), transitions)
 
-    def _prefix(self, features: list[Tensor], masks: list[Tensor], state: np.ndarray) -> PrefixCache:
-        policy, model = self.policy, self.policy.model
-        if policy.config.model.alignment_prefix != "full":
-            return model.images_only_prefix(features, masks)
+    def _full_prefix(self, frames: Encoded, state: np.ndarray) -> PrefixCache:
+        policy = self.policy
         prompts = [policy.tokenize(self._prompt, s) for s in state]
         tokens, token_masks = (torch.cat(parts) for parts in zip(*prompts, strict=True))
-        inputs = ModelInputs([], masks, tokens, token_masks, policy.state_to_model(state))
-        return model.prefix(inputs, image_features=features)
+        inputs = ModelInputs([], frames.masks, tokens, token_masks, policy.state_to_model(state))
+        return policy.model.prefix(inputs, image_features=frames.features)
 
     # ---------------------------------------------------------------- what comes out
 

@@ -18,6 +18,7 @@ from toy_bodies import BODIES, Trained, recording_of, transitions_of
 from selfalign_core.alignment.budget import Budget
 from selfalign_core.alignment.config import AlignConfig, Collect, Guard, Identify, Refine, Watch
 from selfalign_core.alignment.excitation import measure_excitation
+from selfalign_core.alignment.frames import FrameCache
 from selfalign_core.alignment.guard import Verdict, judge
 from selfalign_core.alignment.identify import identify
 from selfalign_core.alignment.overlap import estimate, shared_time, spans
@@ -530,3 +531,28 @@ def test_common_noise_makes_equal_tokens_differ_by_nothing(seed: int, draws: int
     rows = torch.arange(3 * draws)
     both = scorer.score(data, scorer.noise(data, draws, seed), torch.stack([token, token]), rows)
     torch.testing.assert_close(both[0], both[1])
+
+
+@pytest.mark.parametrize("prefix", ["images_only", "full"])
+def test_frames_seen_before_are_not_encoded_again(prefix: str) -> None:
+    """What is kept gives the same losses within rounding; the memory is bounded, and pixels decide, not stamps."""
+    policy = small_policy(alignment_prefix=prefix)
+    frames = FrameCache(policy, 2**20)
+    kept = Scorer(policy, WEIGHTS, prompt="pick up", frames=frames)
+    plain = Scorer(policy, WEIGHTS, prompt="pick up")
+    first = random_batch(policy, 6)
+    token = policy.model.peft_prefix_token.detach()
+    for batch in (first, first.select(slice(2, 6)), dataclasses.replace(first, frames=first.frames[::-1].copy())):
+        found = kept.summary(kept.prepare(batch), token, 2, seed=1)
+        expected = plain.summary(plain.prepare(batch), token, 2, seed=1)
+        np.testing.assert_allclose(dataclasses.astuple(found), dataclasses.astuple(expected), rtol=1e-5)
+    assert (frames.misses, frames.hits) == (7, 5 + 7)
+    other = dataclasses.replace(first, frames=255 - first.frames)
+    kept.prepare(other)
+    assert frames.misses == 14
+    frames.limit_bytes = frames.nbytes // 2
+    kept.prepare(other)
+    assert 0 < frames.nbytes <= frames.limit_bytes
+    frames.limit_bytes = 0
+    kept.prepare(other)
+    assert frames.nbytes == 0

@@ -1,0 +1,122 @@
+"""What the frozen model makes of frames, kept from one round of alignment to the next.
+
+Rounds share most of their frames, and what is read of a frame does not depend on E: its vision features and, where the
+alignment path reads images alone, the prefix's keys and values. A frame is known by its pixels, not by its stamp, so
+that time that jumps back, or another recording, cannot bring back another frame's. Knows neither transitions nor
+losses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selfalign_core.model.gemma import KeyValues, PrefixCache
+from selfalign_core.policy import Policy
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Of N frames: ``features`` per camera (N, patches, width); ``masks`` per camera (N,) bool, False where absent;
+    ``prefix`` of the images alone, None where the alignment path reads the prompt as well.
+    """
+
+    features: tuple[Tensor, ...]
+    masks: tuple[Tensor, ...]
+    prefix: PrefixCache | None
+
+    def select(self, rows: Tensor) -> Encoded:
+        """Copies of the given rows (int64)."""
+        return Encoded(
+            tuple(f[rows] for f in self.features),
+            tuple(m[rows] for m in self.masks),
+            None if self.prefix is None else self.prefix.select(rows),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        layers = () if self.prefix is None else self.prefix.layers
+        return sum(f.nbytes for f in self.features) + sum(kv.keys.nbytes + kv.values.nbytes for kv in layers)
+
+
+def joined(parts: list[Encoded]) -> Encoded:
+    """All frames of ``parts``, in their order."""
+    first = parts[0].prefix
+    prefix = first and PrefixCache(
+        tuple(
+            KeyValues(torch.cat([kv.keys for kv in layer]), torch.cat([kv.values for kv in layer]))
+            for layer in zip(*(part.prefix.layers for part in parts), strict=True)
+        ),
+        torch.cat([part.prefix.pad_masks for part in parts]),
+        first.image_length,
+    )
+    return Encoded(
+        tuple(torch.cat(f) for f in zip(*(part.features for part in parts), strict=True)),
+        tuple(torch.cat(m) for m in zip(*(part.masks for part in parts), strict=True)),
+        prefix,
+    )
+
+
+class FrameCache:
+    """Encodes frames for ``policy``'s frozen model and keeps at most ``limit_bytes``; the least recently used leave
+    first. Owned by one thread.
+    """
+
+    def __init__(self, policy: Policy, limit_bytes: int = 0):
+        self.limit_bytes = limit_bytes
+        self._policy = policy
+        self._kept: OrderedDict[bytes, Encoded] = OrderedDict()
+        self.hits = self.misses = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept."""
+        return sum(encoded.nbytes for encoded in self._kept.values())
+
+    @torch.no_grad()
+    def encode(self, frames: np.ndarray, cameras: tuple[str, ...]) -> Encoded:
+        """``frames`` (N, cameras, H, W, 3) uint8 RGB, at least one."""
+        if self.limit_bytes <= 0:
+            self._kept.clear()
+            return self._encode(frames, cameras)
+        keys = [self._key(frame, cameras) for frame in frames]
+        new = {key: row for row, key in enumerate(keys) if key not in self._kept}
+        self.misses += len(new)
+        self.hits += len(keys) - len(new)
+        if new:
+            encoded = self._encode(frames[list(new.values())], cameras)
+            for row, key in enumerate(new):
+                self._kept[key] = encoded.select(torch.tensor([row], device=self._policy.dim_mask.device))
+        found = joined([self._kept[key] for key in keys])
+        for key in keys:
+            self._kept.move_to_end(key)
+        excess = self.nbytes - self.limit_bytes
+        while excess > 0:
+            excess -= self._kept.popitem(last=False)[1].nbytes
+        return found
+
+    @staticmethod
+    def _key(frame: np.ndarray, cameras: tuple[str, ...]) -> bytes:
+        key = hashlib.blake2b("\n".join(cameras).encode(), digest_size=16)
+        key.update(np.ascontiguousarray(frame))
+        return key.digest()
+
+    def _encode(self, frames: np.ndarray, cameras: tuple[str, ...]) -> Encoded:
+        policy, model = self._policy, self._policy.model
+        features, masks = [], []
+        for camera in policy.config.cameras:
+            if camera is None:
+                pixels = np.zeros((len(frames), *policy.image_size, 3), np.uint8)
+            else:
+                pixels = np.ascontiguousarray(frames[:, cameras.index(camera)])
+            features.append(model.paligemma_with_expert.embed_image(policy.images_to_model(pixels)))
+            masks.append(torch.full((len(frames),), camera is not None, device=policy.dim_mask.device))
+        images_only = policy.config.model.alignment_prefix == "images_only"
+        return Encoded(
+            tuple(features), tuple(masks), model.images_only_prefix(features, masks) if images_only else None
+        )
