@@ -34,6 +34,7 @@ def draw(comparison: Mapping[str, Any], path: Path) -> None:
     _draw_compute(axes["compute"], series["attempts"], labels)
     _draw_bag_losses(axes["bag"], comparison["runs"])
     _draw_joints(axes["joints"], comparison["chunks"]["joints"])
+    _draw_accepted([axes[name] for name in _TIMED], comparison["runs"])
     for name in _TIMED:
         axes[name].set_xlim(0, max(comparison["duration_s"], 1e-3))
         axes[name].set_xlabel("time in the bag [s]")
@@ -44,8 +45,9 @@ def draw(comparison: Mapping[str, Any], path: Path) -> None:
 
 
 def _draw_first_action(axis: Any, series: Mapping[str, list[Any]]) -> None:
-    for name in [name for name in series if name != "t"]:
-        axis.plot(series["t"], series[name], ".-", ms=3, lw=0.8, label=name)
+    for number, name in enumerate(name for name in series if name != "t"):
+        colour = f"C{len(_COLOURS) + number}"
+        axis.plot(series["t"], series[name], ".-", ms=3, lw=0.8, color=colour, label=name)
     axis.set_ylabel("difference of the\nfirst action [rad or m]")
     axis.set_ylim(bottom=0)
 
@@ -111,6 +113,15 @@ def _draw_joints(axis: Any, joints: Sequence[Mapping[str, Any]]) -> None:
     names = [f"{joint['name']}\n[{joint['unit']}]" for joint in joints]
     axis.set_xticks(places, names, rotation=30 if len(joints) > 4 else 0, fontsize=8)
     axis.set_ylabel("difference of chunks")
+
+
+def _draw_accepted(axes: Sequence[Any], runs: Sequence[Mapping[str, Any]]) -> None:
+    """A vertical line through all panels over time where a run accepted a token."""
+    for run, colour in zip(runs, _COLOURS, strict=True):
+        for number, t in enumerate(run["accepted_at_s"]):
+            for axis in axes:
+                label = f"{run['label']}, E-Token accepted" if number == 0 and axis is axes[0] else None
+                axis.axvline(t, color=colour, lw=1.2, ls="--", alpha=0.8, zorder=0.5, label=label)
 
 
 def _headline(comparison: Mapping[str, Any]) -> str:
