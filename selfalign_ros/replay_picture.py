@@ -100,10 +100,10 @@ def _draw_bag_losses(axis: Any, runs: Sequence[Mapping[str, Any]]) -> None:
             continue
         for shift, which, alpha in ((0.0, "before", 0.4), (0.2, "after", 1.0)):
             heights = [losses[loss][which] for loss in LOSSES]
-            label = f"{run['label']}, {which}"
+            label = run["label"] if which == "after" else None
             axis.bar(places - 0.3 + 0.4 * number + shift, heights, 0.18, color=colour, alpha=alpha, label=label)
     axis.set_xticks(places, [loss.replace("_", " ") for loss in LOSSES])
-    axis.set_ylabel("loss on the bag")
+    axis.set_ylabel("loss on the bag\n(pale: first token, full: last)")
 
 
 def _draw_joints(axis: Any, joints: Sequence[Mapping[str, Any]]) -> None:
