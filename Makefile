@@ -18,7 +18,7 @@ CHECKPOINT ?= policies/tiny_reach
 
 .DEFAULT_GOAL := help
 .PHONY: help build bringup record replay train evaluate tiny-policy train-step held-out ablations adaptation
-.PHONY: handover image-path latency align-speed interference pipeline soak test lint clean clean-all
+.PHONY: handover image-path latency align-speed interference pipeline soak faults test lint clean clean-all
 
 help:  ## show this text
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -109,6 +109,9 @@ soak:  ## simulated operation at real rates, an hour unless DURATION=seconds: me
 handover: export OMP_NUM_THREADS := 1
 handover:  ## jerk, stalls and success per hand-over between chunks, at injected latencies: CHECKPOINT=directory
 	@$(BOOTSTRAP) run python3 -m benchmarks.handover $(CHECKPOINT) --json runs/handover.json $(ARGS)
+
+faults:  ## SIGKILL and SIGSTOP of every node at random times, 50 kills: judged at the simulated robot
+	@$(BOOTSTRAP) run python3 -m benchmarks.faults $(ARGS)
 
 lint:  ## ruff
 	@$(BOOTSTRAP) run python3 -m ruff check .

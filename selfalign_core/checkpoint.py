@@ -384,7 +384,11 @@ def model_digest(model: Pi0) -> str:
 def save_e_token(
     path: str | Path, token: EToken, *, losses: dict[str, float] | None = None, extra: dict[str, str] | None = None
 ) -> None:
-    """Write a token as safetensors with its metadata, atomically; ``extra`` metadata is the caller's own."""
+    """Write a token as safetensors with its metadata, atomically; ``extra`` metadata is the caller's own.
+
+    Raises:
+        OSError: it cannot be written (a full disk, no permission); what was there before is left.
+    """
     metadata = {
         "format": "selfalign-e-token-1",
         "model_digest": token.model_digest,
@@ -394,7 +398,14 @@ def save_e_token(
         **(extra or {}),
     }
     data = torch.from_numpy(np.array(token.data, np.float32))
-    write_atomically(Path(path), lambda temporary: save_file({E_TOKEN_PARAMETER: data}, temporary, metadata))
+
+    def write(temporary: str) -> None:
+        try:
+            save_file({E_TOKEN_PARAMETER: data}, temporary, metadata)
+        except SafetensorError as error:  # how safetensors reports whatever the system does
+            raise OSError(f"{path}: {error}") from error
+
+    write_atomically(Path(path), write)
 
 
 def load_e_token(path: str | Path, *, model_digest: str, shape: tuple[int, int]) -> EToken:

@@ -86,6 +86,7 @@ class RobotContract:
     replan_steps: int  # control steps between the starts of two inferences
     max_image_age_s: float
     max_joint_state_age_s: float
+    max_camera_skew_s: float  # between the images of one observation
 
     def __post_init__(self) -> None:
         _refuse_duplicates("cameras", "name", [camera.name for camera in self.cameras])
@@ -262,8 +263,13 @@ class _Section:
 
 def _parse_contract(root: _Section) -> RobotContract:
     root.only("name", "control", "cameras", "joint_state", "joints", "action")
-    control = root.section("control").only("rate_hz", "replan_steps", "max_image_age", "max_joint_state_age")
+    control = root.section("control").only(
+        "rate_hz", "replan_steps", "max_image_age", "max_joint_state_age", "max_camera_skew"
+    )
     rate_hz = control.positive("rate_hz", "Hz")
+    max_image_age_s = control.positive("max_image_age", "s")
+    # Images that may not be older than that are never further apart.
+    skewed = control.has("max_camera_skew")
     joint_state = root.section("joint_state").only("topic")
     action = root.section("action").only("interface", "topic")
     return RobotContract(
@@ -274,8 +280,9 @@ def _parse_contract(root: _Section) -> RobotContract:
         action=ActionInterface(action.one_of("interface", ACTION_INTERFACES), action.topic("topic")),
         rate_hz=rate_hz,
         replan_steps=control.integer("replan_steps", minimum=1),
-        max_image_age_s=control.positive("max_image_age", "s"),
+        max_image_age_s=max_image_age_s,
         max_joint_state_age_s=control.positive("max_joint_state_age", "s"),
+        max_camera_skew_s=control.positive("max_camera_skew", "s") if skewed else max_image_age_s,
     )
 
 

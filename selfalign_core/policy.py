@@ -90,6 +90,8 @@ class Policy:
         if config.model.use_peft_prefix_token:
             token = model.peft_prefix_token.detach().float().cpu().numpy().copy()
             self.e_token = EToken(token, 0, config.embodiment, self.digest)
+            known = token[None] if bank is None else np.concatenate([token[None], bank.float().cpu().numpy()])
+            self._largest_known = float(_vector_sizes(known).max())
 
     # ---------------------------------------------------------------- making one
 
@@ -249,7 +251,11 @@ class Policy:
     # ---------------------------------------------------------------- E-Token
 
     def check_e_token(self, token: EToken, *, max_norm: float | None = None) -> None:
-        """Raise :class:`InputError` if ``token`` is not one for this model."""
+        """Raise :class:`InputError` if ``token`` is not one for this model.
+
+        Args:
+            max_norm: largest root mean square of a token vector; tokens known from training may be larger.
+        """
         if self.e_token is None:
             raise InputError("E-Token: found one, expected none (this model has use_peft_prefix_token=False)")
         if token.model_digest != self.digest:
@@ -258,9 +264,11 @@ class Policy:
             raise InputError(f"E-Token: found shape {token.data.shape}, expected {self.e_token.data.shape}")
         if not np.isfinite(np.asarray(token.data, np.float32)).all():
             raise InputError("E-Token: found NaN or infinity, expected finite numbers")
-        norm = float(np.linalg.norm(token.data))
-        if max_norm is not None and norm > max_norm:
-            raise InputError(f"E-Token: found norm {norm:.3g}, expected at most {max_norm:.3g}")
+        if max_norm is None:
+            return
+        norm, largest = float(_vector_sizes(token.data).max()), max(max_norm, self._largest_known)
+        if norm > largest * (1 + 1e-4):
+            raise InputError(f"E-Token: found norm {norm:.3g} (root mean square), expected at most {largest:.3g}")
 
     def set_e_token(self, token: EToken) -> None:
         """Use ``token`` from the next :meth:`infer` on; on an error the old one stays."""
@@ -400,3 +408,8 @@ class Policy:
 
 def _mix(seed: int, stamp_ns: int) -> int:
     return int(np.random.SeedSequence([seed, stamp_ns & (2**64 - 1)]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _vector_sizes(tokens: np.ndarray) -> np.ndarray:
+    """(..., T, W) → (..., T) root mean square of each token vector."""
+    return np.sqrt(np.square(tokens, dtype=np.float64).mean(-1))

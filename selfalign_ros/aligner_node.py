@@ -23,7 +23,7 @@ from std_srvs.srv import Trigger
 from selfalign.msg import AlignReport as AlignReportMsg
 from selfalign.msg import EToken as ETokenMsg
 from selfalign.srv import SampleTransitions, Step
-from selfalign_core.errors import CheckpointError, InputError, SelfAlignError
+from selfalign_core.errors import InputError, SelfAlignError
 from selfalign_core.types import EToken, TransitionBatch
 from selfalign_ros import qos
 from selfalign_ros.conversions import (
@@ -35,7 +35,8 @@ from selfalign_ros.conversions import (
     to_ns,
     to_stamp,
 )
-from selfalign_ros.diagnostics import ERROR, OK, WARN, Complaint, Status
+from selfalign_ros.diagnostics import ERROR, OK, WARN, Complaint, Latency, Status
+from selfalign_ros.kept import KeptFile
 from selfalign_ros.managed_node import ManagedNode
 from selfalign_ros.node import run
 from selfalign_ros.resources import checkpoint_folder
@@ -96,8 +97,9 @@ class AlignerNode(ManagedNode):
         self._rounds = self._accepted = self._refused = self._drifts = self._failed = 0
         self._last_round_ns: int | None = None
         self._last_text = "no round yet"
+        self._round_latency = Latency("round")
         self._problem = ""
-        self._complaint = Complaint(self.get_logger().warning)
+        self._complaint = Complaint(self.get_logger())
         self._sample: Future | None = None
         self._sample_deadline = 0.0
         # What the last batch was asked for with, and its newest stamp: the same is not sent again.
@@ -105,6 +107,7 @@ class AlignerNode(ManagedNode):
         self._known_ns = 0
         self._waiting_since_ns: int | None = None  # for an attempt
         self._timer: Any = None
+        self._kept = KeptFile(self.kept_path(".safetensors"))  # used in the worker only
 
     # --- life ---
 
@@ -185,27 +188,24 @@ class AlignerNode(ManagedNode):
         )
         own = self._aligner.token
         self._aligner.use(EToken(own.data, own.version, self.contract.embodiment, own.model_digest), 0)
-        self._restore(self._aligner)
+        self._restore(self._aligner, parameters["guard_max_norm"])
         self.set_niceness()
         return self._aligner.token
 
-    def _restore(self, aligner: SelfAligner) -> None:
-        """Go on from the file of ``~/save`` if there is one. One that does not fit is named and left alone."""
+    def _restore(self, aligner: SelfAligner, max_norm: float) -> None:
+        """Go on from the file of the accepted tokens if there is one. One that does not fit is named and left alone."""
         from selfalign_core.alignment.history import History
 
-        path = self._token_path()
-        if self.lockstep or path is None or not path.exists():
-            return
-        try:
-            aligner.restore(History.load(path, like=aligner.token, keep=aligner.config.keep))
-            self.get_logger().info(f"E-Token version {aligner.token.version} loaded from {path}")
-        except (CheckpointError, InputError) as error:
-            self.get_logger().error(f"saved E-Token not used: {error}")
+        def load(path: Path) -> None:
+            history = History.load(path, like=aligner.token, keep=aligner.config.keep)
+            aligner.policy.check_e_token(history.token, max_norm=max_norm)
+            aligner.restore(history)
 
-    def _token_path(self) -> Path | None:
-        """Where this robot's tokens are saved; None if nowhere."""
-        folder = self.parameters["token_folder"]
-        return Path(folder).expanduser() / f"{self.contract.embodiment}.safetensors" if folder else None
+        self._kept.read(load)
+        if self._kept.problem:
+            self.get_logger().error(self._kept.problem)
+        elif aligner.token.version:
+            self.get_logger().info(f"E-Token version {aligner.token.version} loaded from {self._kept.path}")
 
     def _begin(self) -> None:
         assert self._token is not None
@@ -226,6 +226,7 @@ class AlignerNode(ManagedNode):
                 return None
             token = e_token_from_message(message)
             self._aligner.use(token, to_ns(message.header.stamp))
+            self._kept.write(self._aligner.history.save)
             return token
 
         def used(outcome: Outcome[EToken | None]) -> None:
@@ -351,6 +352,8 @@ class AlignerNode(ManagedNode):
                 report = aligner.short_of(found, now_ns)
             else:
                 report = aligner.advance(batch, now_ns, should_stop=should_stop)
+            if report.accepted:
+                self._kept.write(aligner.history.save)
             return Round(report, version, time.monotonic() - started)
 
         return job
@@ -359,6 +362,7 @@ class AlignerNode(ManagedNode):
         stamp_ns = now_ns if self.lockstep else self.now_ns()
         report = done.report
         self._rounds += 1
+        self._round_latency.add(done.duration_s)
         self._last_text = report.text
         if report.attempt is not None:
             self._accepted += report.accepted
@@ -427,25 +431,30 @@ class AlignerNode(ManagedNode):
         self, response: Trigger.Response, order: Callable[[SelfAligner, int], EToken]
     ) -> Trigger.Response:
         now_ns = self.now_ns()
-        token = await self._obey(response, lambda aligner: order(aligner, now_ns))
+
+        def replace(aligner: SelfAligner) -> EToken:
+            token = order(aligner, now_ns)
+            self._kept.write(aligner.history.save)
+            return token
+
+        token = await self._obey(response, replace)
         if token is not None:
             self._publish_token(token, now_ns)
             response.message = f"in use as E-Token version {token.version}"
         return response
 
     async def _on_save(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        path = self._token_path()
-
         def save(aligner: SelfAligner) -> int:
-            if path is None:
+            if self._kept.path is None:
                 raise InputError("parameter token_folder: found nothing; expected the folder to save in")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            aligner.history.save(path)
+            self._kept.write(aligner.history.save)
+            if self._kept.problem:
+                raise InputError(self._kept.problem)
             return aligner.token.version
 
         version = await self._obey(response, save)
         if version is not None:
-            response.message = f"E-Token version {version} saved to {path}"
+            response.message = f"E-Token version {version} saved to {self._kept.path}"
         return response
 
     async def _obey(self, response: Trigger.Response, order: Callable[[SelfAligner], Any]) -> Any:
@@ -469,10 +478,12 @@ class AlignerNode(ManagedNode):
             "rounds": self._rounds,
             "accepted": self._accepted,
             "refused": self._refused,
+            "accept rate": self._accepted / max(self._accepted + self._refused, 1),
             "drifts": self._drifts,
             "failed": self._failed,
             "align frequency [Hz]": self.parameters["align_frequency"],
             "last round": self._last_text,
+            **self._round_latency.values(),
         }
         if self._token is not None:
             values["E-Token version"] = self._token.version
@@ -480,6 +491,8 @@ class AlignerNode(ManagedNode):
             yield Status("align", ERROR if self._failed else WARN, self._problem, values)
         elif not self._ready:
             yield Status("align", WARN, _WAITING, values)
+        elif self._kept.problem:
+            yield Status("align", WARN, self._kept.problem, values)
         elif not self.parameters["enable"]:
             yield Status("align", OK, "disabled: the parameter enable is false", values)
         else:

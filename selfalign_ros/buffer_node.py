@@ -7,6 +7,7 @@ callbacks only queue what arrived.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from typing import NoReturn
 
@@ -19,7 +20,7 @@ from selfalign_core.errors import InputError
 from selfalign_core.policy_config import image_size_of, transition_horizon_of
 from selfalign_ros import qos
 from selfalign_ros.conversions import fill_transitions, positions_in_order, to_ns
-from selfalign_ros.diagnostics import OK, WARN, Complaint, Rate, Status
+from selfalign_ros.diagnostics import OK, WARN, Complaint, Latency, Rate, Status
 from selfalign_ros.inputs import Selection, SensorInputs
 from selfalign_ros.managed_node import ManagedNode
 from selfalign_ros.node import run
@@ -39,7 +40,8 @@ class BufferNode(ManagedNode):
         self._problem = ""
         self._frame_rate, self._action_rate = Rate(), Rate()
         self._served = self._refused = 0
-        self._complaint = Complaint(self.get_logger().warning)
+        self._answer_latency = Latency("answer")
+        self._complaint = Complaint(self.get_logger())
 
     # --- life ---
 
@@ -125,8 +127,10 @@ class BufferNode(ManagedNode):
             if len(batch) and len(batch) >= request.least and int(batch.frame_stamps[-1]) > request.newer_than_ns:
                 fill_transitions(response, batch)
 
+        begun = time.monotonic()
         try:
             await self.call_worker(newest)
+            self._answer_latency.add(time.monotonic() - begun)
             response.success = True
             self._served += bool(response.cameras)
         except InputError as error:
@@ -150,6 +154,7 @@ class BufferNode(ManagedNode):
             "executed action rate [Hz]": self._action_rate.hz,
             "batches sent": self._served,
             "requests refused": self._refused,
+            **self._answer_latency.values(),
         }
         filled = self._contents.get("transitions", 0)
         message = self._problem or f"{filled} transitions"

@@ -6,15 +6,22 @@ Plain counting; what the numbers mean is decided by the nodes.
 from __future__ import annotations
 
 import re
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from rclpy.clock import Clock, ClockType
+from rclpy.impl.rcutils_logger import RcutilsLogger
 from rclpy.node import Node
+from rclpy.qos import QoSCompatibility, QoSProfile, qos_check_compatible
+from rclpy.topic_endpoint_info import TopicEndpointInfo
+
+_PERCENTILES = (50, 95, 99)
 
 OK, WARN, ERROR = DiagnosticStatus.OK, DiagnosticStatus.WARN, DiagnosticStatus.ERROR
 
@@ -97,14 +104,67 @@ class Rate:
             self._times.popleft()
 
 
+class Latency:
+    """The last durations of something, as percentiles for diagnostics."""
+
+    def __init__(self, name: str, size: int = 200) -> None:
+        self._name, self._durations = name, deque[float](maxlen=size)
+
+    def add(self, duration_s: float) -> None:
+        self._durations.append(duration_s)
+
+    def values(self) -> dict[str, float]:
+        """Named values such as ``inference p95 [s]``; empty before the first duration."""
+        if not self._durations:
+            return {}
+        found = np.percentile(self._durations, _PERCENTILES)
+        return {f"{self._name} p{p} [s]": float(value) for p, value in zip(_PERCENTILES, found, strict=True)}
+
+
+def gpu_memory() -> dict[str, float]:
+    """What this process holds on the graphics card, named values; empty if it uses none."""
+    torch = sys.modules.get("torch")  # a node that has not loaded it holds nothing
+    if torch is None or not torch.cuda.is_initialized():
+        return {}
+    held = {"allocated": torch.cuda.memory_allocated(), "reserved": torch.cuda.memory_reserved()}
+    return {f"GPU memory {name} [MB]": size / 1e6 for name, size in held.items()}
+
+
+def incompatible_peers(node: Node) -> list[str]:
+    """Who is on a topic of ``node`` but cannot talk with it: another type, or settings (QoS) that do not match."""
+    found = []
+    for publisher in node.publishers:
+        for peer in node.get_subscriptions_info_by_topic(publisher.topic_name):
+            found.append(_mismatch(publisher, peer, "subscriber", publisher.qos_profile, peer.qos_profile))
+    for subscription in node.subscriptions:
+        for peer in node.get_publishers_info_by_topic(subscription.topic_name):
+            found.append(_mismatch(subscription, peer, "publisher", peer.qos_profile, subscription.qos_profile))
+    return sorted({mismatch for mismatch in found if mismatch})
+
+
+def _mismatch(ours: Any, peer: TopicEndpointInfo, role: str, offered: QoSProfile, requested: QoSProfile) -> str:
+    who = f"{ours.topic_name}: {role} {peer.node_namespace.rstrip('/')}/{peer.node_name}"
+    message_type = ours.msg_type if hasattr(ours, "msg_type") else None
+    if message_type is not None:
+        expected = f"{message_type.__module__.split('.')[0]}/msg/{message_type.__name__}"
+        if peer.topic_type != expected:
+            return f"{who} has type {peer.topic_type}; expected {expected}"
+    compatibility, reason = qos_check_compatible(offered, requested)
+    if compatibility == QoSCompatibility.ERROR:
+        return f"{who} has incompatible QoS: {reason.strip().rstrip(';')}"
+    return ""
+
+
 class Complaint:
     """Logs a reason once it has stood for a moment, and again every few seconds, so that a log stays readable.
 
     Reasons that differ only in their numbers (ages, counts) are the same complaint.
     """
 
-    def __init__(self, log: Callable[[str], Any], *, grace_s: float = 0.5, repeat_s: float = 5.0) -> None:
-        self._log, self._grace_s, self._repeat_s = log, grace_s, repeat_s
+    def __init__(
+        self, logger: RcutilsLogger, *, is_error: bool = False, grace_s: float = 0.5, repeat_s: float = 5.0
+    ) -> None:
+        self._logger, self._is_error, self._grace_s, self._repeat_s = logger, is_error, grace_s, repeat_s
         self._kind, self._due = "", 0.0
 
     def say(self, reason: str) -> None:
@@ -113,7 +173,11 @@ class Complaint:
         if kind != self._kind:
             self._kind, self._due = kind, now + self._grace_s
         if reason and now >= self._due:
-            self._log(reason)
+            # Each in a line of its own: rclpy refuses two severities from one place in the source.
+            if self._is_error:
+                self._logger.error(reason)
+            else:
+                self._logger.warning(reason)
             self._due = now + self._repeat_s
 
 

@@ -138,7 +138,15 @@ class SensorInputs:
         """
         contract = self._contract
         images = {camera.name: self._image(camera, now_ns) for camera in contract.cameras}
-        stamp_ns = min(to_ns(image.header.stamp) for image in images.values())
+        stamps = {name: to_ns(image.header.stamp) for name, image in images.items()}
+        stamp_ns = min(stamps.values())
+        skew_s = (max(stamps.values()) - stamp_ns) / NS_PER_S
+        if skew_s > contract.max_camera_skew_s:
+            oldest, newest_camera = min(stamps, key=stamps.__getitem__), max(stamps, key=stamps.__getitem__)
+            raise InputError(
+                f"cameras {oldest} and {newest_camera}: found images {skew_s:.3f} s apart; expected at most "
+                f"{contract.max_camera_skew_s} s"
+            )
         newest = self.joint_states.newest
         if newest is None:
             raise InputError(f"joint states: {self.joint_states.absence()}")

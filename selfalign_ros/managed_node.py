@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from lifecycle_msgs.msg import Transition
@@ -23,8 +24,9 @@ from lifecycle_msgs.srv import ChangeState
 from rclpy.callback_groups import ReentrantCallbackGroup
 from rclpy.lifecycle import LifecycleNodeMixin, TransitionCallbackReturn
 
-from selfalign_ros.diagnostics import ERROR, OK, WARN, Status
+from selfalign_ros.diagnostics import ERROR, OK, WARN, Status, gpu_memory, incompatible_peers
 from selfalign_ros.node import SelfAlignNode
+from selfalign_ros.resources import state_folder
 
 _LEVELS = {"active": OK, "finalized": ERROR}
 
@@ -83,6 +85,13 @@ class ManagedNode(LifecycleNodeMixin, SelfAlignNode):
         self._progress = text
         self.get_logger().info(f"configuring: {text}")
 
+    def kept_path(self, ending: str) -> Path | None:
+        """Where this robot keeps something over a restart; None if it shall not, and in lock-step."""
+        folder = state_folder(self.parameters["token_folder"])
+        if folder is None or self.lockstep:
+            return None
+        return folder / self.get_namespace().strip("/") / f"{self.contract.embodiment}{ending}"
+
     @property
     def lifecycle_state(self) -> str:
         """The state's label, such as ``inactive``."""
@@ -98,6 +107,8 @@ class ManagedNode(LifecycleNodeMixin, SelfAlignNode):
         level = ERROR if self._transition_failure else _LEVELS.get(state, WARN)
         yield Status("lifecycle", level, text, {"state": state})
         if self.is_configured:
+            peers = incompatible_peers(self)
+            yield Status("connections", WARN if peers else OK, "; ".join(peers) or "all compatible", gpu_memory())
             yield from self.statuses()
 
     # --- life of the process ---

@@ -14,12 +14,14 @@ import time
 import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
+from rclpy.parameter import Parameter
 from sensor_msgs.msg import JointState
 from std_msgs.msg import Float64MultiArray, String
-from std_srvs.srv import Trigger
+from std_srvs.srv import SetBool, Trigger
 from trajectory_msgs.msg import JointTrajectory
 
 from selfalign.msg import ActionChunk as ActionChunkMsg
@@ -41,8 +43,9 @@ from selfalign_ros.conversions import (
     to_ns,
     trajectory_message,
 )
-from selfalign_ros.diagnostics import ERROR, OK, WARN, Complaint, Rate, Status
+from selfalign_ros.diagnostics import ERROR, OK, WARN, Complaint, Latency, Rate, Status
 from selfalign_ros.inputs import Selection, SensorInputs
+from selfalign_ros.kept import KeptFile, StopLatch
 from selfalign_ros.managed_node import ManagedNode
 from selfalign_ros.node import run
 from selfalign_ros.resources import checkpoint_folder
@@ -74,9 +77,10 @@ class PolicyNode(ManagedNode):
         self._policy: Policy | None = None  # used in the worker only
         self._prompt: str = self.parameters["prompt"]
 
+        self._kept_token = KeptFile(self.kept_path("_in_use.safetensors"))  # used in the worker only
         self._token_version = 0
         self._token_refused_version = -1
-        self._token_refusal = ""
+        self._token_refusal = self._token_dispute = ""
 
         self._chunk: ActionChunk | None = None
         self._delay = DelayEstimate()
@@ -88,6 +92,7 @@ class PolicyNode(ManagedNode):
         self._inferring = False
         self._due_ns: int | None = None
         self._hold_reason = _INACTIVE
+        self._stop = StopLatch(self.kept_path(".stopped"))
         self._last_now_ns: int | None = None
         self._time_jumps = 0
 
@@ -97,9 +102,17 @@ class PolicyNode(ManagedNode):
         self._late_chunks = self._holds = 0
         self._last_hold = ""
         self._chunk_rate, self._command_rate = Rate(), Rate()
+        self._inference_latency, self._observation_age = Latency("inference duration"), Latency("observation age")
         self._last_inference: Inference | None = None
-        self._complaint = Complaint(self.get_logger().warning)
-        self._failure = Complaint(self.get_logger().error, grace_s=0.0)
+        self._complaint = Complaint(self.get_logger())
+        self._failure = Complaint(self.get_logger(), is_error=True, grace_s=0.0)
+        self._dispute = Complaint(self.get_logger(), is_error=True, grace_s=0.0)
+
+        if not self.lockstep:
+            # There in every state: a stop can be asked for at any time.
+            self.create_service(Trigger, "~/stop", self._on_stop)
+            self.create_service(Trigger, "~/clear_stop", self._on_clear_stop)
+            self.create_service(SetBool, "~/enable", self._on_enable)
 
     # --- life ---
 
@@ -109,6 +122,7 @@ class PolicyNode(ManagedNode):
         token = await self.call_worker(lambda: self._load(checkpoint, parameters, prompt))
         self.open_topics()
         if token is not None:
+            self._token_version = token.version
             self._in_use_publisher.publish(e_token_message(token, self.get_clock().now().to_msg()))
 
     def open_topics(self) -> None:
@@ -117,7 +131,7 @@ class PolicyNode(ManagedNode):
         sensor = qos.LOCKSTEP if self.lockstep else qos.SENSOR
         latched = qos.LOCKSTEP_LATCHED if self.lockstep else qos.LATCHED
         self.inputs = SensorInputs(self, contract, sensor, self.arrived)
-        self.create_subscription(ETokenMsg, "e_token", self._on_e_token, latched)
+        self._token_subscription = self.create_subscription(ETokenMsg, "e_token", self._on_e_token, latched)
         self.create_subscription(String, "prompt", self._on_prompt, latched)
         self.counts_inputs(*(stream.topic for stream in self.inputs.streams), "e_token", "prompt")
         self._chunk_publisher = self.create_publisher(ActionChunkMsg, "action_chunk", qos.EVENTS)
@@ -128,6 +142,7 @@ class PolicyNode(ManagedNode):
             message_type = JointTrajectory if trajectory else Float64MultiArray
             self._command_publisher = self.create_publisher(message_type, contract.action.topic, qos.COMMAND)
             self.create_service(Trigger, "~/calibrate", self._on_calibrate)
+            self.create_steady_timer(1.0, self._look_at_token_sources)
 
     def activate(self) -> None:
         self._hold_reason = _FIRST_CHUNK
@@ -179,6 +194,12 @@ class PolicyNode(ManagedNode):
         home = self.contract.home.astype(np.float32)
         for handover in (None, *Handover.rehearsal(method, home, policy.horizon, policy.config.rtc_max_delay)):
             policy.infer(Observation(blank, home, prompt, 0), handover=handover)
+        limit = parameters["guard_max_norm"]
+        if (kept := self._kept_token.read(lambda path: self._read_token(path, policy, limit))) is not None:
+            policy.set_e_token(kept)
+            self.get_logger().info(f"E-Token version {kept.version} loaded from {self._kept_token.path}")
+        elif self._kept_token.problem:
+            self.get_logger().error(self._kept_token.problem)
         self._policy, self._rtc_max_delay = policy, policy.config.rtc_max_delay
         kind = "" if policy.trained else " (untrained: random weights)"
         self.get_logger().info(f"model {policy.digest[:12]}{kind} ready in {time.perf_counter() - started:.1f} s")
@@ -186,8 +207,28 @@ class PolicyNode(ManagedNode):
 
     # --- E-Token ---
 
+    def _check_token(self, token: EToken, policy: Policy, max_norm: float) -> None:
+        if token.embodiment != self.contract.embodiment:
+            raise InputError(f"embodiment: found {token.embodiment!r}; expected {self.contract.embodiment!r}")
+        policy.check_e_token(token, max_norm=max_norm)
+
+    def _read_token(self, path: Path, policy: Policy, max_norm: float) -> EToken:
+        from selfalign_core.checkpoint import load_e_token
+
+        shape = (0, 0) if policy.e_token is None else policy.e_token.data.shape
+        token = load_e_token(path, model_digest=policy.digest, shape=shape)
+        self._check_token(token, policy, max_norm)
+        return token
+
     def _on_e_token(self, message: ETokenMsg) -> None:
+        if not self.lockstep and len(self._token_sources()) > 1:
+            self._look_at_token_sources()
+            return
+        max_norm = self.parameters["guard_max_norm"]
+
         def swap() -> EToken | None:
+            from selfalign_core.checkpoint import save_e_token
+
             policy = self._policy
             assert policy is not None
             token = e_token_from_message(message)
@@ -196,9 +237,9 @@ class PolicyNode(ManagedNode):
                 if token.version == current.version and np.array_equal(token.data, current.data):
                     return None
                 raise InputError(f"version: found {token.version}; expected above {current.version}")
-            if token.embodiment != self.contract.embodiment:
-                raise InputError(f"embodiment: found {token.embodiment!r}; expected {self.contract.embodiment!r}")
+            self._check_token(token, policy, max_norm)
             policy.set_e_token(token)
+            self._kept_token.write(lambda path: save_e_token(path, token))
             return token
 
         def swapped(outcome: Outcome[EToken | None]) -> None:
@@ -212,6 +253,28 @@ class PolicyNode(ManagedNode):
             self.arrived("e_token")
 
         self.worker.submit(swap, swapped)
+
+    def _token_sources(self) -> list[str]:
+        """Full names of the nodes that publish on the E-Token topic; one that was killed counts for a while."""
+        publishers = self.get_publishers_info_by_topic(self._token_subscription.topic_name)
+        return sorted({f"{p.node_namespace.rstrip('/')}/{p.node_name}" for p in publishers})
+
+    def _look_at_token_sources(self) -> None:
+        """With two nodes on the E-Token topic nobody can tell whose token is meant: none is taken until one is left."""
+        sources = self._token_sources()
+        if len(sources) > 1:
+            self._token_dispute = (
+                f"{self._token_subscription.topic_name}: found {len(sources)} publishers, {', '.join(sources)}; "
+                "expected one, no E-Token is taken"
+            )
+            self._dispute.say(self._token_dispute)
+        elif self._token_dispute:
+            self._token_dispute = ""
+            self._dispute.say("")
+            # Subscribing anew brings the latched token of the one that is left.
+            qos_profile = self._token_subscription.qos_profile
+            self.destroy_subscription(self._token_subscription)
+            self._token_subscription = self.create_subscription(ETokenMsg, "e_token", self._on_e_token, qos_profile)
 
     def _on_prompt(self, message: String) -> None:
         self._prompt = message.data
@@ -286,6 +349,8 @@ class PolicyNode(ManagedNode):
 
     def _publish_chunk(self, inference: Inference) -> None:
         self._last_inference = inference
+        self._inference_latency.add(inference.duration_s)
+        self._observation_age.add(inference.age_s)
         self._chunk_rate.tick()
         message = chunk_message(
             inference.chunk,
@@ -322,6 +387,8 @@ class PolicyNode(ManagedNode):
         """Why the robot may not move; "" if it may."""
         if not self.is_active:
             return _INACTIVE
+        if self._stop.reason:
+            return self._stop.reason
         if not self.parameters["enable"]:
             return "disabled: the parameter enable is false"
         return self.inputs.fault(now_ns)
@@ -392,6 +459,37 @@ class PolicyNode(ManagedNode):
         self._path = self._chunk = self._commanded = None
         self._hold_reason = reason
         self._complaint.say("" if reason in (_INACTIVE, _FIRST_CHUNK) else f"holding: {reason}")
+
+    # --- a person's word ---
+
+    def _on_enable(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
+        (result,) = self.set_parameters([Parameter("enable", value=request.data)])
+        response.success, response.message = result.successful, result.reason
+        if result.successful:
+            reason = self._why_not(self.now_ns())
+            response.message = f"holding: {reason}" if reason else "moving"
+        return response
+
+    def _on_stop(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        try:
+            self._stop.set()
+            response.success, response.message = True, "holding until ~/clear_stop is called"
+        except OSError as error:
+            response.message = f"holding, but not after a restart: {error}"
+        if self.is_active:
+            self._hold(self._stop.reason)
+        self.get_logger().warning(self._stop.reason)
+        return response
+
+    def _on_clear_stop(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        try:
+            self._stop.clear()
+        except OSError as error:
+            response.message = f"still stopped: {error}"
+            return response
+        response.success, response.message = True, self._why_not(self.now_ns()) or "moving"
+        self.get_logger().warning(f"stop cleared: {response.message}")
+        return response
 
     # --- calibration ---
 
@@ -483,7 +581,7 @@ class PolicyNode(ManagedNode):
         level = OK
         if self._hold_reason:
             level = WARN if self._hold_reason in (_INACTIVE, _FIRST_CHUNK) else ERROR
-            level = WARN if not self.parameters["enable"] else level
+            level = WARN if not self.parameters["enable"] or self._stop.reason else level
         values: dict[str, object] = {
             "chunks": self._chunk_rate.count,
             "chunk rate [Hz]": self._chunk_rate.hz,
@@ -499,11 +597,12 @@ class PolicyNode(ManagedNode):
         if self._last_inference is not None:
             values["inference duration [s]"] = self._last_inference.duration_s
             values["observation age [s]"] = self._last_inference.age_s
+        values |= self._inference_latency.values() | self._observation_age.values()
         doing = "moving" if self._calibration is None else "calibrating"
         yield Status("chunks", level, f"holding: {self._hold_reason}" if self._hold_reason else doing, values)
-        refusal = self._token_refusal
+        problem = self._token_dispute or self._token_refusal or self._kept_token.problem
         in_use = f"version {self._token_version} in use"
-        yield Status("e_token", WARN if refusal else OK, refusal or in_use, {"version": self._token_version})
+        yield Status("e_token", WARN if problem else OK, problem or in_use, {"version": self._token_version})
 
 
 def main(args: list[str] | None = None) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 
@@ -58,3 +59,14 @@ def checkpoint_folder(name: str) -> str:
         f"checkpoint {name!r}: found neither {places}; expected one of them to be a folder, or 'tiny' for the "
         "untrained model"
     )
+
+
+def state_folder(name: str) -> Path | None:
+    """The folder of a parameter ``token_folder``, None for ``""``. A leading ``~/.ros`` is ``$ROS_HOME`` if set."""
+    if not name:
+        return None
+    path = Path(name)
+    ros_home = os.environ.get("ROS_HOME")
+    if ros_home and path.parts[:2] == ("~", ".ros"):
+        return Path(ros_home, *path.parts[2:])
+    return path.expanduser()

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 _SUBSTEP_S = 0.005  # how often the commanded position is interpolated
 _CLOCK_HZ = 100.0
 _SLIP_S = 0.1  # lag behind the wall clock beyond which the simulation stops trying to catch up
+_STALL_S = 0.5  # lag after which a trajectory is not followed any further: what it was planned for is past
 
 
 @dataclass
@@ -126,7 +127,7 @@ class RobotSimNode(SelfAlignNode):
         self._slips = self._commands = self._refused = 0
         self._problem = ""
         self._camera_rate, self._joint_rate = Rate(), Rate()
-        self._complaint = Complaint(self.get_logger().error, grace_s=0.0)
+        self._complaint = Complaint(self.get_logger(), is_error=True, grace_s=0.0)
 
         self._images = {
             camera.name: self.create_publisher(
@@ -288,6 +289,8 @@ class RobotSimNode(SelfAlignNode):
                 self._slips += 1
                 slip_ns = round(-ahead_s * NS_PER_S)
                 origin_ns, wall_s, now_ns = origin_ns + slip_ns, wall_s - ahead_s, now_ns + slip_ns
+                if -ahead_s > _STALL_S:
+                    path = CommandPath(np.array([now_ns]), goal[commanded][None])
 
     def _apply(self, body: BodyConfig, sim: ArmSim) -> None:
         sim.apply_body(body)

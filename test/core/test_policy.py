@@ -206,10 +206,12 @@ def test_a_bad_token_is_refused_and_changes_nothing(policy: Policy, change, mess
 
 
 def test_a_norm_limit_is_checked_on_request(policy: Policy) -> None:
-    token = token_for(policy, data=np.full((1, 16), 2.0, np.float32))  # norm 8
+    token = token_for(policy, data=np.full((1, 16), 8.0, np.float32))
     policy.check_e_token(token, max_norm=8.1)
-    with pytest.raises(InputError, match=r"E-Token: found norm 8, expected at most 7\.9"):
+    with pytest.raises(InputError, match=r"E-Token: found norm 8 \(root mean square\), expected at most 7\.9"):
         policy.check_e_token(token, max_norm=7.9)
+    own = token_for(policy, data=policy.e_token.data)
+    policy.check_e_token(own, max_norm=1e-3)  # what training knows is never too large
 
 
 def test_a_model_without_token_refuses_one(pi05: bool) -> None:

@@ -26,7 +26,7 @@ class GraphRun:
         self.process = subprocess.Popen(
             list(command),
             cwd=cwd,
-            env=dict(os.environ) | (environment or {}),
+            env=dict(os.environ) | {"ROS_HOME": str(cwd / "ros_home")} | (environment or {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

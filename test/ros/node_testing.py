@@ -60,7 +60,7 @@ class NodeProcess:
         command = [sys.executable, "-m", f"selfalign_ros.{kind}_node", "--ros-args"]
         for name, value in parameters.items():
             text = str(value).lower() if isinstance(value, bool) else str(value)
-            command += ["-p", f"{name}:={text}"]
+            command += ["-p", f"{name}:={text or repr('')}"]
         for source, target in remappings.items():
             command += ["-r", f"{source}:={target}"]
         with self._path.open("w") as output:
@@ -191,10 +191,12 @@ class NodeGraph:
 
     def start(self, kind: str, remappings: dict[str, str] | None = None, **parameters: Any) -> NodeProcess:
         """Start ``policy``, ``buffer``, ``aligner`` or ``robot_sim``; the model is the untrained one, which fits every
-        contract, unless ``checkpoint`` says otherwise.
+        contract, unless ``checkpoint`` says otherwise, and nothing outlives the processes without a ``token_folder``.
         """
         if kind != "robot_sim":
             parameters = {"checkpoint": "tiny"} | parameters
+        if kind in ("policy", "aligner"):
+            parameters = {"token_folder": ""} | parameters
         self.nodes[kind] = node = NodeProcess(kind, self._folder, parameters, remappings or {})
         return node
 

@@ -291,7 +291,7 @@ def test_killed_aligner_leaves_the_policy_running_and_goes_on_from_its_version(p
     wait_for(lambda: probe.messages["action_chunk"][-1].e_token_version >= report.version_after, "chunks with it")
 
 
-def test_saved_tokens_survive_a_restart_of_everything(probe, graph, contract_path, tmp_path) -> None:
+def test_accepted_tokens_survive_a_restart_of_everything(probe, graph, contract_path, tmp_path) -> None:
     graph.nodes["aligner"].stop(signal.SIGKILL)
     probe.messages["align_report"].clear()
     graph.start("aligner", contract=contract_path, token_folder=tmp_path, **ALIGNER)
@@ -305,16 +305,28 @@ def test_saved_tokens_survive_a_restart_of_everything(probe, graph, contract_pat
     version = int(response.message.split()[2])
     assert version >= report.version_after
     saved = next(t.data.tobytes() for t in reversed(list(probe.messages["e_token"])) if t.version == version)
-    for name in ("aligner", "policy"):
-        graph.nodes[name].stop(signal.SIGKILL)
-    probe.messages["e_token"].clear()
+
+    def kill_both() -> None:
+        for name in ("aligner", "policy"):
+            graph.nodes[name].stop(signal.SIGKILL)
+        probe.messages["e_token"].clear()
+        probe.messages["action_chunk"].clear()
+
+    kill_both()
     # A policy that starts afresh has its own token, version 0, until the aligner hands it the saved one.
-    graph.start("policy", contract=contract_path)
+    graph.start("policy", contract=contract_path, token_folder=tmp_path)
     graph.start("aligner", contract=contract_path, token_folder=tmp_path, **ALIGNER, enable=False)
     wait_for(lambda: probe.messages["e_token"], "an E-Token")
     assert probe.messages["e_token"][0].version == version
     assert probe.messages["e_token"][0].data.tobytes() == saved
+    wait_for(lambda: probe.messages["action_chunk"], "a chunk")
     wait_for_chunk(probe, version)
+    # What it was handed it has kept itself: the aligner may be on another machine, or gone. Nobody asked it to save.
+    assert (tmp_path / "sim_arm_in_use.safetensors").is_file()
+    kill_both()
+    graph.start("policy", contract=contract_path, token_folder=tmp_path)
+    wait_for(lambda: probe.messages["action_chunk"], "a chunk")
+    assert {chunk.e_token_version for chunk in probe.messages["action_chunk"]} == {version}
 
 
 def test_a_saved_token_that_does_not_fit_is_named_and_left_alone(probe, graph, contract_path, tmp_path) -> None:
@@ -324,8 +336,10 @@ def test_a_saved_token_that_does_not_fit_is_named_and_left_alone(probe, graph, c
     probe.messages["align_report"].clear()
     node = graph.start("aligner", contract=contract_path, token_folder=tmp_path, **ALIGNER)
     wait_for(lambda: probe.messages["align_report"], "a round of the aligner all the same")
-    assert "saved E-Token not used" in node.log and str(path) in node.log
-    assert path.read_bytes() == b"not a token"
+    assert f"saved E-Token {path} not used" in node.log
+    # It goes on from the policy's token, which is saved in its place; what was found there is kept.
+    wait_for(lambda: (tmp_path / "sim_arm.safetensors.refused").exists(), "the file is moved aside")
+    assert (tmp_path / "sim_arm.safetensors.refused").read_bytes() == b"not a token"
 
 
 def test_killed_robot_stops_the_policy_and_a_restarted_one_moves_again(probe, graph, contract_path) -> None:

@@ -34,6 +34,8 @@ class Behaviour:
     position: tuple[float, ...] = (0.0,) * 7
     image_age_s: float = 0.0
     joint_age_s: float = 0.0
+    frozen: bool = False  # the same image, with the same stamp, again and again
+    every: int = 1  # images come with every so many joint states
 
 
 SILENT = Behaviour(silent=("overhead", "wrist", "joints"))
@@ -64,7 +66,9 @@ class FakeRobot:
         from rclpy.duration import Duration
         from sensor_msgs.msg import Image, JointState
 
-        while not self._stop.wait(0.05):
+        for ticks in itertools.count():
+            if self._stop.wait(0.05):
+                return
             do = self.behaviour
             now = self._probe.node.get_clock().now()
             names = do.names or self._contract.joint_names
@@ -75,8 +79,10 @@ class FakeRobot:
             for name, publisher in self._cameras.items():
                 image = Image(height=do.size, width=do.size, step=do.size * do.channels, encoding=do.encoding)
                 image.data = bytes(do.size * do.size * do.channels)
-                image.header.stamp = (now - Duration(seconds=do.image_age_s)).to_msg()
-                if name not in do.silent:
+                if not do.frozen:
+                    self._image_stamp = (now - Duration(seconds=do.image_age_s)).to_msg()
+                image.header.stamp = self._image_stamp
+                if name not in do.silent and ticks % do.every == 0:
                     publisher.publish(image)
 
 
@@ -86,7 +92,13 @@ def contract_path(graph):
 
 
 @pytest.fixture(scope="module")
-def policy(graph, probe, contract_path):
+def kept(tmp_path_factory):
+    """The folder for what survives a restart."""
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture(scope="module")
+def policy(graph, probe, contract_path, kept):
     from sensor_msgs.msg import JointState
     from std_msgs.msg import Float64MultiArray
 
@@ -97,7 +109,7 @@ def policy(graph, probe, contract_path):
     probe.listen(JointState, "executed_action", qos.EVENTS)
     probe.listen(ActionChunk, "action_chunk", qos.EVENTS)
     probe.listen(EToken, "policy/e_token_in_use", qos.LATCHED)
-    node = graph.start("policy", contract=contract_path)
+    node = graph.start("policy", contract=contract_path, token_folder=kept)
     wait_for_model(probe)
     return node
 
@@ -158,6 +170,7 @@ FAULTS = {
     "nan_joint": (Behaviour(position=(0, 0, math.nan, 0, 0, 0, 0)), ["joint_states", "nan", "elbow_flex"]),
     "wrong_joint_names": (Behaviour(names=tuple("abcdefg")), ["joint_states", "'shoulder_pan'"]),
     "positions_without_names": (Behaviour(position=(0.0,) * 6), ["found 6 positions for 7 names"]),
+    "frozen_images": (Behaviour(frozen=True), ["camera overhead", "found age", "at most 0.5 s"]),
     "old_images": (Behaviour(image_age_s=30.0), ["camera overhead", "found age 30", "at most 0.5 s"]),
     "images_from_the_future": (Behaviour(image_age_s=-30.0), ["camera overhead", "in the future"]),
 }
@@ -229,7 +242,16 @@ def test_chunk_says_what_it_was_made_from(policy, probe, robot, contract_path) -
 
 @pytest.mark.parametrize(
     "fault",
-    ["no_wrist_camera", "wrong_size", "nan_joint", "positions_without_names", "old_images", "images_from_the_future"],
+    [
+        "no_wrist_camera",
+        "wrong_size",
+        "depth_image",
+        "nan_joint",
+        "positions_without_names",
+        "frozen_images",
+        "old_images",
+        "images_from_the_future",
+    ],
 )
 def test_fault_while_moving_stops_the_robot_and_it_recovers(policy, probe, robot, fault: str) -> None:
     robot.behaviour = Behaviour()
@@ -240,6 +262,21 @@ def test_fault_while_moving_stops_the_robot_and_it_recovers(policy, probe, robot
     wait_until_moving(probe)
 
 
+def test_half_the_camera_rate_and_another_encoding_are_no_reason_to_hold(policy, probe, robot) -> None:
+    def holds() -> int:
+        return int({v.key: v.value for v in probe.status(CHUNKS).values}["holds"])
+
+    robot.behaviour = Behaviour()
+    wait_until_moving(probe)
+    before = holds()
+    for behaviour in (Behaviour(every=2), Behaviour(encoding="bgr8")):
+        robot.behaviour = behaviour
+        count = len(probe.messages["action_chunk"])
+        wait_for(lambda count=count: len(probe.messages["action_chunk"]) >= count + 4, "chunks go on")
+    probe.wait_for_diagnostics(CHUNKS, 1)
+    assert holds() == before
+
+
 def test_disabling_holds_and_enabling_moves_again(policy, probe, robot) -> None:
     robot.behaviour = Behaviour()
     wait_until_moving(probe)
@@ -247,6 +284,57 @@ def test_disabling_holds_and_enabling_moves_again(policy, probe, robot) -> None:
     assert_holding(probe, policy, "disabled", "enable")
     assert probe.set_parameter("policy", "enable", True).successful
     wait_until_moving(probe)
+
+
+def enable(probe, value: bool):
+    from std_srvs.srv import SetBool
+
+    return probe.call(SetBool, "policy/enable", SetBool.Request(data=value))
+
+
+def trigger(probe, name: str):
+    from std_srvs.srv import Trigger
+
+    return probe.call(Trigger, f"policy/{name}", Trigger.Request())
+
+
+def test_the_enable_service_sets_the_parameter(policy, probe, robot) -> None:
+    from rcl_interfaces.srv import GetParameters
+
+    robot.behaviour = Behaviour()
+    wait_until_moving(probe)
+    assert "disabled" in enable(probe, False).message
+    assert_holding(probe, policy, "disabled")
+    request = GetParameters.Request(names=["enable"])
+    assert not probe.call(GetParameters, "policy/get_parameters", request).values[0].bool_value
+    assert probe.set_parameter("policy", "enable", True).successful
+    wait_until_moving(probe)
+    assert enable(probe, True).message == "moving"
+
+
+def test_a_stop_lasts_until_it_is_cleared(policy, probe, robot) -> None:
+    from lifecycle_msgs.msg import Transition
+    from lifecycle_msgs.srv import ChangeState
+
+    robot.behaviour = Behaviour()
+    wait_until_moving(probe)
+    assert trigger(probe, "stop").success
+    assert_holding(probe, policy, "stopped by ~/stop")
+    assert "stopped by ~/stop" in enable(probe, True).message
+    assert "stopped by ~/stop" in trigger(probe, "calibrate").message
+    for label in ("deactivate", "activate"):
+        request = ChangeState.Request(transition=Transition(label=label))
+        assert probe.call(ChangeState, "policy/change_state", request).success
+    assert_holding(probe, policy, "stopped by ~/stop")
+    assert trigger(probe, "clear_stop").success
+    wait_until_moving(probe)
+
+
+def test_diagnostics_tell_latencies_as_percentiles(policy, probe, robot) -> None:
+    values = {v.key: v.value for v in probe.status(CHUNKS).values}
+    for name in ("inference duration", "observation age"):
+        p50, p95, p99 = (float(values[f"{name} p{p} [s]"]) for p in (50, 95, 99))
+        assert 0 < p50 <= p95 <= p99
 
 
 # --- E-Token ---
@@ -295,9 +383,10 @@ def wait_for_chunk_version(probe, version: int) -> None:
         ({"shape": [1, 2], "data": [0.0, 0.0]}, ["shape", "(1, 2)"]),
         ({"nan": True}, ["NaN"]),
         ({"embodiment": "other_arm"}, ["embodiment", "'other_arm'", "'sim_arm'"]),
+        ({"large": True}, ["norm", "root mean square", "at most"]),
         ({"version": 4}, ["version", "found 4", "above 5"]),
     ],
-    ids=["digest", "length", "shape", "nan", "embodiment", "version"],
+    ids=["digest", "length", "shape", "nan", "embodiment", "norm", "version"],
 )
 def test_bad_token_is_refused_by_name_and_chunks_keep_the_old_version(
     policy, probe, robot, tokens, changes, parts
@@ -307,12 +396,36 @@ def test_bad_token_is_refused_by_name_and_chunks_keep_the_old_version(
     token = token_like(probe, 6)
     if changes.pop("nan", False):
         token.data[0] = math.nan
+    if changes.pop("large", False):
+        token.data = [1000.0] * len(token.data)
     for name, value in changes.items():
         setattr(token, name, value)
     tokens.publish(token)
     probe.wait_for_status(E_TOKEN, "refused", *parts)
     wait_for_chunk_version(probe, 5)
     assert probe.messages["action_chunk"][-1].e_token_version == 5
+
+
+def test_with_a_second_publisher_no_token_is_taken_and_both_are_named(policy, probe, robot, tokens) -> None:
+    import rclpy
+
+    from selfalign.msg import EToken
+    from selfalign_ros import qos
+
+    robot.behaviour = Behaviour()
+    intruder = rclpy.create_node("intruder")
+    publisher = intruder.create_publisher(EToken, "e_token", qos.EVENTS)  # not latched, as it has to be
+    probe.wait_for_status("policy: connections", "/e_token: publisher /intruder", "incompatible QoS")
+    intruder.destroy_publisher(publisher)
+    publisher = intruder.create_publisher(EToken, "e_token", qos.LATCHED)
+    publisher.publish(token_like(probe, 6))
+    probe.wait_for_status(E_TOKEN, "found 2 publishers, /intruder, /probe")
+    tokens.publish(token_like(probe, 7))  # whose token is meant, nobody can tell
+    wait_for_chunk_version(probe, 5)
+    intruder.destroy_node()
+    # With one publisher left its token, which is latched, is taken.
+    probe.wait_for_status(E_TOKEN, "version 7 in use")
+    wait_for_chunk_version(probe, 7)
 
 
 # --- parameters ---
@@ -349,6 +462,27 @@ def test_prompt_follows_the_topic_and_the_parameter_whichever_came_last(policy, 
 
 
 # --- the end ---
+
+
+def test_a_killed_policy_comes_back_with_its_token_and_still_stopped(
+    policy, probe, robot, graph, contract_path, kept
+) -> None:
+    robot.behaviour = Behaviour()
+    wait_until_moving(probe)
+    version = probe.messages["action_chunk"][-1].e_token_version
+    assert trigger(probe, "stop").success
+    policy.kill()
+    for name in ("action_chunk", COMMANDS):
+        probe.messages[name].clear()
+    probe.statuses.pop(CHUNKS)
+    node = graph.start("policy", contract=contract_path, token_folder=kept)
+    assert_holding(probe, node, "stopped by ~/stop before this process began")
+    assert not probe.messages[COMMANDS]
+    wait_for(lambda: trigger(probe, "clear_stop").success, "the stop is cleared")
+    wait_until_moving(probe)
+    assert probe.messages["action_chunk"][0].e_token_version == version
+    policy.process = node.process  # the next test ends it
+    policy._path = node._path
 
 
 def test_interrupt_ends_the_node_cleanly(policy, probe, robot) -> None:

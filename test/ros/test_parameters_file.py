@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from selfalign_core.alignment import AlignConfig
 from selfalign_ros.aligner_node import align_config
-from selfalign_ros.parameters import load_specs
+from selfalign_ros.parameters import ParameterSpec, load_specs
 
 
 def test_a_file_of_that_name_in_the_working_directory_changes_nothing(
@@ -45,3 +47,49 @@ def test_every_stages_parameter_reaches_its_setting() -> None:
             aligner_defaults() | {name: type(spec.default)(value)}
         )  # the ends of a range are allowed
         assert changed != AlignConfig(), name
+
+
+def another_value(spec: ParameterSpec) -> Any:
+    """An allowed value that is not the default, of the parameter's type."""
+    if spec.type == "bool":
+        return not spec.default
+    if spec.one_of:
+        return next(value for value in spec.one_of if value != spec.default)
+    if spec.range:
+        return type(spec.default)(next(bound for bound in spec.range if bound != spec.default))
+    return {"int": 7, "double": 0.5, "string": "something: else"}[spec.type]
+
+
+def load_and_dump(kind: str, path: Path) -> dict[str, Any]:
+    """What a node started with the parameter file ``path`` holds, from what `ros2 param describe` and `get` ask for."""
+    import rclpy
+    from rclpy.context import Context
+
+    from selfalign_ros.parameters import Parameters
+
+    context = Context()
+    rclpy.init(args=["--ros-args", "--params-file", str(path)], context=context)
+    try:
+        node = rclpy.create_node(kind, context=context, enable_rosout=False)
+        Parameters(node, kind)
+        specs = load_specs(kind)
+        for descriptor in node.describe_parameters(list(specs)):
+            spec = specs[descriptor.name]
+            assert spec.description in descriptor.description and spec.unit in descriptor.description
+            assert descriptor.read_only == spec.read_only and descriptor.additional_constraints == spec.allowed
+            bounds = [(r.from_value, r.to_value) for r in (*descriptor.floating_point_range, *descriptor.integer_range)]
+            assert bounds == ([tuple(spec.range)] if spec.range else [])
+        return {parameter.name: parameter.value for parameter in node.get_parameters(list(specs))}
+    finally:
+        rclpy.try_shutdown(context=context)
+
+
+@pytest.mark.parametrize("kind", ["policy", "buffer", "aligner", "robot_sim"])
+def test_a_dumped_file_loads_as_what_it_was_dumped_from(ros_domain: int, tmp_path: Path, kind: str) -> None:
+    wanted = {name: another_value(spec) for name, spec in load_specs(kind).items()}
+    files = [tmp_path / "given.yaml", tmp_path / "dumped.yaml"]
+    files[0].write_text(yaml.safe_dump({f"/{kind}": {"ros__parameters": wanted}}))
+    loaded = load_and_dump(kind, files[0])
+    assert loaded == wanted
+    files[1].write_text(yaml.safe_dump({f"/{kind}": {"ros__parameters": loaded}}))
+    assert load_and_dump(kind, files[1]) == wanted

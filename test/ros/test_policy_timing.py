@@ -5,6 +5,7 @@ The node lives in the test process and its clock, worker and publisher are playe
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -49,10 +50,10 @@ class Stage:
         message = joint_state_message(names, np.full(len(names), position), stamp_ns)
         self.node.inputs.joint_states._on_arrival(message)
 
-    def images(self, stamp_ns: int) -> None:
+    def images(self, stamp_ns: int, cameras: Any = None) -> None:
         from selfalign_ros.conversions import image_message, to_stamp
 
-        for camera in self.node.contract.cameras:
+        for camera in cameras or self.node.contract.cameras:
             rgb = np.zeros((camera.height, camera.width, 3), np.uint8)
             self.node.inputs.cameras[camera.name]._on_arrival(image_message(rgb, to_stamp(stamp_ns), camera.name))
 
@@ -102,6 +103,27 @@ def test_a_joint_state_from_before_a_gap_is_not_taken_for_where_the_robot_is(sta
         stage.node.inputs.select(stage.now_ns)
     stage.images(100 * S)
     np.testing.assert_allclose(stage.node.inputs.select(stage.now_ns).state, -0.5)
+
+
+def test_images_taken_too_far_apart_are_no_observation(stage: Stage) -> None:
+    from selfalign_core.contract import RobotContract
+    from selfalign_core.errors import InputError
+    from selfalign_ros import qos
+    from selfalign_ros.inputs import SensorInputs
+    from selfalign_ros.resources import config_file
+
+    contract = RobotContract.from_yaml(config_file("contracts/sim_arm.yaml"))
+    stage.node.contract = dataclasses.replace(contract, max_camera_skew_s=0.1)
+    stage.node.inputs = SensorInputs(stage.node, stage.node.contract, qos.SENSOR, lambda topic: None)
+    stage.joints(stage.now_ns)
+    limit_ns = round(stage.node.contract.max_camera_skew_s * S)
+    stage.images(stage.now_ns - limit_ns)
+    stage.images(stage.now_ns, cameras=stage.node.contract.cameras[:1])
+    assert stage.node.inputs.select(stage.now_ns).stamp_ns == stage.now_ns - limit_ns
+    stage.now_ns += 1_000_000
+    stage.images(stage.now_ns, cameras=stage.node.contract.cameras[:1])
+    with pytest.raises(InputError, match=r"cameras wrist and overhead: found images .* apart; expected at most"):
+        stage.node.inputs.select(stage.now_ns)
 
 
 def test_first_commands_go_from_the_measured_position_however_far_the_chunk_is(stage: Stage) -> None:

@@ -1,0 +1,121 @@
+"""Processes that stand still, and one that computes for ten seconds, judged at the robot; kills by the dozen are in
+`make faults`.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+
+import pytest
+from node_testing import ROOT, wait_for
+from std_srvs.srv import Trigger
+
+sys.path.insert(0, str(ROOT / "test" / "launch"))
+from graph_assertions import QUICK_ALIGNER
+
+from benchmarks.faults import STILL_RAD_S, Command, Judge, Listener
+
+pytestmark = pytest.mark.ros
+
+CHUNKS = "policy: chunks"
+MAX_AGE_S = 0.5
+
+
+@pytest.fixture(scope="module")
+def listener(graph, probe) -> Iterator[Listener]:
+    """The four nodes, once for all tests of this file, and who judges them."""
+    from selfalign_core.contract import RobotContract
+
+    path = graph.contract(max_age_s=MAX_AGE_S)
+    listener = Listener(RobotContract.from_yaml(path))
+    probe._executor.add_node(listener)
+    for kind in ("robot_sim", "policy", "buffer"):
+        graph.start(kind, contract=path)
+    graph.start("aligner", contract=path, **QUICK_ALIGNER)
+    probe.wait_for_status(CHUNKS, "moving")
+    yield listener
+    listener.destroy_node()
+
+
+def assert_safe(listener: Listener) -> None:
+    # An age limit for what is observed, one for the joints, and a chunk's length: later than that nothing is executed.
+    assert not listener.judge.stale_commands(2 * MAX_AGE_S + 0.8)
+    assert not listener.judge.unasked_motion()
+
+
+def count(probe, name: str, key: str) -> int:
+    return int({v.key: v.value for v in probe.status(name).values}[key])
+
+
+def more_chunks(listener: Listener, enough: int) -> None:
+    start = len(listener.versions)
+    wait_for(lambda: len(listener.versions) >= start + enough, f"{enough} more chunks")
+
+
+@pytest.mark.parametrize("kind", ["robot_sim", "policy"])
+def test_a_stopped_robot_or_policy_ends_the_motion_until_it_goes_on(probe, graph, listener, kind: str) -> None:
+    probe.wait_for_status(CHUNKS, "moving")
+    graph.nodes[kind].send(signal.SIGSTOP)
+    if kind == "robot_sim":
+        probe.wait_for_status(CHUNKS, "holding", "found age")
+    else:
+        beats = probe.status_counts["robot_sim: simulation"]
+        wait_for(lambda: probe.status_counts["robot_sim: simulation"] >= beats + 3, "the robot is left to itself")
+        assert all(speed < STILL_RAD_S for _, speed in list(listener.judge.motion)[-10:])
+    graph.nodes[kind].send(signal.SIGCONT)
+    more_chunks(listener, 3)
+    probe.wait_for_status(CHUNKS, "moving")
+    assert_safe(listener)
+
+
+@pytest.mark.parametrize("kind", ["aligner", "buffer"])
+def test_the_policy_does_not_notice_that_its_neighbours_stand_still(probe, graph, listener, kind: str) -> None:
+    probe.wait_for_status(CHUNKS, "moving")
+    holds = count(probe, CHUNKS, "holds")
+    graph.nodes[kind].send(signal.SIGSTOP)
+    more_chunks(listener, 5)
+    graph.nodes[kind].send(signal.SIGCONT)
+    beats = probe.status_counts[f"{kind}: lifecycle"]
+    wait_for(lambda: probe.status_counts[f"{kind}: lifecycle"] > beats, "it goes on")
+    probe.wait_for_diagnostics(CHUNKS, 1)
+    assert count(probe, CHUNKS, "holds") == holds
+    rounds = count(probe, "aligner: align", "rounds")
+    wait_for(lambda: count(probe, "aligner: align", "rounds") > rounds, "rounds go on")
+    assert_safe(listener)
+
+
+def test_an_align_call_of_ten_seconds_holds_nobody_up(probe, listener) -> None:
+    from selfalign.msg import AlignReport
+
+    probe.listen(AlignReport, "align_report", 100)
+    probe.wait_for_status(CHUNKS, "moving")
+    assert probe.set_parameter("aligner", "refine_budget_ms", 10000.0).successful
+    assert probe.set_parameter("aligner", "refine_steps", 10000).successful
+    response = wait_for(
+        lambda: (
+            (r := probe.call(Trigger, "aligner/align_now", Trigger.Request())).message == "a round is running" and r
+        ),
+        "a round that is still running",
+    )
+    assert not response.success  # it answers meanwhile
+    holds, chunks = count(probe, CHUNKS, "holds"), len(listener.versions)
+    report = wait_for(
+        lambda: [r for r in list(probe.messages["align_report"]) if r.duration >= 10.0], "a round of ten seconds"
+    )[-1]
+    assert report.attempted
+    probe.wait_for_diagnostics(CHUNKS, 1)
+    assert count(probe, CHUNKS, "holds") == holds and len(listener.versions) > chunks
+    assert_safe(listener)
+
+
+def test_what_the_judge_calls_stale_and_unasked() -> None:
+    second = 1_000_000_000
+    fresh = Command(sent_ns=10 * second, observed_ns=10 * second - 200_000_000, end_ns=11 * second, moves=True)
+    late = Command(sent_ns=20 * second, observed_ns=17 * second, end_ns=21 * second, moves=True)
+    hold = Command(sent_ns=30 * second, observed_ns=30 * second, end_ns=40 * second, moves=False)
+    motion = [(int(at * second), speed) for at, speed in ((10.5, 1.0), (13.0, 1.0), (13.5, 0.1), (35.0, 1.0))]
+    judge = Judge([fresh, late, hold], motion)
+    assert judge.stale_commands(1.0) == [late]
+    assert judge.unasked_motion() == [(13 * second, 1.0), (35 * second, 1.0)]
