@@ -115,9 +115,11 @@ class AlignerNode(ManagedNode):
         checkpoint, parameters = checkpoint_folder(self.parameters["checkpoint"]), dict(self.parameters.values)
         self._token = await self.call_worker(lambda: self._load(checkpoint, parameters))
         self.get_logger().info(f"model {self._token.model_digest[:12]} ready to align")
-        self._token_publisher = self.create_publisher(ETokenMsg, "e_token", qos.LATCHED)
-        self._report_publisher = self.create_publisher(AlignReportMsg, "align_report", qos.EVENTS)
-        self.create_subscription(ETokenMsg, "policy/e_token_in_use", self._on_token_in_use, qos.LATCHED)
+        self._token_publisher = self.create_publisher(ETokenMsg, "e_token", **qos.overridable(qos.LATCHED))
+        self._report_publisher = self.create_publisher(AlignReportMsg, "align_report", **qos.overridable(qos.EVENTS))
+        self.create_subscription(
+            ETokenMsg, "policy/e_token_in_use", self._on_token_in_use, **qos.overridable(qos.LATCHED)
+        )
         self._client = self.create_client(SampleTransitions, "buffer/sample_transitions")
         self._calibrate = self.create_client(Trigger, "policy/calibrate")
         # Groups of their own: these callbacks wait, and others must run meanwhile.

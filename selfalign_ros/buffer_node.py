@@ -60,7 +60,9 @@ class BufferNode(ManagedNode):
         )
         self.inputs = SensorInputs(self, contract, qos.LOCKSTEP if self.lockstep else qos.SENSOR, self.arrived)
         executed_qos = qos.LOCKSTEP if self.lockstep else qos.EVENTS
-        self.create_subscription(JointState, "executed_action", self._on_executed_action, executed_qos)
+        self.create_subscription(
+            JointState, "executed_action", self._on_executed_action, **qos.overridable(executed_qos)
+        )
         self.counts_inputs(*(stream.topic for stream in self.inputs.streams), "executed_action")
         self.create_service(SampleTransitions, "buffer/sample_transitions", self._on_sample)
 

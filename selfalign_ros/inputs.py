@@ -26,6 +26,7 @@ from selfalign_core.errors import InputError
 from selfalign_core.images import SUPPORTED_ENCODINGS
 from selfalign_ros.conversions import NS_PER_S, decode, positions_in_order, to_ns
 from selfalign_ros.diagnostics import ERROR, OK, Rate, Status
+from selfalign_ros.qos import overridable
 
 # Enough joint states to reach back past the oldest image allowed, at several hundred per second.
 _JOINT_STATES_KEPT = 256
@@ -54,7 +55,7 @@ class Stream:
         node: Node,
         message_type: type,
         topic: str,
-        qos: QoSProfile,
+        profile: QoSProfile,
         on_message: Callable[[str], None],
         keep: int = 1,
     ) -> None:
@@ -69,7 +70,7 @@ class Stream:
             incompatible_qos=self._on_incompatible, message_lost=self._on_lost, use_default_callbacks=False
         )
         self._subscription = node.create_subscription(
-            message_type, topic, self._on_arrival, qos, event_callbacks=events
+            message_type, topic, self._on_arrival, event_callbacks=events, **overridable(profile)
         )
 
     @property

@@ -145,7 +145,8 @@ class Parameters:
             except ParameterException:
                 found = node._parameter_overrides[name].value
                 raise ConfigError(f"parameter {name}: found {found!r}; allowed: {spec.allowed}") from None
-        if unknown := sorted(set(node._parameter_overrides) - _known_names()):
+        given = {name for name in node._parameter_overrides if not name.startswith("qos_overrides.")}
+        if unknown := sorted(given - _known_names()):
             # Not refused: a file for all nodes (/**) may hold what only nodes of other packages know.
             node.get_logger().warning(f"parameters {', '.join(unknown)}: not known to {kind}; ignored")
         self.values: dict[str, Any] = {name: node.get_parameter(name).value for name in self._specs}

@@ -131,16 +131,24 @@ class PolicyNode(ManagedNode):
         sensor = qos.LOCKSTEP if self.lockstep else qos.SENSOR
         latched = qos.LOCKSTEP_LATCHED if self.lockstep else qos.LATCHED
         self.inputs = SensorInputs(self, contract, sensor, self.arrived)
-        self._token_subscription = self.create_subscription(ETokenMsg, "e_token", self._on_e_token, latched)
-        self.create_subscription(String, "prompt", self._on_prompt, latched)
+        self._token_subscription = self.create_subscription(
+            ETokenMsg, "e_token", self._on_e_token, **qos.overridable(latched)
+        )
+        self.create_subscription(String, "prompt", self._on_prompt, **qos.overridable(latched))
         self.counts_inputs(*(stream.topic for stream in self.inputs.streams), "e_token", "prompt")
-        self._chunk_publisher = self.create_publisher(ActionChunkMsg, "action_chunk", qos.EVENTS)
-        self._in_use_publisher = self.create_publisher(ETokenMsg, "policy/e_token_in_use", qos.LATCHED)
+        self._chunk_publisher = self.create_publisher(ActionChunkMsg, "action_chunk", **qos.overridable(qos.EVENTS))
+        self._in_use_publisher = self.create_publisher(
+            ETokenMsg, "policy/e_token_in_use", **qos.overridable(qos.LATCHED)
+        )
         if not self.lockstep:
-            self._executed_publisher = self.create_publisher(JointState, "executed_action", qos.EVENTS)
+            self._executed_publisher = self.create_publisher(
+                JointState, "executed_action", **qos.overridable(qos.EVENTS)
+            )
             trajectory = contract.action.interface == "joint_trajectory"
             message_type = JointTrajectory if trajectory else Float64MultiArray
-            self._command_publisher = self.create_publisher(message_type, contract.action.topic, qos.COMMAND)
+            self._command_publisher = self.create_publisher(
+                message_type, contract.action.topic, **qos.overridable(qos.COMMAND)
+            )
             self.create_service(Trigger, "~/calibrate", self._on_calibrate)
             self.create_steady_timer(1.0, self._look_at_token_sources)
 

@@ -1,8 +1,27 @@
-"""Quality of service of every topic, in one place, so that both ends of a topic cannot disagree."""
+"""Quality of service of every topic, in one place, so that both ends of a topic cannot disagree.
+
+A site may override history, depth, reliability and durability of any of them with the parameters ROS 2 has for that,
+such as ``qos_overrides./joint_states.subscription.reliability``.
+"""
 
 from __future__ import annotations
 
-from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy, qos_profile_sensor_data
+import copy
+from typing import Any
+
+from rclpy.qos import (
+    DurabilityPolicy,
+    HistoryPolicy,
+    QoSPolicyKind,
+    QoSProfile,
+    ReliabilityPolicy,
+    qos_profile_sensor_data,
+)
+from rclpy.qos_overriding_options import QoSOverridingOptions
+
+_OVERRIDING = QoSOverridingOptions(
+    (QoSPolicyKind.HISTORY, QoSPolicyKind.DEPTH, QoSPolicyKind.RELIABILITY, QoSPolicyKind.DURABILITY)
+)
 
 # Cameras and joint states: the newest counts, a lost one is not sent again.
 SENSOR = qos_profile_sensor_data
@@ -19,3 +38,13 @@ LOCKSTEP_LATCHED = QoSProfile(
     history=HistoryPolicy.KEEP_ALL,
     durability=DurabilityPolicy.TRANSIENT_LOCAL,
 )
+
+
+def overridable(profile: QoSProfile) -> dict[str, Any]:
+    """Arguments of ``create_publisher`` and ``create_subscription``: ``profile``, which parameters may override.
+
+    Not in lock-step (``LOCKSTEP``, ``LOCKSTEP_LATCHED``), where a lost message would make two replays differ.
+    """
+    if profile.history == HistoryPolicy.KEEP_ALL:
+        return {"qos_profile": profile}
+    return {"qos_profile": copy.copy(profile), "qos_overriding_options": _OVERRIDING}  # rclpy changes what it is given

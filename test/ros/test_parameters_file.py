@@ -93,3 +93,28 @@ def test_a_dumped_file_loads_as_what_it_was_dumped_from(ros_domain: int, tmp_pat
     assert loaded == wanted
     files[1].write_text(yaml.safe_dump({f"/{kind}": {"ros__parameters": loaded}}))
     assert load_and_dump(kind, files[1]) == wanted
+
+
+def test_a_sites_settings_of_one_topic_change_that_topic_alone(ros_domain: int) -> None:
+    import rclpy
+    from rclpy.context import Context
+    from rclpy.qos import ReliabilityPolicy
+    from sensor_msgs.msg import JointState
+
+    from selfalign_ros import qos
+
+    context = Context()
+    override = "qos_overrides./joint_states.subscription.reliability:=reliable"
+    rclpy.init(args=["--ros-args", "-p", override], context=context)
+    try:
+        node = rclpy.create_node("buffer", context=context, enable_rosout=False)
+        for _ in range(2):  # a node is configured as often as one likes
+            joints, other = (
+                node.create_subscription(JointState, topic, lambda message: None, **qos.overridable(qos.SENSOR))
+                for topic in ("joint_states", "other")
+            )
+            assert joints.qos_profile.reliability == ReliabilityPolicy.RELIABLE
+            assert other.qos_profile.reliability == qos.SENSOR.reliability == ReliabilityPolicy.BEST_EFFORT
+            assert joints.qos_profile.depth == qos.SENSOR.depth
+    finally:
+        rclpy.try_shutdown(context=context)
