@@ -85,6 +85,11 @@ class ManagedNode(LifecycleNodeMixin, SelfAlignNode):
         self._progress = text
         self.get_logger().info(f"configuring: {text}")
 
+    def outlive_activity(self, entity: Any) -> Any:
+        """Have an interface made while active (in the place of one of ``configure``'s) stay until ``cleanup``."""
+        self._before_activation.add(entity)
+        return entity
+
     def kept_path(self, ending: str) -> Path | None:
         """Where this robot keeps something over a restart; None if it shall not, and in lock-step."""
         folder = state_folder(self.parameters["token_folder"])

@@ -282,7 +282,9 @@ class PolicyNode(ManagedNode):
             # Subscribing anew brings the latched token of the one that is left.
             qos_profile = self._token_subscription.qos_profile
             self.destroy_subscription(self._token_subscription)
-            self._token_subscription = self.create_subscription(ETokenMsg, "e_token", self._on_e_token, qos_profile)
+            self._token_subscription = self.outlive_activity(
+                self.create_subscription(ETokenMsg, "e_token", self._on_e_token, qos_profile)
+            )
 
     def _on_prompt(self, message: String) -> None:
         self._prompt = message.data

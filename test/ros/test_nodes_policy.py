@@ -298,6 +298,15 @@ def trigger(probe, name: str):
     return probe.call(Trigger, f"policy/{name}", Trigger.Request())
 
 
+def start_activity_anew(probe) -> None:
+    from lifecycle_msgs.msg import Transition
+    from lifecycle_msgs.srv import ChangeState
+
+    for label in ("deactivate", "activate"):
+        request = ChangeState.Request(transition=Transition(label=label))
+        assert probe.call(ChangeState, "policy/change_state", request).success
+
+
 def test_the_enable_service_sets_the_parameter(policy, probe, robot) -> None:
     from rcl_interfaces.srv import GetParameters
 
@@ -313,18 +322,13 @@ def test_the_enable_service_sets_the_parameter(policy, probe, robot) -> None:
 
 
 def test_a_stop_lasts_until_it_is_cleared(policy, probe, robot) -> None:
-    from lifecycle_msgs.msg import Transition
-    from lifecycle_msgs.srv import ChangeState
-
     robot.behaviour = Behaviour()
     wait_until_moving(probe)
     assert trigger(probe, "stop").success
     assert_holding(probe, policy, "stopped by ~/stop")
     assert "stopped by ~/stop" in enable(probe, True).message
     assert "stopped by ~/stop" in trigger(probe, "calibrate").message
-    for label in ("deactivate", "activate"):
-        request = ChangeState.Request(transition=Transition(label=label))
-        assert probe.call(ChangeState, "policy/change_state", request).success
+    start_activity_anew(probe)
     assert_holding(probe, policy, "stopped by ~/stop")
     assert trigger(probe, "clear_stop").success
     wait_until_moving(probe)
@@ -425,7 +429,9 @@ def test_with_a_second_publisher_no_token_is_taken_and_both_are_named(policy, pr
     intruder.destroy_node()
     # With one publisher left its token, which is latched, is taken.
     probe.wait_for_status(E_TOKEN, "version 7 in use")
-    wait_for_chunk_version(probe, 7)
+    start_activity_anew(probe)
+    tokens.publish(token_like(probe, 8))
+    wait_for_chunk_version(probe, 8)
 
 
 # --- parameters ---
