@@ -20,7 +20,7 @@ from benchmarks.faults import STILL_RAD_S, Command, Judge, Listener
 pytestmark = pytest.mark.ros
 
 CHUNKS = "policy: chunks"
-MAX_AGE_S = 0.5
+MAX_AGE_S = 1.0
 
 
 @pytest.fixture(scope="module")
