@@ -417,6 +417,7 @@ def test_with_a_second_publisher_no_token_is_taken_and_both_are_named(policy, pr
     from selfalign_ros import qos
 
     robot.behaviour = Behaviour()
+    probe.wait_for_status("policy: connections", "all compatible")
     intruder = rclpy.create_node("intruder")
     publisher = intruder.create_publisher(EToken, "e_token", qos.EVENTS)  # not latched, as it has to be
     probe.wait_for_status("policy: connections", "/e_token: publisher /intruder", "incompatible QoS")
