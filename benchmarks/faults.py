@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -240,7 +241,9 @@ def _run(options: argparse.Namespace) -> int:
     output = Path(options.output).resolve()
     os.environ.setdefault("ROS_DOMAIN_ID", str(free_domain()))
     os.environ.update(BRINGUP({}).environment)
-    os.environ["ROS_HOME"] = str(output / "ros_home")  # what survives a restart, and nothing of the user's
+    ros_home = output / "ros_home"  # what survives a restart
+    shutil.rmtree(ros_home, ignore_errors=True)
+    os.environ["ROS_HOME"] = str(ros_home)
     contract = RobotContract.from_yaml(config_file(load_specs("policy")["contract"].default))
     remove_orphaned_segments()
     output.mkdir(parents=True, exist_ok=True)

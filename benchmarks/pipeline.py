@@ -188,6 +188,7 @@ def _run(options: argparse.Namespace) -> int:
     rclpy.init(args=[])
     try:
         with tempfile.TemporaryDirectory() as folder:
+            os.environ["ROS_HOME"] = folder  # no E-Token of an earlier run
             parts = measure(options, Path(folder))
     finally:
         rclpy.try_shutdown()

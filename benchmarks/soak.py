@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -163,6 +164,9 @@ def _run(options: argparse.Namespace) -> int:
     output = Path(options.output)
     os.environ.setdefault("ROS_DOMAIN_ID", str(free_domain()))
     os.environ.update(BRINGUP({}).environment)
+    ros_home = output.resolve() / "ros_home"
+    shutil.rmtree(ros_home, ignore_errors=True)  # no E-Token of an earlier run
+    os.environ["ROS_HOME"] = str(ros_home)
     soak = Soak(output / "graph.log", options.arguments)
     rclpy.init(args=[])
     try:

@@ -10,9 +10,8 @@ from node_testing import NodeGraph, Probe, reserve_domain
 
 
 @pytest.fixture(scope="session")
-def ros_domain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """A ROS domain of this test process's own, limited to this machine; nothing of the user's home is read."""
-    os.environ["ROS_HOME"] = str(tmp_path_factory.mktemp("ros_home"))
+def ros_domain() -> Iterator[int]:
+    """A ROS domain of this test process's own, limited to this machine."""
     lock = reserve_domain()
     yield int(os.environ["ROS_DOMAIN_ID"])
     lock.close()
