@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from selfalign_core.config import GemmaSize, ModelConfig, VisionSize, build_dataclass
 from selfalign_core.errors import CheckpointError, ConfigError
@@ -263,7 +264,7 @@ def load_model(
     with open_tensors(path, device=device) as tensors:
         if config is None:
             config = infer_model_config(tensors, **overrides)
-        with torch.device("meta"):
+        with torch.device("meta"), _Uninitialised():
             model = Pi0(config)
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         fresh = {name for name in _names_of("initialise", initialise, expected) if name not in tensors.shapes}
@@ -278,6 +279,16 @@ def load_model(
     language.lm_head.weight = language.model.language_model.embed_tokens.weight
     _materialise(model, fresh, device, seed)
     return model.keep_float32_parts().eval()
+
+
+class _Uninitialised(TorchFunctionMode):
+    """While open, random numbers are not drawn for tensors without storage, which would import torch's compiler."""
+
+    def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (nn.init.normal_, nn.init.trunc_normal_, Tensor.normal_):
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return torch.empty(*args, **kwargs) if func is torch.randn else func(*args, **kwargs)
 
 
 def _names_of(option: str, parts: Collection[str], names: Collection[str]) -> set[str]:

@@ -23,6 +23,7 @@ from selfalign_core.transforms import NormStats
 from selfalign_core.types import EToken, Observation
 
 CONTRACTS = Path(__file__).resolve().parents[2] / "config" / "contracts"
+POLICIES = Path(__file__).resolve().parents[2] / "policies"
 
 
 @pytest.fixture(params=[False, True], ids=["pi0", "pi05"])
@@ -508,9 +509,18 @@ def test_a_checkpoint_is_refused_by_a_robot_with_other_joints(tmp_path: Path) ->
         Policy.load(str(tmp_path / "policy"), contract=turned)
 
 
-def test_loading_a_policy_imports_only_what_it_needs() -> None:
+def test_loading_and_running_a_policy_imports_only_what_it_needs() -> None:
     """Seconds between a robot's start and its first motion."""
-    heavy = ["transformers", "peft", "matplotlib", "mujoco", "gymnasium", "tensorboard", "pyarrow", "torch._dynamo"]
-    script = f"import sys, selfalign_core.policy; print([name for name in {heavy} if name in sys.modules])"
+    heavy = ["transformers", "peft", "matplotlib", "mujoco", "gymnasium", "tensorboard", "torch._dynamo", "sympy"]
+    script = f"""
+import sys
+import numpy as np
+from selfalign_core.policy import Policy
+from selfalign_core.types import Observation
+policy = Policy.from_checkpoint({str(POLICIES / "tiny_reach")!r}, dt=0.05)
+images = {{camera: np.zeros((8, 8, 3), np.uint8) for camera in policy.config.cameras}}
+policy.infer(Observation(images, np.zeros(policy.state_dim, np.float32), "reach the red cube"))
+print([name for name in {heavy} if name in sys.modules])
+"""
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert found.strip() == "[]"
