@@ -62,6 +62,8 @@ STILL_RAD_S = 0.2
 """Joint speed that counts as motion; a servo that holds is slower."""
 SETTLE_S = 0.6
 """How long the arm may swing after its last command."""
+GAP_S = 0.3
+"""Without joint states for that long the simulated robot was stopped."""
 SLACK_S = 0.1
 _STARTED = re.compile(r"\[([\w-]+)-\d+\]: process started with pid \[(\d+)\]")
 
@@ -88,10 +90,21 @@ class Judge:
         return [c for c in self.commands if c.moves and (c.sent_ns - c.observed_ns) / 1e9 > limit_s]
 
     def unasked_motion(self) -> list[tuple[int, float]]:
-        """Stamps and speeds of motion while no command was in force, nor had been a moment before."""
+        """Stamps and speeds of motion while no command was in force, nor had been a moment before.
+
+        A simulation that was stopped goes on with the momentum it had: after a gap in its reports, braking is no motion
+        of its own. Any gain in speed is.
+        """
         spans = np.array([[c.sent_ns, c.end_ns + SETTLE_S * 1e9] for c in self.commands if c.moves]).reshape(-1, 2)
-        moving = [(stamp, speed) for stamp, speed in self.motion if speed > STILL_RAD_S]
-        return [m for m in moving if not ((spans[:, 0] - SLACK_S * 1e9 <= m[0]) & (m[0] <= spans[:, 1])).any()]
+        unasked: list[tuple[int, float]] = []
+        last_ns, last_speed, braking = 0, 0.0, False
+        for stamp_ns, speed in self.motion:
+            braking = stamp_ns - last_ns > GAP_S * 1e9 or (braking and speed <= last_speed)
+            in_force = ((spans[:, 0] - SLACK_S * 1e9 <= stamp_ns) & (stamp_ns <= spans[:, 1])).any()
+            if speed > STILL_RAD_S and not in_force and not braking:
+                unasked.append((stamp_ns, speed))
+            last_ns, last_speed = stamp_ns, speed
+        return unasked
 
 
 class Listener(Node):

@@ -596,6 +596,7 @@ class PolicyNode(ManagedNode):
             "chunks": self._chunk_rate.count,
             "chunk rate [Hz]": self._chunk_rate.hz,
             "commands": self._command_rate.count,
+            "command rate [Hz]": self._command_rate.hz,
             "hand-over": self._handover_method,
             "delay [steps]": self._delay.steps(self.contract.dt_ns),
             "late chunks": self._late_chunks,
