@@ -124,7 +124,8 @@ class Latency:
 def gpu_memory() -> dict[str, float]:
     """What this process holds on the graphics card, named values; empty if it uses none."""
     torch = sys.modules.get("torch")  # a node that has not loaded it holds nothing
-    if torch is None or not torch.cuda.is_initialized():
+    # Another thread may be just importing it: then there is no torch.cuda yet, or not all of it.
+    if not getattr(getattr(torch, "cuda", None), "is_initialized", bool)():
         return {}
     held = {"allocated": torch.cuda.memory_allocated(), "reserved": torch.cuda.memory_reserved()}
     return {f"GPU memory {name} [MB]": size / 1e6 for name, size in held.items()}
