@@ -18,7 +18,7 @@ CHECKPOINT ?= policies/tiny_reach
 
 .DEFAULT_GOAL := help
 .PHONY: help build bringup record replay train evaluate tiny-policy train-step held-out ablations adaptation
-.PHONY: handover image-path latency align-speed interference pipeline soak faults test lint clean clean-all
+.PHONY: handover image-path latency align-speed interference pipeline soak faults sros2-policies test lint clean clean-all
 
 help:  ## show this text
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -112,6 +112,10 @@ handover:  ## jerk, stalls and success per hand-over between chunks, at injected
 
 faults:  ## SIGKILL and SIGSTOP of every node at random times, 50 kills: judged at the simulated robot
 	@$(BOOTSTRAP) run python3 -m benchmarks.faults $(ARGS)
+
+sros2-policies:  ## write config/sros2/policies.xml anew, from the running nodes (docs/sros2.md)
+	@$(BOOTSTRAP) run python3 -m selfalign_ros.security_policy --output config/sros2/policies.xml \
+	  contract:=contracts/sim_arm.yaml checkpoint:=tiny $(ARGS)
 
 lint:  ## ruff
 	@$(BOOTSTRAP) run python3 -m ruff check .

@@ -124,11 +124,14 @@ class NodeProcess:
         return [word for of_member in words for word in of_member]
 
     def ros_arguments(self) -> list[str]:
-        """The command line's end, as launch_ros would write it."""
+        """The command line's end, as launch_ros would write it.
+
+        The enclave decides what the process may do where SROS 2 is on (docs/sros2.md); elsewhere it changes nothing.
+        """
         if self.members:
-            return ["--ros-args", "--log-level", self.log_level]
+            return ["--ros-args", "--log-level", self.log_level, "--enclave", self.full_name]
         arguments = ["--ros-args", "-r", f"__node:={self.name}", "-r", f"__ns:={self.namespace}"]
-        arguments += ["--log-level", self.log_level]
+        arguments += ["--log-level", self.log_level, "--enclave", self.full_name]
         for path in self.parameter_files:
             arguments += ["--params-file", path]
         for name, value in self.parameters.items():

@@ -45,7 +45,7 @@ def _node(node: NodeProcess) -> Node:
         executable=node.executable,
         exec_name=node.name,
         arguments=node.arguments(),
-        ros_arguments=["--log-level", node.log_level],
+        ros_arguments=["--log-level", node.log_level, "--enclave", node.full_name],
         **_own(node),
         output="screen",
         respawn=node.respawn,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import yaml
 from selfalign_ros.bringup import given_arguments, graph_parser
 from selfalign_ros.graph import BRINGUP, RECORD, REPLAY, Graph, GraphDeclaration, GraphError, NodeProcess
 from selfalign_ros.resources import config_file
+from selfalign_ros.security_policy import NodeInterface, from_xml, to_xml
 from selfalign_ros.supervisor import default_command
 
 ROOT = Path(__file__).parents[2]
@@ -98,6 +100,21 @@ def test_a_report_listens_when_asked_for_and_ends_the_run(given: dict[str, str])
 def test_namespace_reaches_every_node() -> None:
     assert {node.full_name for node in BRINGUP({"namespace": "left"}).nodes} >= {"/left/policy", "/left/aligner"}
     assert BRINGUP({"namespace": "/left/"}).nodes[0].namespace == "/left"
+
+
+def test_security_policy_has_an_enclave_for_each_process_with_what_its_nodes_use() -> None:
+    interfaces = {
+        "/left/policy": NodeInterface(("/left/action_chunk",), ("/left/e_token",), ("/left/policy/calibrate",), ()),
+        "/left/aligner": NodeInterface(("/left/e_token",), (), (), ("/left/policy/calibrate",)),
+    }
+    for composed, paths in (("false", ["/left/policy", "/left/aligner"]), ("true", ["/left/composition"])):
+        graph = BRINGUP({"nodes": "policy,aligner", "namespace": "left", "composed": composed})
+        text = to_xml(interfaces, graph.processes)
+        assert from_xml(text) == interfaces
+        assert [enclave.get("path") for enclave in ElementTree.fromstring(text).iter("enclave")] == paths
+        for process, path in zip(graph.processes, paths, strict=True):
+            arguments = process.ros_arguments()
+            assert arguments[arguments.index("--enclave") + 1] == path
 
 
 def test_replay_is_in_lock_step_and_moves_nothing() -> None:
@@ -206,7 +223,7 @@ def test_composed_nodes_share_one_process_with_the_arguments_each_would_have_alo
     assert [(member.executable, list(member.arguments)) for member in found] == [
         (graph.node(name).executable, graph.node(name).ros_arguments()) for name in members
     ]
-    assert of_process == ["--ros-args", "--log-level", "info"]
+    assert of_process == ["--ros-args", "--log-level", "info", "--enclave", "/composition"]
     ends = "replay" in members
     assert (composition.respawn, composition.ends_graph) == (not ends, ends)
 

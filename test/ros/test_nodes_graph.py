@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 
@@ -12,6 +13,8 @@ from node_testing import ROOT, wait_for
 sys.path.insert(0, str(ROOT / "test" / "launch"))
 from graph_assertions import QUICK_ALIGNER, wait_for_accepted_token
 from std_srvs.srv import Trigger
+
+from selfalign_ros.security_policy import from_xml, interface_of
 
 pytestmark = pytest.mark.ros
 
@@ -118,6 +121,15 @@ def test_every_stage_is_reported_in_words_and_numbers(probe) -> None:
     assert refused.state == "watch" and refused.version_after == refused.version_before
     watched = wait_for(lambda: reports(lambda r: r.drift_tested), "a drift test")[0]
     assert watched.drift_factor > 0 and "standard errors" in watched.text
+
+
+def test_security_policy_allows_what_the_nodes_use_and_nothing_else(probe) -> None:
+    committed = from_xml((ROOT / "config" / "sros2" / "policies.xml").read_text())
+    assert set(committed) == {"/policy", "/buffer", "/aligner", "/robot_sim"}
+    with contextlib.suppress(pytest.fail.Exception):  # what differs is shown below
+        wait_for(lambda: {name: interface_of(probe.node, name) for name in committed} == committed, "that", 30.0)
+    for name, expected in committed.items():
+        assert interface_of(probe.node, name) == expected, f"{name}: run `make sros2-policies`"
 
 
 def test_align_frequency_takes_effect_at_once(probe) -> None:
