@@ -21,7 +21,7 @@ CHECKPOINT ?= policies/tiny_reach
 .PHONY: handover image-path latency align-speed interference pipeline soak faults sros2-policies test lint clean clean-all
 
 help:  ## show this text
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  DURATION=30       seconds after which bringup or record stops by itself"
 	@echo "  REPORT=out.json   where bringup or replay writes its report (a .png goes next to it)"
