@@ -63,7 +63,7 @@ class Settings:
     seed: int = 1000
     bodies: int = 16
     episodes: int = 4
-    motion_s: float = 12.0
+    motion_s: float = 20.0
     frames: int = 48
     align: AlignConfig = field(default_factory=lambda: AlignConfig().without_budgets())
     expert_fit: ExpertFit = field(default_factory=ExpertFit)

@@ -29,7 +29,7 @@ class CalibrationConfig:
     exceeded; a joint too slow for the amplitude moves less. ``segment_s``: seconds from one way point to the next.
     """
 
-    duration_s: float = 12.0
+    duration_s: float = 20.0
     amplitude: float = 0.35
     velocity_fraction: float = 0.5
     segment_s: float = 0.8

@@ -38,6 +38,11 @@ class Verdict:
     after: float = math.nan
     effective_count: float = 0.0
 
+    @property
+    def undecided(self) -> bool:
+        """Refused although the shadow looks better: more transitions may tell."""
+        return not self.accepted and self.mean < 0
+
 
 def judge(
     scorer: Scorer,

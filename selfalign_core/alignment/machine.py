@@ -5,13 +5,14 @@
                   enough transitions, enough motion
       COLLECT ─────────────────────────────────────▶ identify → refine → guard
        ▲   ▲                                                              │ │
-       │   └───────────────── accepted: the token is in use ──────────────┘ │
+       │   └──────── accepted: the token is in use; or undecided ─────────┘ │
        │                                                                    │ refused
        └──────── drift, or align_now() ──────── WATCH ◀─────────────────────┘
 
-After an acceptance it collects anew and tries to improve further; after a refusal it rests and watches, against a new
-baseline. Evidence is never older than ``since_ns``: what was already used, or came before a drift, is not asked for
-again. The caller hands in transitions and the time, and publishes what is accepted. Knows neither ROS nor files.
+After an acceptance it collects anew and tries to improve further. While the guard is undecided it tries again with
+newer transitions, a few times; after a refusal it rests and watches, against a new baseline. Evidence is never older
+than ``since_ns``: what was already used, or came before a drift, is not asked for again. The caller hands in
+transitions and the time, and publishes what is accepted. Knows neither ROS nor files.
 """
 
 from __future__ import annotations
@@ -183,11 +184,11 @@ class SelfAligner:
         if (_weights(old), old.watch.references) != (_weights(config), config.watch.references):
             self._scorer = Scorer(self.policy, _weights(config), prompt=self._prompt, frames=self._frames)
             self._references = references(self._trusted, config.watch.references)
-            self._state = State.COLLECT
+            self._state, self._undecided = State.COLLECT, 0
 
     def align_now(self) -> None:
         """Leave the rest: collect and try, with the transitions at hand if they are enough."""
-        self._state = State.COLLECT
+        self._state, self._undecided = State.COLLECT, 0
 
     def use(self, token: EToken, stamp_ns: int) -> None:
         """Go on from ``token``, for instance the one that the policy uses; its history begins here.
@@ -269,10 +270,16 @@ class SelfAligner:
         fit, guard = _split(evidence.spans, config.guard_count)
         if not len(fit):
             return self._report(evidence, f"collecting: none ends before the newest {config.guard_count} begin")
+        unseen = int((evidence.spans[guard, 0] >= self._judged_ns).sum())
+        if unseen < config.guard_count:
+            return self._report(evidence, f"collecting: {unseen} of {config.guard_count} new transitions to judge by")
         attempt, shadow = self._attempt(evidence, fit, guard, now_ns, should_stop)
         if attempt.verdict.accepted:
             self.history.accept(shadow.cpu().numpy(), now_ns, attempt.verdict.after)
             self._restart(int(evidence.spans[-1, 1]))
+        elif attempt.verdict.undecided and self._undecided + 1 < config.attempts:
+            self._undecided += 1
+            self._judged_ns = int(evidence.spans[-1, 1])
         else:
             self._rest(evidence.select(guard), now_ns, should_stop)
         return self._report(evidence, attempt.text, excitation=excitation, attempt=attempt)
@@ -358,6 +365,7 @@ class SelfAligner:
     def _restart(self, since_ns: int) -> None:
         """Collect from ``since_ns`` on."""
         self._state, self._since_ns = State.COLLECT, since_ns
+        self._undecided, self._judged_ns = 0, since_ns
         self._baseline: RunningLoss | None = None
         self._watched_ns = since_ns
 
