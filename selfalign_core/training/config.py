@@ -115,18 +115,20 @@ class OptimSection:
 class BankSection:
     """``mode``: one token per embodiment, or one ``shared`` by all. ``capacity``: rows, those of the data by default.
 
-    ``init_std``: standard deviation of the normal initialisation. ``deploy``: the embodiment whose token the policy is
-    written with; the bank's mean by default.
+    ``init_std``: standard deviation of the normal initialisation. ``noise_std``: of the noise that is added to the
+    token of every training sample, so that the experts learn to read a token's neighbours as nearly the same body.
+    ``deploy``: the embodiment whose token the policy is written with; the bank's mean by default.
     """
 
     mode: Literal["embodiment", "shared"] = "embodiment"
     capacity: int | None = None
     init_std: float = 1.0
+    noise_std: float = 0.0
     deploy: str | None = None
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "capacity")
-        _at_least(self, 0, "init_std")
+        _at_least(self, 0, "init_std", "noise_std")
 
 
 @dataclass(frozen=True)

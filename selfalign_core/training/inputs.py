@@ -33,7 +33,8 @@ from selfalign_core.transforms import Normalizer, NormStats, pad_to_dim, to_delt
 class Sample:
     """B samples for :class:`JointModel`; ``rows`` (B,) int64 are rows of the bank. See ``Pi0.forward``.
 
-    Images are still (B, H, W, 3) uint8: they travel to the device as such.
+    Images are still (B, H, W, 3) uint8: they travel to the device as such. ``token_noise`` (B, tokens, width) is added
+    to the bodies' tokens.
     """
 
     inputs: ModelInputs
@@ -48,6 +49,7 @@ class Sample:
     alignment_noise: AlignmentNoise | None = None
     image_features: list[Tensor] | None = None
     next_image_features: list[Tensor] | None = None
+    token_noise: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -93,6 +95,9 @@ class JointModel(nn.Module):
     def forward(self, sample: Sample, *, reduction: str = "mean") -> Losses:
         """One joint pass of the three experts, each sample with its body's token."""
         inputs = replace(sample.inputs, images=[pixels(image) for image in sample.inputs.images])
+        token = None if self.bank is None else self.bank(sample.rows)
+        if token is not None and sample.token_noise is not None:
+            token = token + sample.token_noise
         return self.model(
             inputs,
             sample.actions,
@@ -106,7 +111,7 @@ class JointModel(nn.Module):
             alignment_noise=sample.alignment_noise,
             image_features=sample.image_features,
             next_image_features=sample.next_image_features,
-            token=None if self.bank is None else self.bank(sample.rows),
+            token=token,
             reduction=reduction,
         )
 
@@ -118,6 +123,7 @@ class Encoder:
         row_of: row of the bank for each of the dataset's embodiments.
         alignment: whether the three self-supervised losses are computed.
         features: cached image features, read in place of images.
+        token_noise: standard deviation of the samples' ``token_noise``; 0 for none.
     """
 
     def __init__(
@@ -132,6 +138,7 @@ class Encoder:
         alignment: bool,
         rtc_max_delay: int = 0,
         features: np.ndarray | None = None,
+        token_noise: float = 0.0,
     ):
         self.config, self.model = config, config.model
         self._state_norm = Normalizer(stats.get("state"), config.state_norm, config.lerobot_epsilon)
@@ -144,7 +151,7 @@ class Encoder:
         self._table = [self._prompt(text, sample_state) for text in self._prompts]
         self._row_of = np.array(row_of, np.int64)
         self._seed, self._alignment, self._rtc_max_delay = seed, alignment, rtc_max_delay
-        self._features = features
+        self._features, self._token_noise = features, token_noise
 
     def __call__(self, batch: Batch, positions: np.ndarray) -> Sample:
         """``positions`` (B,) in the stream of samples, see :meth:`selfalign_core.data.loader.Loader.positions`."""
@@ -158,9 +165,11 @@ class Encoder:
             time, action_masks = self._delayed(time, action_masks, noise["delay"])
         images, features = self._see(batch.images, batch.index)
         sample: dict[str, Any] = {}
+        if self._token_noise:
+            sample["token_noise"] = self._token_noise * torch.from_numpy(noise["token"])
         if self._alignment:
             next_images, next_features = self._see(batch.next_images, batch.next_index)
-            sample = {
+            sample |= {
                 "executed": self._actions(batch.executed, batch.state),
                 "executed_masks": torch.from_numpy(batch.executed_masks),
                 "next_images": next_images,
@@ -231,6 +240,8 @@ class Encoder:
             "next_obs": (cameras * model.feature_tokens_per_camera, model.text.width),
             "executed": (model.transition_horizon, model.action_dim),
         }
+        if self._token_noise:
+            shapes["token"] = (model.peft_num_tokens, model.action_expert.width)
         sizes = [int(np.prod(shape)) for shape in shapes.values()]
         normal = np.empty((len(positions), sum(sizes)), np.float32)
         uniform = np.empty((len(positions), 3), np.float32)

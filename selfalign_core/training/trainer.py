@@ -130,6 +130,7 @@ class Trainer:
             alignment=self.alignment,
             rtc_max_delay=config.rtc_max_delay,
             features=features,
+            token_noise=config.bank.noise_std if bank is not None else 0.0,
         )
         self._compose()
         self.step = 0
@@ -328,11 +329,14 @@ class Trainer:
         config = self.config
         batches = self.loader.batches(self.step, as_torch=False)
         log = self._open_log() if self.ranks.first else None
-        self._clock, self._clock_step = time.perf_counter(), self.step
+        self._clock, self._clock_step, self._waited = time.perf_counter(), self.step, 0.0
         checkpoint = self._checkpoint
         try:
             while self.step < config.steps:
-                figures = self.train_step(next(batches))
+                asked = time.perf_counter()
+                batch = next(batches)
+                self._waited += time.perf_counter() - asked
+                figures = self.train_step(batch)
                 self.step += 1
                 shown = self._report(log, figures)
                 if self._due(config.log.gap_every):
@@ -436,9 +440,10 @@ class Trainer:
         values |= {
             "samples_per_s": (self.step - self._clock_step) * self.config.batch_size / (now - self._clock),
             "step_s": (now - self._clock) / (self.step - self._clock_step),
+            "wait_s": self._waited / (self.step - self._clock_step),  # of a step, for data
             **peak_memory(self.ranks.device),
         }
-        self._clock, self._clock_step = now, self.step
+        self._clock, self._clock_step, self._waited = now, self.step, 0.0
         if log is None:
             return None
         log.write("train", self.step, values)
@@ -508,7 +513,8 @@ class Trainer:
         """The same samples and noise every time, about ``count`` over all ranks."""
         for step in range(max(1, count // (loader.batch_size * self.ranks.world_size))):
             positions = loader.positions(step)
-            yield self.encoder(loader.batch(step), positions).to(self.ranks.device), positions
+            sample = replace(self.encoder(loader.batch(step), positions), token_noise=None)
+            yield sample.to(self.ranks.device), positions
 
     @torch.no_grad()
     def _per_sample(self, sample: Sample) -> dict[str, Tensor]:

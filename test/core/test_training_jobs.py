@@ -22,7 +22,7 @@ from selfalign_core.train import main
 from selfalign_core.training.logging import read_log
 from selfalign_core.training.state import list_checkpoints
 
-TIMING = {"samples_per_s", "step_s", "memory_mib"}
+TIMING = {"samples_per_s", "step_s", "wait_s", "memory_mib"}
 LIMIT_S = 200.0
 
 

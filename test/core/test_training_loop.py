@@ -22,7 +22,7 @@ from selfalign_core.training.trainer import LOSSES, Gap, Trainer, TrainingError
 from selfalign_core.types import Observation
 
 FROZEN = {"freeze": ["vision_tower", "projector"], "cache_features": True}
-TIMING = {"kind", "samples_per_s", "step_s", "memory_mib"}
+TIMING = {"kind", "samples_per_s", "step_s", "wait_s", "memory_mib"}
 
 
 @pytest.fixture(scope="module")

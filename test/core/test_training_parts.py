@@ -216,6 +216,16 @@ def test_noise_belongs_to_the_sample_not_to_the_batch(tmp_path: Path, data: Path
     assert len(whole.time.unique()) == 8 and not torch.equal(whole.time, whole.alignment_noise.time)
 
 
+def test_token_noise_is_for_training_alone(tmp_path: Path, data: Path) -> None:
+    plain, noisy = trainer(tmp_path / "plain", data), trainer(tmp_path / "noisy", data, bank={"noise_std": 0.5})
+    clean, sample = (t.encoder(t.loader.batch(0), t.loader.positions(0)) for t in (plain, noisy))
+    assert clean.token_noise is None
+    assert 0.3 < float(sample.token_noise.std()) < 0.7
+    assert torch.equal(sample.noise, clean.noise)
+    assert noisy.joint(sample).action.item() != plain.joint(clean).action.item()
+    assert noisy.evaluate() == plain.evaluate()
+
+
 def test_nan_in_the_data_is_named_by_row(tmp_path: Path, data: Path) -> None:
     made = trainer(tmp_path / "run", data)
     batch = made.loader.batch(0)
