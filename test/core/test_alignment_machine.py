@@ -16,7 +16,7 @@ from selfalign_core.errors import InputError
 from selfalign_core.types import EToken
 
 CONFIG = AlignConfig(
-    collect=Collect(fit_count=16, guard_count=10),
+    collect=Collect(fit_count=16, guard_count=10, attempts=3),
     identify=Identify(first_count=6, finalists=3, draws=2),
     refine=Refine(steps=20),
     guard=Guard(draws=8),
