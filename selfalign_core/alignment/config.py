@@ -50,13 +50,13 @@ class Collect:
 
 @dataclass(frozen=True)
 class Identify:
-    """Successive halving over the trusted tokens.
+    """Successive elimination over the trusted tokens.
 
-    All are scored on ``first_count`` transitions, the best quarter on the other fit transitions too, ``finalists`` of
-    them with ``draws`` noise draws of each.
+    All are scored on ``first_count`` transitions, the best quarter on twice as many others, and so on; ``finalists`` of
+    them on all fit transitions with ``draws`` noise draws of each.
     """
 
-    first_count: int = 8
+    first_count: int = 3
     finalists: int = 6
     draws: int = 4
     budget_ms: float | None = 10_000.0

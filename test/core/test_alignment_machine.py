@@ -79,7 +79,7 @@ def test_a_robot_that_is_right_already_stays_so(toy: Trained) -> None:
 
 def test_a_change_of_the_body_and_the_change_back_are_followed(toy: Trained) -> None:
     aligner, robot = aligner_of(toy), Robot(BODIES[0])
-    live(aligner, robot, 15)
+    live(aligner, robot, 30)
     assert aligner.state is State.WATCH
     own = action_loss(toy, aligner, robot)
     for row in (5, 0):
@@ -97,7 +97,7 @@ def test_a_change_of_the_body_and_the_change_back_are_followed(toy: Trained) -> 
 
 def test_another_way_of_moving_changes_nothing(toy: Trained) -> None:
     aligner, robot = aligner_of(toy, deployed=2), Robot(BODIES[2])
-    live(aligner, robot, 12)
+    live(aligner, robot, 30)
     assert aligner.state is State.WATCH
     for scale in (0.5, 0.1, 1.0):
         for report in live(aligner, robot, 8, scale=scale):

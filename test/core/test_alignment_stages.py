@@ -154,8 +154,9 @@ def test_a_swapped_sign_in_some_transitions_is_outvoted(toy: Trained) -> None:
 
 def test_a_spent_budget_ends_identification_with_the_best_so_far(toy: Trained) -> None:
     policy, batch = toy.policy_with_bank(), transitions_of(BODIES[3], 20, 5)
-    whole = find(policy, batch, token_of(toy, 0))
-    early = find(policy, batch, token_of(toy, 0), budget=ticking(40))
+    config = dataclasses.replace(CONFIG.identify, first_count=8)
+    whole = find(policy, batch, token_of(toy, 0), config=config)
+    early = find(policy, batch, token_of(toy, 0), config=config, budget=ticking(40))
     assert 0 < early.evaluations < whole.evaluations
     assert "budget of 40 ms spent" in early.note
     assert early.name == "body 3"
