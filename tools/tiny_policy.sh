@@ -9,26 +9,35 @@ jobs=$(nproc)
 stage() { printf '\n[tiny-policy %(%H:%M:%S)T] %s\n' -1 "$1"; }
 
 if [ ! -d $run/demos ]; then
-  stage "1/4 demonstrations and play on 320 simulated bodies: $run/demos"
+  stage "1/6 demonstrations and play on 320 simulated bodies: $run/demos"
   python3 -m selfalign_core.data.sim_demos --output $run/demos --bodies 320 --episodes 6 --nominal-episodes 48 \
     --frames 36 --seed 1 --jobs "$jobs"
 fi
 
 if [ ! -d $run/pretrained ]; then
-  stage "2/4 the vision tower learns to see, the language model to read: $run/pretrained"
+  stage "2/6 the vision tower learns to see, the language model to read: $run/pretrained"
   python3 -m selfalign_core.training.pretrain --output $run/pretrained --jobs "$jobs"
 fi
 
-stage "3/4 joint training of the three experts, one E-Token per body: $run/joint"
+stage "3/6 joint training of the three experts, one E-Token per body: $run/joint"
 python3 -m selfalign_core.train --config config/training/tiny_policy.yaml --resume
 
+if [ ! -d $run/many_demos ]; then
+  stage "4/6 four times as many bodies: $run/many_demos"
+  python3 -m selfalign_core.data.sim_demos --output $run/many_demos --bodies 1280 --episodes 8 --nominal-episodes 48 \
+    --frames 36 --seed 1 --jobs "$jobs"
+fi
+
+stage "5/6 joint training goes on with all of them: $run/many"
+python3 -m selfalign_core.train --config config/training/tiny_policy_many.yaml --resume
+
 if [ ! -f $run/evaluation.json ]; then
-  stage "4/4 200 closed-loop episodes: $run/evaluation.json"
-  python3 -m selfalign_core.evaluate $run/joint/policy --json $run/evaluation.json --gif $run/evaluation.gif
+  stage "6/6 200 closed-loop episodes: $run/evaluation.json"
+  python3 -m selfalign_core.evaluate $run/many/policy --json $run/evaluation.json --gif $run/evaluation.gif
 fi
 
 cat <<END
 
-The policy is in $run/joint/policy. To see it:  make bringup ARGS='checkpoint:=$run/joint/policy'
-To ship it, so that 'make bringup' runs it:      cp -L $run/joint/policy/* policies/tiny_reach/
+The policy is in $run/many/policy. To see it:  make bringup ARGS='checkpoint:=$run/many/policy'
+To ship it, so that 'make bringup' runs it:     cp -L $run/many/policy/* policies/tiny_reach/
 END

@@ -45,15 +45,15 @@ def run(folder: Path, fail: str = "") -> tuple[int, list[str], str]:
 
 def test_a_first_run_goes_through_all_stages_and_says_where_the_policy_is(folder: Path) -> None:
     code, calls, output = run(folder)
-    assert (code, calls) == (0, [DEMOS, PRETRAIN, TRAIN, EVALUATE])
-    assert "runs/tiny_policy/joint/policy" in output and "policies/tiny_reach" in output
+    assert (code, calls) == (0, [DEMOS, PRETRAIN, TRAIN, DEMOS, TRAIN, EVALUATE])
+    assert "runs/tiny_policy/many/policy" in output and "policies/tiny_reach" in output
 
 
 def test_what_is_there_is_not_made_again(folder: Path) -> None:
     run(folder)
-    assert run(folder)[:2] == (0, [TRAIN])  # which finds its last checkpoint, and is done
+    assert run(folder)[:2] == (0, [TRAIN, TRAIN])  # each finds its last checkpoint, and is done
 
 
 def test_it_goes_on_with_the_stage_that_failed(folder: Path) -> None:
     assert run(folder, fail=PRETRAIN)[:2] == (3, [DEMOS, PRETRAIN])
-    assert run(folder)[:2] == (0, [PRETRAIN, TRAIN, EVALUATE])
+    assert run(folder)[:2] == (0, [PRETRAIN, TRAIN, DEMOS, TRAIN, EVALUATE])
