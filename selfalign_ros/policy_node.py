@@ -120,6 +120,7 @@ class PolicyNode(ManagedNode):
         checkpoint = checkpoint_folder(self.parameters["checkpoint"])
         parameters, prompt = dict(self.parameters.values), self._prompt
         token = await self.call_worker(lambda: self._load(checkpoint, parameters, prompt))
+        self.parameters_changed({"chunk_handover"})
         self.open_topics()
         if token is not None:
             self._token_version = token.version
@@ -166,7 +167,7 @@ class PolicyNode(ManagedNode):
         return not self._inferring
 
     def cleanup(self) -> None:
-        self._policy = None
+        self._policy = self._rtc_max_delay = None
         self._token_version, self._token_refused_version, self._token_refusal = 0, -1, ""
 
     def check_parameters(self, values: dict[str, Any]) -> str | None:

@@ -334,6 +334,22 @@ def test_a_stop_lasts_until_it_is_cleared(policy, probe, robot) -> None:
     wait_until_moving(probe)
 
 
+def test_the_hand_over_is_chosen_when_the_checkpoint_is_loaded_and_can_be_changed(policy, probe, robot) -> None:
+    def used() -> str:
+        return {v.key: v.value for v in probe.status(CHUNKS).values}["hand-over"]
+
+    robot.behaviour = Behaviour()
+    wait_until_moving(probe)
+    assert used() == "blend"  # the untrained model was not trained to be given actions
+    refusal = probe.set_parameter("policy", "chunk_handover", "prefix")
+    assert not refusal.successful and "chunk_handover: found prefix" in refusal.reason
+    assert probe.set_parameter("policy", "chunk_handover", "guidance").successful
+    wait_for(lambda: used() == "guidance", "the other hand-over is used")
+    probe.wait_for_diagnostics(CHUNKS, 1)
+    wait_until_moving(probe)
+    assert probe.set_parameter("policy", "chunk_handover", "auto").successful
+
+
 def test_diagnostics_tell_latencies_as_percentiles(policy, probe, robot) -> None:
     values = {v.key: v.value for v in probe.status(CHUNKS).values}
     for name in ("inference duration", "observation age"):
