@@ -43,7 +43,7 @@ from selfalign_core.model.masks import MASK_FILL
 from selfalign_core.model.pi0 import ModelInputs, Pi0
 from selfalign_core.model.siglip import LAYER_NORM_EPS
 
-_MAX_SHAPES = 8
+_MAX_SHAPES = 32
 """Shapes whose buffers are kept: other cameras, prompts of other lengths."""
 
 
