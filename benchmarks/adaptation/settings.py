@@ -54,7 +54,8 @@ class UnseenBody:
 
 @dataclass(frozen=True)
 class Settings:
-    """``bodies`` per family and range, ``episodes`` in closed loop per body and arm, ``motion_s`` of calibration.
+    """``bodies`` per family and range, ``episodes`` in closed loop per body and arm, ``motion_s`` of calibration
+    within ``motion_amplitude`` [rad] of the start pose.
 
     ``seed`` of the bodies and all that is drawn on them; training's must be another one. ``frames``: labelled ones
     per body on which the action error is measured.
@@ -64,6 +65,7 @@ class Settings:
     bodies: int = 16
     episodes: int = 4
     motion_s: float = 20.0
+    motion_amplitude: float = 0.7
     frames: int = 48
     align: AlignConfig = field(default_factory=lambda: AlignConfig().without_budgets())
     expert_fit: ExpertFit = field(default_factory=ExpertFit)

@@ -16,9 +16,9 @@ from benchmarks.adaptation.work import Cache, policy_of, run_tasks
 from selfalign_core.policy import Policy
 
 _TOKEN_INPUTS = {
-    UNALIGNED: (), MEAN: (), EXPERT: ("seed", "motion_s", "align", "expert_fit"),
+    UNALIGNED: (), MEAN: (), EXPERT: ("seed", "motion_s", "motion_amplitude", "align", "expert_fit"),
 }  # fmt: skip
-_MOTION_INPUTS = ("seed", "motion_s", "align")
+_MOTION_INPUTS = ("seed", "motion_s", "motion_amplitude", "align")
 """Settings that a token depends on, if it is not one of the above."""
 
 _MEASURE_INPUTS = ("seed", "episodes", "frames")

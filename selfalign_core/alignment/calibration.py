@@ -31,8 +31,8 @@ class CalibrationConfig:
 
     duration_s: float = 20.0
     amplitude: float = 0.35
-    velocity_fraction: float = 0.5
-    segment_s: float = 0.8
+    velocity_fraction: float = 0.75
+    segment_s: float = 1.25
 
     def __post_init__(self) -> None:
         for name in ("duration_s", "amplitude", "velocity_fraction", "segment_s"):

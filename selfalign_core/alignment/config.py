@@ -56,7 +56,7 @@ class Identify:
     them on all fit transitions with ``draws`` noise draws of each.
     """
 
-    first_count: int = 3
+    first_count: int = 2
     finalists: int = 6
     draws: int = 4
     budget_ms: float | None = 10_000.0
@@ -75,10 +75,10 @@ class Refine:
     deviations of the bank, a token may lie along each.
     """
 
-    steps: int = 40
+    steps: int = 60
     learning_rate: float = 0.05
-    draws: int = 2
-    directions: int = 24
+    draws: int = 3
+    directions: int = 64
     max_deviation: float = 2.5
     budget_ms: float | None = 10_000.0
 
@@ -142,8 +142,8 @@ class AlignConfig:
     """
 
     mode: Mode = "subspace"
-    lambda_perc: float = 0.3
-    lambda_dyn: float = 1.0
+    lambda_perc: float = 2.0
+    lambda_dyn: float = 0.3
     lambda_inv: float = 3.0
     keep: int = 8
     frame_cache_mib: int = 256
