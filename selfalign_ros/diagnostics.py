@@ -121,11 +121,17 @@ class Latency:
         return {f"{self._name} p{p} [s]": float(value) for p, value in zip(_PERCENTILES, found, strict=True)}
 
 
+def torch_with_gpu() -> Any:
+    """torch if this process has used a graphics card with it, else None. Imports nothing."""
+    torch = sys.modules.get("torch")
+    # Another thread may be just importing it: then there is no torch.cuda yet, or not all of it.
+    return torch if getattr(getattr(torch, "cuda", None), "is_initialized", bool)() else None
+
+
 def gpu_memory() -> dict[str, float]:
     """What this process holds on the graphics card, named values; empty if it uses none."""
-    torch = sys.modules.get("torch")  # a node that has not loaded it holds nothing
-    # Another thread may be just importing it: then there is no torch.cuda yet, or not all of it.
-    if not getattr(getattr(torch, "cuda", None), "is_initialized", bool)():
+    torch = torch_with_gpu()
+    if torch is None:
         return {}
     held = {"allocated": torch.cuda.memory_allocated(), "reserved": torch.cuda.memory_reserved()}
     return {f"GPU memory {name} [MB]": size / 1e6 for name, size in held.items()}

@@ -12,7 +12,6 @@ its own failure: nodes need not keep account. This module knows nothing of what 
 from __future__ import annotations
 
 import gc
-import sys
 import time
 import traceback
 from collections.abc import Iterable
@@ -24,7 +23,7 @@ from lifecycle_msgs.srv import ChangeState
 from rclpy.callback_groups import ReentrantCallbackGroup
 from rclpy.lifecycle import LifecycleNodeMixin, TransitionCallbackReturn
 
-from selfalign_ros.diagnostics import ERROR, OK, WARN, Status, gpu_memory, incompatible_peers
+from selfalign_ros.diagnostics import ERROR, OK, WARN, Status, gpu_memory, incompatible_peers, torch_with_gpu
 from selfalign_ros.node import SelfAlignNode
 from selfalign_ros.resources import state_folder
 
@@ -253,6 +252,6 @@ class ManagedNode(LifecycleNodeMixin, SelfAlignNode):
 def _free_memory() -> None:
     """Give back what torch keeps for later on a graphics card."""
     gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
+    torch = torch_with_gpu()
+    if torch is not None:
         torch.cuda.empty_cache()
