@@ -18,10 +18,10 @@ CHECKPOINT ?= policies/tiny_reach
 
 .DEFAULT_GOAL := help
 .PHONY: help build bringup record replay train evaluate tiny-policy train-step held-out ablations adaptation
-.PHONY: handover image-path latency align-speed interference pipeline soak faults sros2-policies test lint clean clean-all
+.PHONY: adaptation-in-graph handover image-path latency align-speed interference pipeline soak faults sros2-policies test lint clean clean-all
 
 help:  ## show this text
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  DURATION=30       seconds after which bringup or record stops by itself"
 	@echo "  REPORT=out.json   where bringup or replay writes its report (a .png goes next to it)"
@@ -81,6 +81,9 @@ ablations:  ## training without its parts, one after another (about 2 hours); st
 adaptation: export OMP_NUM_THREADS := 1
 adaptation:  ## unseen bodies with and without alignment: CHECKPOINT=directory
 	@$(BOOTSTRAP) run python3 -m benchmarks.adaptation $(CHECKPOINT) --output runs/adaptation $(ARGS)
+
+adaptation-in-graph:  ## a body that changes in the running graph, and back; 2.5 minutes a run: ARGS='--shifts servo'
+	@$(BOOTSTRAP) run python3 -m benchmarks.adaptation.in_graph --output runs/in_graph $(ARGS)
 
 image-path: export OMP_NUM_THREADS := 1
 image-path:  ## time per camera frame from message to model input, against plain cv2
