@@ -30,7 +30,7 @@ class Collect:
 
     fit_count: int = 20
     guard_count: int = 12
-    stride: int = 4
+    stride: int = 8
     attempts: int = 5
     min_command: float = 0.03
     min_motion: float = 0.02

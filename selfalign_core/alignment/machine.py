@@ -9,10 +9,11 @@
        │                                                                    │ refused
        └──────── drift, or align_now() ──────── WATCH ◀─────────────────────┘
 
-After an acceptance it collects anew and tries to improve further. While the guard is undecided it tries again with
-newer transitions, a few times; after a refusal it rests and watches, against a new baseline. Evidence is never older
-than ``since_ns``: what was already used, or came before a drift, is not asked for again. The caller hands in
-transitions and the time, and publishes what is accepted. Knows neither ROS nor files.
+After an acceptance it tries to improve further, and while the guard is undecided it tries again, a few times: each
+attempt fits on the newest transitions but is judged by those that none before has seen. After a refusal it rests and
+watches, against a new baseline. Evidence is never older than ``since_ns``: what came before a rest or a drift is not
+asked for again. The caller hands in transitions and the time, and publishes what is accepted. Knows neither ROS nor
+files.
 """
 
 from __future__ import annotations
@@ -276,10 +277,9 @@ class SelfAligner:
         attempt, shadow = self._attempt(evidence, fit, guard, now_ns, should_stop)
         if attempt.verdict.accepted:
             self.history.accept(shadow.cpu().numpy(), now_ns, attempt.verdict.after)
-            self._restart(int(evidence.spans[-1, 1]))
+            self._undecided, self._judged_ns = 0, int(evidence.spans[-1, 1])
         elif attempt.verdict.undecided and self._undecided + 1 < config.attempts:
-            self._undecided += 1
-            self._judged_ns = int(evidence.spans[-1, 1])
+            self._undecided, self._judged_ns = self._undecided + 1, int(evidence.spans[-1, 1])
         else:
             self._rest(evidence.select(guard), now_ns, should_stop)
         return self._report(evidence, attempt.text, excitation=excitation, attempt=attempt)

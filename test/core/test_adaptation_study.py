@@ -35,7 +35,7 @@ QUICK = AlignConfig(
     refine=Refine(steps=2, draws=1, directions=2),
     guard=Guard(draws=2),
 ).without_budgets()
-SETTINGS = Settings(bodies=1, episodes=1, motion_s=4.0, frames=6, align=QUICK, expert_fit=ExpertFit(2, 4))
+SETTINGS = Settings(bodies=1, episodes=1, motion_s=6.0, frames=6, align=QUICK, expert_fit=ExpertFit(2, 4))
 
 
 def untrained(keys=("nominal", "left", "right")) -> Policy:
@@ -96,7 +96,7 @@ def test_ranges_say_how_far_a_body_strays() -> None:
 
 def test_the_calibration_recording_pairs_what_was_commanded_with_what_was_seen(lab) -> None:
     recording = lab.calibration
-    assert recording.images.shape == (80, 1, *lab.policy.image_size, 3)
+    assert recording.images.shape == (120, 1, *lab.policy.image_size, 3)
     contract = contract_for(JOINTS[:3])
     assert (recording.actions >= contract.lower).all()
     assert (recording.actions <= contract.upper).all()

@@ -19,7 +19,7 @@ CONTRACTS = Path(__file__).parents[2] / "config" / "contracts"
 def contract_of(joints: list[Joint], rate_hz: float) -> RobotContract:
     camera = Camera("front", "image", "raw", 64, 64)
     action = ActionInterface("joint_trajectory", "command")
-    return RobotContract("robot", (camera,), "joint_states", tuple(joints), action, rate_hz, 8, 0.2, 0.2)
+    return RobotContract("robot", (camera,), "joint_states", tuple(joints), action, rate_hz, 8, 0.2, 0.2, 0.2)
 
 
 @st.composite

@@ -117,7 +117,8 @@ def test_settings_change_while_it_works(toy: Trained) -> None:
     assert aligner.state is State.COLLECT
     (attempt,) = attempts(live(aligner, robot, 9))
     losses = attempt.attempt.fit_before
-    expected = 0.3 * losses.perception + losses.dynamics + losses.inverse_dynamics
+    weights = aligner.config
+    expected = weights.lambda_perc * losses.perception + weights.lambda_dyn * losses.dynamics + losses.inverse_dynamics
     assert losses.total == pytest.approx(expected, rel=1e-5)
 
 

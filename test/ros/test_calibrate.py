@@ -35,7 +35,7 @@ def running(graph, probe):
     probe.listen(JointTrajectory, COMMANDS, qos.EVENTS)
     contract = graph.contract("sim_reach.yaml", max_age_s=5.0, joints=JOINTS)
     graph.start("robot_sim", contract=contract, seed=1)
-    graph.start("policy", contract=contract, calibrate_duration=4, calibrate_amplitude=3)
+    graph.start("policy", contract=contract, calibrate_duration=5, calibrate_amplitude=3)
     probe.wait_for_status(CHUNKS, "moving")
 
 
@@ -68,7 +68,7 @@ def assert_within_limits(probe, times: np.ndarray, positions: np.ndarray, trajec
 def test_the_motion_excites_every_joint_within_the_limits_and_hands_back(probe) -> None:
     executed_before, commands_before = len(probe.messages["executed_action"]), len(probe.messages[COMMANDS])
     response = calibrate(probe)
-    assert response.success and response.message == "moving for 4 s", response.message
+    assert response.success and response.message == "moving for 5 s", response.message
     again = calibrate(probe)
     assert not again.success and "is running" in again.message
     probe.wait_for_status(CHUNKS, "calibrating")

@@ -276,7 +276,7 @@ def test_robot_refuses_a_malformed_command_and_says_why(probe, graph, points, re
 
 
 def test_the_aligner_may_ask_for_motion_when_there_is_too_little(probe, graph) -> None:
-    assert probe.set_parameter("policy", "calibrate_duration", 3.2).successful
+    assert probe.set_parameter("policy", "calibrate_duration", 5.0).successful
     assert probe.set_parameter("aligner", "collect_min_command", 10.0).successful
     probe.call(Trigger, "aligner/align_now", Trigger.Request())  # out of a rest, if it is in one
     probe.wait_for_status("aligner: align", "waiting for motion", "expected at least 10.000")
