@@ -24,6 +24,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 120.0
+RESEND_S = 30.0
 
 
 def reserve_domain() -> TextIO:
@@ -129,9 +130,19 @@ class Probe:
         client = self.node.create_client(service_type, name)
         try:
             wait_for(client.service_is_ready, f"service {name} is offered", timeout_s)
-            future = client.call_async(request)
-            wait_for(future.done, f"service {name} answers", timeout_s)
-            return future.result()
+            futures = [client.call_async(request)]
+            resend = time.monotonic() + RESEND_S
+
+            def answered() -> bool:
+                """Ask again if need be: DDS may lose an answer to a client that the server has only half discovered."""
+                nonlocal resend
+                if time.monotonic() > resend:
+                    futures.append(client.call_async(request))
+                    resend += RESEND_S
+                return any(future.done() for future in futures)
+
+            wait_for(answered, f"service {name} answers", timeout_s)
+            return next(future for future in futures if future.done()).result()
         finally:
             self.node.destroy_client(client)
 

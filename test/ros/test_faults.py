@@ -18,7 +18,7 @@ from graph_assertions import QUICK_ALIGNER
 
 from benchmarks.faults import STILL_RAD_S, Command, Judge, Listener
 
-pytestmark = pytest.mark.ros
+pytestmark = [pytest.mark.ros, pytest.mark.long]
 
 CHUNKS = "policy: chunks"
 MAX_AGE_S = 1.0

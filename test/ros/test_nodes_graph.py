@@ -283,7 +283,7 @@ def test_the_aligner_may_ask_for_motion_when_there_is_too_little(probe, graph) -
     assert "calibration motion" not in graph.nodes["policy"].log  # nobody has allowed it
     assert probe.set_parameter("aligner", "auto_calibrate_after", 1.0).successful
     assert probe.set_parameter("aligner", "auto_calibrate", True).successful
-    wait_for(lambda: "calibration motion: moving for 3.2 s" in graph.nodes["policy"].log, "the motion")
+    wait_for(lambda: "calibration motion: moving for 5 s" in graph.nodes["policy"].log, "the motion")
     wait_for(lambda: "asked for motion (waiting for motion" in graph.nodes["aligner"].log, "the aligner says so")
     assert probe.set_parameter("aligner", "auto_calibrate", False).successful
     assert probe.set_parameter("aligner", "collect_min_command", 0.0).successful

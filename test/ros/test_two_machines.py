@@ -59,6 +59,7 @@ def machines() -> Iterator[Machines]:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
+@pytest.mark.long
 def test_the_aligner_works_from_another_machine_and_survives_a_cut_link(machines: Machines, tmp_path: Path) -> None:
     # With a /dev/shm of its own: shared memory reaches no other machine.
     run = ["ip", "netns", "exec", machines.robot, "sh", "-c", 'mount -t tmpfs tmpfs /dev/shm && exec "$@"', "sh"]
