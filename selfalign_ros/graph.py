@@ -235,6 +235,14 @@ CHECKPOINT = LaunchArgument(
     "default.",
 )
 NAMESPACE = LaunchArgument("namespace", "Namespace of all nodes, for several robots in one domain.")
+NO_TOKENS_KEPT = "none"
+"""The value of ``token_folder`` for the parameter's empty text: an empty argument leaves the parameters in force."""
+TOKEN_FOLDER = LaunchArgument(
+    "token_folder",
+    "Folder where accepted E-Tokens and a stop survive a restart; a new one starts from the checkpoint's own token. "
+    f"{NO_TOKENS_KEPT}: keeps and loads nothing. Empty: as in the parameters, "
+    f"{_DECLARED['token_folder']['default']} by default.",
+)
 DEVICE = LaunchArgument("device", "Torch device of policy and aligner. Empty: as in the parameters.")
 LOG_LEVEL = LaunchArgument("log_level", "Lowest severity that is logged.", "info", choices=LOG_LEVELS)
 REPORT = LaunchArgument("report", "JSON file for the run report; a PNG is written beside it.", kind="file")
@@ -269,6 +277,7 @@ _BRINGUP_ARGUMENTS = (
     CHECKPOINT,
     LaunchArgument("body", "Body file of the simulated arm, found like the contract. Empty: as in the parameters."),
     NAMESPACE,
+    TOKEN_FOLDER,
     LaunchArgument("use_sim", "Start the simulated robot. False: a real one is there.", "true", "flag"),
     LaunchArgument("use_sim_time", "Use /clock; the simulated robot publishes it.", "false", "flag"),
     DEVICE,
@@ -325,13 +334,16 @@ def _assemble_bringup(values: Mapping[str, ParameterValue]) -> Graph:
         "respawn": values["respawn"],
     }
     clock = {"use_sim_time": values["use_sim_time"]}
+    kept = _parameters(values, "token_folder")
+    if values["token_folder"] == NO_TOKENS_KEPT:
+        kept = {"token_folder": ""}
     # In one process an aligner that gave way to others would do so with the interpreter lock in its hands.
     niceness = {"niceness": 0} if values["composed"] else {}
     nodes = [
         NodeProcess(
             "policy",
             "policy_node",
-            parameters=_parameters(values, "contract", "checkpoint", "device") | clock,
+            parameters=_parameters(values, "contract", "checkpoint", "device") | kept | clock,
             **common,
         ),
         NodeProcess(
@@ -340,7 +352,7 @@ def _assemble_bringup(values: Mapping[str, ParameterValue]) -> Graph:
         NodeProcess(
             "aligner",
             "aligner_node",
-            parameters=_parameters(values, "contract", "checkpoint", "device") | clock | niceness,
+            parameters=_parameters(values, "contract", "checkpoint", "device") | kept | clock | niceness,
             **common,
         ),
     ]

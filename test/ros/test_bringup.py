@@ -28,7 +28,8 @@ def test_a_run_from_start_to_stop(probe: Probe, tmp_path: Path) -> None:
     """One run for all that can be seen in one, because starting the nodes takes longest."""
     listen(probe)
     parameters = write_quick_parameters(tmp_path)
-    run = GraphRun.module("selfalign_ros.bringup", "--params", str(parameters), "--report", "run.json", cwd=tmp_path)
+    arguments = ("--params", str(parameters), "--report", "run.json", "token_folder:=kept")
+    run = GraphRun.module("selfalign_ros.bringup", *arguments, cwd=tmp_path)
     try:
         assert_outputs_appear(probe)
         assert_parameters_tune(probe)
@@ -48,6 +49,10 @@ def test_a_run_from_start_to_stop(probe: Probe, tmp_path: Path) -> None:
         assert run.stop() == 0, run.output  # what was killed and came back is no failure
     finally:
         run.close()
+    assert {path.name for path in (tmp_path / "kept").iterdir()} == {
+        "sim_arm.safetensors",  # the aligner's, for ~/rollback
+        "sim_arm_in_use.safetensors",  # the policy's
+    }
     _check_report(tmp_path)
 
 

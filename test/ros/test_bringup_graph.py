@@ -21,7 +21,14 @@ ROOT = Path(__file__).parents[2]
 FULL = {
     "bringup": (
         BRINGUP,
-        {"contract": "c.yaml", "checkpoint": "x", "body": "b.yaml", "device": "cpu", "report": "r.json"},
+        {
+            "contract": "c.yaml",
+            "checkpoint": "x",
+            "body": "b.yaml",
+            "token_folder": "t",
+            "device": "cpu",
+            "report": "r.json",
+        },
     ),
     "record": (RECORD, {"output": "bag", "contract": "c.yaml", "use_sim_time": "true", "report": "r.json"}),
     "replay": (REPLAY, {"bag": "bag", "contract": "c.yaml", "report": "r.json", "compare": "e.json", "device": "cpu"}),
@@ -73,6 +80,13 @@ def test_simulated_time_is_published_by_the_simulated_robot_and_followed_by_the_
     assert graph.node("robot_sim").parameters["publish_clock"] is True
     assert "use_sim_time" not in graph.node("robot_sim").parameters
     assert all(graph.node(name).parameters["use_sim_time"] for name in ("policy", "buffer", "aligner"))
+
+
+@pytest.mark.parametrize(("given", "passed"), [("run1/tokens", "run1/tokens"), ("none", "")])
+def test_where_tokens_survive_a_restart_reaches_those_that_keep_them(given: str, passed: str) -> None:
+    graph = BRINGUP({"token_folder": given})
+    kept = {node.name: node.parameters["token_folder"] for node in graph.nodes if "token_folder" in node.parameters}
+    assert kept == {"policy": passed, "aligner": passed}
 
 
 def test_a_real_robot_needs_no_simulated_one() -> None:
