@@ -271,7 +271,7 @@ class AlignerNode(ManagedNode):
         """One round; ``now``: without rest. False if there was nothing to report: nothing new, or a ``_problem``."""
         self._busy = True
         try:
-            request = await self.call_worker(self._request_job(now))
+            request = await self.call_worker(self._request_job(now, now_ns))
             asked = (request.count, request.since_ns, request.stride)
             if asked == self._asked and self._known_ns <= now_ns:
                 request.newer_than_ns = self._known_ns
@@ -300,7 +300,7 @@ class AlignerNode(ManagedNode):
         self._finish(done, now_ns)
         return True
 
-    def _request_job(self, now: bool) -> Callable[[], SampleTransitions.Request]:
+    def _request_job(self, now: bool, now_ns: int) -> Callable[[], SampleTransitions.Request]:
         """The work for the worker: what the aligner needs next, with the parameters as they are now."""
         aligner, parameters = self._aligner, dict(self.parameters.values)
         assert aligner is not None
@@ -312,7 +312,7 @@ class AlignerNode(ManagedNode):
             return SampleTransitions.Request(
                 count=aligner.wanted,
                 since_ns=aligner.since_ns,
-                stride=aligner.config.collect.stride,
+                stride=aligner.stride(now_ns),
                 least=aligner.needed,
                 newer_than_ns=-(2**62),
             )

@@ -46,7 +46,7 @@ class AlignerLoop:
         if self._steps % ALIGN_PERIOD:
             return None
         aligner = self.aligner
-        stride = aligner.config.collect.stride
+        stride = aligner.stride(stamp_ns)
         batch = self.buffer.newest(aligner.wanted, since_ns=aligner.since_ns, stride=stride)
         return aligner.advance(batch, stamp_ns)
 

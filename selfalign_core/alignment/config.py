@@ -22,15 +22,17 @@ class Collect:
     """What has to be seen before a token is changed.
 
     ``fit_count`` transitions to identify and refine on, then ``guard_count`` newer ones to judge by, one every
-    ``stride`` control steps. After a refusal that is no more than undecided it goes on collecting, for ``attempts`` in
-    all, each judged by transitions that none before has seen. Each joint's commanded change must spread by
-    ``min_command`` and at least one joint must really move by ``min_motion`` (standard deviations, rad or m).
-    ``max_value`` is the largest normalised state or action that is believed.
+    ``stride`` control steps; soon after a change they may lie as near as ``min_stride``. After a refusal that is no
+    more than undecided it goes on collecting, for ``attempts`` in all, each judged by transitions that none before has
+    seen. Each joint's commanded change must spread by ``min_command`` and at least one joint must really move by
+    ``min_motion`` (standard deviations, rad or m). ``max_value`` is the largest normalised state or action that is
+    believed.
     """
 
     fit_count: int = 20
     guard_count: int = 12
     stride: int = 8
+    min_stride: int = 4
     attempts: int = 5
     min_command: float = 0.03
     min_motion: float = 0.02
@@ -38,7 +40,7 @@ class Collect:
 
     def __post_init__(self) -> None:
         _at_least(self, 2, "fit_count", "guard_count")
-        _at_least(self, 1, "stride", "attempts")
+        _at_least(self, 1, "stride", "min_stride", "attempts")
         _not_negative(self, "min_command", "min_motion")
         _positive(self, "max_value")
 

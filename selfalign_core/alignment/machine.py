@@ -11,9 +11,9 @@
 
 After an acceptance it tries to improve further, and while the guard is undecided it tries again, a few times: each
 attempt fits on the newest transitions but is judged by those that none before has seen. After a refusal it rests and
-watches, against a new baseline. Evidence is never older than ``since_ns``: what came before a rest or a drift is not
-asked for again. The caller hands in transitions and the time, and publishes what is accepted. Knows neither ROS nor
-files.
+watches, against a new baseline. Evidence is never older than ``since_ns``: what came before a rest, or before the
+change that a drift betrays, is not asked for again. The caller hands in transitions and the time, and publishes what
+is accepted. Knows neither ROS nor files.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from selfalign_core.alignment.refine import Refinement, refine
 from selfalign_core.alignment.scoring import AlignLosses, Scorer
 from selfalign_core.alignment.screen import screen
 from selfalign_core.alignment.trusted import Trusted
-from selfalign_core.alignment.watch import Drift, RunningLoss, drift, references, running_loss
+from selfalign_core.alignment.watch import Drift, RunningLoss, changed_at, drift, references, running_loss
 from selfalign_core.errors import InputError
 from selfalign_core.policy import Policy
 from selfalign_core.types import EToken, TransitionBatch
@@ -176,6 +176,17 @@ class SelfAligner:
         """How many of the newest transitions to hand in, some spare ones included."""
         return self.needed + self.needed // 4
 
+    def stride(self, now_ns: int) -> int:
+        """Control steps between the transitions to hand in: they spread over the time since :attr:`since_ns`.
+
+        The sooner after a change, the nearer together, so that a first attempt need not wait for the last one's spread.
+        """
+        config = self.config.collect
+        if self._state is State.WATCH:
+            return config.stride
+        steps = round((now_ns - self._since_ns) / 1e9 / self.policy.dt) - self.policy.transition_horizon
+        return min(max(steps // config.count, config.min_stride), config.stride)
+
     # ---------------------------------------------------------------- orders from outside
 
     def configure(self, config: AlignConfig) -> None:
@@ -303,7 +314,7 @@ class SelfAligner:
         running = self._running_loss(evidence, now_ns, should_stop)
         result = drift(self._baseline, running, config)
         if result.fired:
-            self._restart(newest_ns)
+            self._restart(changed_at(self._baseline, running, evidence.spans))
         verdict = "drift: collecting anew" if result.fired else "watching: no drift"
         return self._report(evidence, f"{verdict} ({result.words})", drift=result)
 

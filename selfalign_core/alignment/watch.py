@@ -20,11 +20,12 @@ from selfalign_core.alignment.trusted import Trusted
 class RunningLoss:
     """Means over transitions of a token's log loss: ``plain``, and ``relative`` to the references' (the same without).
 
-    How hard a transition is for any token cancels in ``relative``.
+    How hard a transition is for any token cancels in ``relative``. ``series``: (B,) the values behind it.
     """
 
     plain: Estimate
     relative: Estimate
+    series: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def running_loss(
         totals = totals + scorer.score(data, noise, tokens, rows).double()
     plain = totals[0].log().cpu().numpy()
     typical = totals[1:].mean(0).log().cpu().numpy() if len(others) else 0.0
-    return RunningLoss(estimate(plain, spans), estimate(plain - typical, spans))
+    return RunningLoss(estimate(plain, spans), estimate(plain - typical, spans), plain - typical)
 
 
 def drift(baseline: RunningLoss, newest: RunningLoss, config: Watch) -> Drift:
@@ -86,6 +87,18 @@ def drift(baseline: RunningLoss, newest: RunningLoss, config: Watch) -> Drift:
     rises = [_z(baseline.plain, newest.plain), _z(baseline.relative, newest.relative)]
     factor = math.exp(min(newest.relative.mean - baseline.relative.mean, 50.0))
     return Drift(min(rises), factor, min(rises) > config.sigmas)
+
+
+def changed_at(baseline: RunningLoss, newest: RunningLoss, spans: np.ndarray) -> int:
+    """Begin [ns] of the first transition, at ``spans`` (B, 2), of the changed robot.
+
+    The generalised likelihood ratio for one rise of the mean from the baseline's: of all ends of the series the one
+    whose rise, squared, times its length is largest (Basseville and Nikiforov 1993, section 2.4).
+    """
+    rise = newest.series - baseline.relative.mean
+    lengths = np.arange(len(rise), 0, -1)
+    ends = np.cumsum(rise[::-1])[::-1] / lengths
+    return int(spans[np.argmax(lengths * ends.clip(min=0.0) ** 2), 0])
 
 
 def _z(old: Estimate, new: Estimate) -> float:

@@ -95,6 +95,18 @@ def test_a_change_of_the_body_and_the_change_back_are_followed(toy: Trained) -> 
         assert action_loss(toy, aligner, robot) < own + 0.05
 
 
+def test_soon_after_a_change_it_makes_do_with_transitions_that_lie_nearer(toy: Trained) -> None:
+    config = dataclasses.replace(CONFIG, collect=Collect(fit_count=16, guard_count=4, stride=8, min_stride=3))
+    aligner, dt_ns = aligner_of(toy, config), round(1e9 * aligner_of(toy).policy.dt)
+    assert aligner.stride(0) == 8  # nobody says that anything has changed
+    aligner.use(EToken(aligner.token.data, 7, "toy", aligner.token.model_digest), stamp_ns=10 * dt_ns)
+    steps = range(0, 300, 10)
+    asked = [aligner.stride((10 + n) * dt_ns) for n in steps]
+    assert asked[0] == 3 and asked[-1] == 8 and asked == sorted(asked)
+    for n, stride in zip(steps, asked, strict=True):
+        assert stride == 3 or 20 * stride <= n  # those that are asked for fit into the time there was
+
+
 def test_another_way_of_moving_changes_nothing(toy: Trained) -> None:
     aligner, robot = aligner_of(toy, deployed=2), Robot(BODIES[2])
     live(aligner, robot, 30)

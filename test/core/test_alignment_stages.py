@@ -26,7 +26,7 @@ from selfalign_core.alignment.refine import refine
 from selfalign_core.alignment.scoring import Scorer
 from selfalign_core.alignment.screen import screen
 from selfalign_core.alignment.trusted import Trusted
-from selfalign_core.alignment.watch import drift, references, running_loss
+from selfalign_core.alignment.watch import RunningLoss, changed_at, drift, references, running_loss
 from selfalign_core.errors import ConfigError, InputError
 from selfalign_core.model.pi0 import AlignmentLosses
 from selfalign_core.policy import Policy
@@ -494,6 +494,17 @@ def test_other_motion_of_the_same_body_is_no_drift(toy: Trained, scale: float) -
         lively = running(policy, body, token_of(toy, row), 40 + row)
         fired += drift(running(policy, body, token_of(toy, row), 60 + row, scale), lively, CONFIG.watch).fired
     assert fired <= 1
+
+
+@pytest.mark.parametrize("left", [2, 5])
+def test_the_begin_of_a_change_is_found(toy: Trained, left: int) -> None:
+    policy, token = toy.policy_with_bank(), token_of(toy, 0)
+    baseline = running(policy, BODIES[0], token, 1)
+    for row in (1, 5, 6):
+        before, after = (running(policy, body, token, 7 + row).series for body in (BODIES[0], BODIES[row]))
+        newest = RunningLoss(baseline.plain, baseline.relative, np.concatenate([before[:left], after[left:]]))
+        times = np.arange(len(before))[:, None] * np.array([[10, 10]]) + np.array([[0, 20]])
+        assert abs(changed_at(baseline, newest, times) - 10 * left) <= 30, row
 
 
 # ---------------------------------------------------------------- settings
