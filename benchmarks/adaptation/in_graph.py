@@ -44,8 +44,8 @@ STARTUP_S = 120.0
 """Limit for the graph to make the robot reach for its first target, until it is over."""
 
 PARAMETERS = {
-    "aligner": {"auto_calibrate": True, "auto_calibrate_after": 8.0, "token_folder": ""},
-    "policy": {"calibrate_amplitude": 0.7, "token_folder": ""},
+    "aligner": {"auto_calibrate": True, "auto_calibrate_after": 5.0, "token_folder": ""},
+    "policy": {"calibrate_amplitude": 0.7, "calibrate_duration": 10.0, "token_folder": ""},
 }
 """A robot whose policy has lost its way hardly moves: let the aligner ask for the motion that it needs."""
 

@@ -22,7 +22,7 @@ _IN_A_ROW = 3
 """Targets begun after the shift and reached one after another: the robot has recovered."""
 
 _NOMINAL = BodyConfig()
-SHIFTS: dict[str, BodyConfig] = {
+_SHIFTED = {
     "payload": dataclasses.replace(_NOMINAL, payload=0.25),
     "camera": dataclasses.replace(
         _NOMINAL, overhead=CameraBody(position=(0.04, -0.04, 0.03), rotation=(0.1, -0.1, 0.12))
@@ -30,6 +30,7 @@ SHIFTS: dict[str, BodyConfig] = {
     "actuator": _NOMINAL.replace_joint("shoulder_lift", strength=0.6).replace_joint("elbow_flex", strength=0.6),
     "servo": _NOMINAL.replace_joint("elbow_flex", sign=-1),
 }
+SHIFTS: dict[str, BodyConfig] = {name: dataclasses.replace(body, name=name) for name, body in _SHIFTED.items()}
 """As far as training's ranges go: a payload is gripped, the camera is bumped, two actuators weaken, and a servo is
 replaced by one that turns the other way, which is the one that stops a policy from reaching at all."""
 

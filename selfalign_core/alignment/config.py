@@ -22,11 +22,10 @@ class Collect:
     """What has to be seen before a token is changed.
 
     ``fit_count`` transitions to identify and refine on, then ``guard_count`` newer ones to judge by, one every
-    ``stride`` control steps; soon after a change they may lie as near as ``min_stride``. After a refusal that is no
-    more than undecided it goes on collecting, for ``attempts`` in all, each judged by transitions that none before has
-    seen. Each joint's commanded change must spread by ``min_command`` and at least one joint must really move by
-    ``min_motion`` (standard deviations, rad or m). ``max_value`` is the largest normalised state or action that is
-    believed.
+    ``stride`` control steps; soon after a change they may lie as near as ``min_stride``. After an undecided refusal it
+    goes on collecting, for ``attempts`` in a row, each judged by transitions that none before has seen. Each joint's
+    commanded change must spread by ``min_command`` and at least one joint must really move by ``min_motion`` (standard
+    deviations, rad or m). ``max_value`` is the largest normalised state or action that is believed.
     """
 
     fit_count: int = 20
@@ -77,9 +76,9 @@ class Refine:
     deviations of the bank, a token may lie along each.
     """
 
-    steps: int = 60
-    learning_rate: float = 0.05
-    draws: int = 3
+    steps: int = 30
+    learning_rate: float = 0.07
+    draws: int = 2
     directions: int = 64
     max_deviation: float = 2.5
     budget_ms: float | None = 10_000.0
@@ -145,8 +144,8 @@ class AlignConfig:
 
     mode: Mode = "subspace"
     lambda_perc: float = 2.0
-    lambda_dyn: float = 0.3
-    lambda_inv: float = 3.0
+    lambda_dyn: float = 0.4
+    lambda_inv: float = 1.0
     keep: int = 8
     frame_cache_mib: int = 256
     collect: Collect = field(default_factory=Collect)

@@ -38,11 +38,6 @@ class Verdict:
     after: float = math.nan
     effective_count: float = 0.0
 
-    @property
-    def undecided(self) -> bool:
-        """Refused although the shadow looks better: more transitions may tell."""
-        return not self.accepted and self.mean < 0
-
 
 def judge(
     scorer: Scorer,

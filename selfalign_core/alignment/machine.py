@@ -9,11 +9,12 @@
        │                                                                    │ refused
        └──────── drift, or align_now() ──────── WATCH ◀─────────────────────┘
 
-After an acceptance it tries to improve further, and while the guard is undecided it tries again, a few times: each
-attempt fits on the newest transitions but is judged by those that none before has seen. After a refusal it rests and
-watches, against a new baseline. Evidence is never older than ``since_ns``: what came before a rest, or before the
-change that a drift betrays, is not asked for again. The caller hands in transitions and the time, and publishes what
-is accepted. Knows neither ROS nor files.
+After an acceptance it tries to improve further, and while an attempt is undecided it tries again, a few times: each
+attempt fits on the newest transitions but is judged by those that none before has seen, once they are seen to come
+from the same robot. After a refusal it rests and watches. Each attempt leaves a new baseline for the drift test.
+Evidence is never older than ``since_ns``: what came before a rest, or before the change that a drift betrays, is not
+asked for again. The caller hands in transitions and the time, and publishes what is accepted. Knows neither ROS nor
+files.
 """
 
 from __future__ import annotations
@@ -73,6 +74,11 @@ class Attempt:
     guard_before: AlignLosses
     guard_after: AlignLosses
     durations_ms: dict[str, float]
+
+    @property
+    def undecided(self) -> bool:
+        """Refused although the shadow looks better, or where another token fits the older transitions better."""
+        return not self.verdict.accepted and (self.verdict.mean < 0 or self.identification.margin > 0)
 
     @property
     def text(self) -> str:
@@ -196,11 +202,11 @@ class SelfAligner:
         if (_weights(old), old.watch.references) != (_weights(config), config.watch.references):
             self._scorer = Scorer(self.policy, _weights(config), prompt=self._prompt, frames=self._frames)
             self._references = references(self._trusted, config.watch.references)
-            self._state, self._undecided = State.COLLECT, 0
+            self.align_now()
 
     def align_now(self) -> None:
         """Leave the rest: collect and try, with the transitions at hand if they are enough."""
-        self._state, self._undecided = State.COLLECT, 0
+        self._state, self._undecided, self._baseline = State.COLLECT, 0, None
 
     def use(self, token: EToken, stamp_ns: int) -> None:
         """Go on from ``token``, for instance the one that the policy uses; its history begins here.
@@ -285,21 +291,19 @@ class SelfAligner:
         unseen = int((evidence.spans[guard, 0] >= self._judged_ns).sum())
         if unseen < config.guard_count:
             return self._report(evidence, f"collecting: {unseen} of {config.guard_count} new transitions to judge by")
+        if self._baseline is not None:
+            changed = self._compare(evidence.select(guard), now_ns, should_stop)
+            if changed.drift.fired:
+                return changed
         attempt, shadow = self._attempt(evidence, fit, guard, now_ns, should_stop)
         if attempt.verdict.accepted:
             self.history.accept(shadow.cpu().numpy(), now_ns, attempt.verdict.after)
-            self._undecided, self._judged_ns = 0, int(evidence.spans[-1, 1])
-        elif attempt.verdict.undecided and self._undecided + 1 < config.attempts:
-            self._undecided, self._judged_ns = self._undecided + 1, int(evidence.spans[-1, 1])
-        else:
-            self._rest(evidence.select(guard), now_ns, should_stop)
+        self._undecided = self._undecided + 1 if attempt.undecided else 0
+        self._judged_ns = self._watched_ns = int(evidence.spans[-1, 1])
+        self._baseline = self._running_loss(evidence.select(guard), now_ns, should_stop)
+        if not attempt.verdict.accepted and self._undecided in (0, config.attempts):
+            self._state, self._undecided, self._since_ns = State.WATCH, 0, self._judged_ns
         return self._report(evidence, attempt.text, excitation=excitation, attempt=attempt)
-
-    def _rest(self, evidence: _Evidence, now_ns: int, should_stop: Callable[[], bool] | None) -> None:
-        """Watch, with ``evidence`` as the new baseline."""
-        self._baseline = self._running_loss(evidence, now_ns, should_stop)
-        self._state = State.WATCH
-        self._since_ns = self._watched_ns = int(evidence.spans[-1, 1])
 
     def _watch(self, evidence: _Evidence, now_ns: int, should_stop: Callable[[], bool] | None) -> StageReport:
         config = self.config.watch
@@ -311,8 +315,13 @@ class SelfAligner:
         if newest_ns <= self._watched_ns:
             return self._report(evidence, "watching: nothing new")
         self._watched_ns = newest_ns
+        return self._compare(evidence, now_ns, should_stop)
+
+    def _compare(self, evidence: _Evidence, now_ns: int, should_stop: Callable[[], bool] | None) -> StageReport:
+        """Test ``evidence`` for drift against the baseline; with drift collect anew, from the change on."""
+        assert self._baseline is not None
         running = self._running_loss(evidence, now_ns, should_stop)
-        result = drift(self._baseline, running, config)
+        result = drift(self._baseline, running, self.config.watch)
         if result.fired:
             self._restart(changed_at(self._baseline, running, evidence.spans))
         verdict = "drift: collecting anew" if result.fired else "watching: no drift"

@@ -122,7 +122,7 @@ def test_undecided_it_tries_again_on_unseen_transitions_then_rests_until_told(to
     aligner, robot = aligner_of(toy, config), Robot(BODIES[5])
     reports = live(aligner, robot, 50)
     tried = attempts(reports)
-    assert all(report.attempt.verdict.undecided for report in tried)
+    assert all(report.attempt.undecided for report in tried)
     assert len(tried) == CONFIG.collect.attempts  # the last refusal is the new baseline: no loop
     between = reports[reports.index(tried[0]) + 1 : reports.index(tried[1])]
     assert between and all("new transitions to judge by" in report.text for report in between)
