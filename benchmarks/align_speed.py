@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.report import MIB, peak_bytes, print_table, record, run_command, write_json
+from benchmarks.report import MIB, check_device, peak_bytes, print_table, record, run_command, write_json
 from selfalign_core.alignment.budget import Budget
 from selfalign_core.alignment.config import AlignConfig
 from selfalign_core.alignment.guard import judge
@@ -223,8 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     device = options.device
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device: found 'cuda' but no GPU, expected 'cpu'")
+    check_device(device)
     if options.transitions < 3:
         raise ConfigError(f"--transitions: found {options.transitions}, expected at least 3")
     if options.preset:

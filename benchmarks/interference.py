@@ -3,7 +3,8 @@
     python -m benchmarks.interference --json interference.json
 
 Two processes, as the nodes run: this one infers at the contract's rate, the other makes attempts of alignment
-(identify, refine, guard, each within a budget) on random transitions with the aligner node's niceness, one thread each.
+(identify, refine, guard, each within a budget) on random transitions with the aligner node's niceness, one thread each;
+on a GPU it hands the device back between layers, as the aligner node does.
 The three ways take turns in short rounds, so that what else the machine does meets all of them. On a machine whose
 cores are busy with something else, give both processes one core of their own: ``taskset -c 1 make interference``.
 
@@ -25,8 +26,9 @@ import numpy as np
 import torch
 
 from benchmarks.align_speed import Bench
-from benchmarks.report import print_table, record, run_command, write_json
+from benchmarks.report import check_device, print_table, record, run_command, write_json
 from selfalign_core.contract import RobotContract
+from selfalign_core.device_turns import HandBack
 from selfalign_core.errors import ConfigError
 from selfalign_core.policy import Policy
 from selfalign_core.types import Observation
@@ -47,6 +49,7 @@ def align(checkpoint: str, device: str, orders: Connection) -> None:
     """The other process: attempts at the period that was last ordered, until the order is to stop."""
     torch.set_num_threads(1)
     bench = Bench(Policy.from_checkpoint(checkpoint, dt=0.05, device=device), TRANSITIONS)
+    HandBack(bench.policy.model, bench.policy.turns, bench.config.policy_wait_ms)
     give_way(load_specs("aligner")["niceness"].default, session=True)
     orders.send("ready")
     period, due, attempts = None, 0.0, 0
@@ -89,8 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device: found 'cuda' but no GPU, expected 'cpu'")
+    check_device(options.device)
     for name in ("rate", "rounds", "seconds"):
         if not getattr(options, name) > 0:
             raise ConfigError(f"--{name}: found {getattr(options, name)}, expected more than 0")

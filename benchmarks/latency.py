@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.report import print_table, record, run_command, write_json
+from benchmarks.report import check_device, print_table, record, run_command, write_json
 from benchmarks.work import CARDS, STAGES, Card, Work, count, floor_ms, whole
 from selfalign_core.config import GemmaSize, ModelConfig, VisionSize
 from selfalign_core.errors import ConfigError
@@ -220,8 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     device = options.device
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device: found 'cuda' but no GPU, expected 'cpu'")
+    check_device(device)
     if not options.seconds > 0:
         raise ConfigError(f"--seconds: found {options.seconds}, expected more than 0")
     precision = options.precision or ("float32" if device == "cpu" else "bfloat16")

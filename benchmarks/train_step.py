@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.report import MIB, peak_bytes, print_table, record, run_command, write_json
+from benchmarks.report import MIB, check_device, peak_bytes, print_table, record, run_command, write_json
 from selfalign_core.config import ModelConfig
 from selfalign_core.data.dataset_writer import DatasetWriter
 from selfalign_core.errors import ConfigError
@@ -236,8 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device: found 'cuda' but no GPU, expected 'cpu'")
+    check_device(options.device)
     for name in ("steps", "batch_size"):
         value = getattr(options, name)
         if value is not None and value < 1:

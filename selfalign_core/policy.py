@@ -22,6 +22,7 @@ from selfalign_core.checkpoint import load_model, model_digest, read_bank, save_
 from selfalign_core.chunking import Handover
 from selfalign_core.config import ModelConfig
 from selfalign_core.contract import RobotContract
+from selfalign_core.device_turns import DeviceTurns
 from selfalign_core.errors import CheckpointError, ConfigError, InputError
 from selfalign_core.fast import FastSampler
 from selfalign_core.foreign_checkpoints import fit_to_robot, read_foreign
@@ -86,6 +87,8 @@ class Policy:
                 raise ConfigError(f"statistics of {name}: found {len(norm.stats.mean)} values, expected {dim}")
         self._delta = np.array(config.delta_mask or (False,) * config.action_dim)
         self._device = next(model.parameters()).device
+        self.turns = DeviceTurns.of(self._device)
+        """Claimed by :meth:`infer` while it computes."""
         self.e_token: EToken | None = None
         if config.model.use_peft_prefix_token:
             token = model.peft_prefix_token.detach().float().cpu().numpy().copy()
@@ -391,8 +394,8 @@ class Policy:
         batch = handover and replace(handover, previous=handover.previous[None])
         options = self.sampling_options(batch, state[None])
         sampler = self._sampler if self.fast and "guidance" not in options else self.model
-        actions = sampler.sample_actions(inputs, noise, **options)[0]
-        values = self.actions_from_model(actions, state)
+        with self.turns.claimed():
+            values = self.actions_from_model(sampler.sample_actions(inputs, noise, **options)[0], state)
         if handover is not None:
             values = handover.join(values)
         if not np.isfinite(values).all():

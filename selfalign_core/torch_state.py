@@ -1,8 +1,8 @@
 """What torch keeps per process (seed of the global generator, number of threads), for threads that each own a model.
 
-Gradient and inference modes are per thread already, and nothing here changes how numbers are rounded; the model's own
-noise comes from generators of its own. What is left is guarded here, so that two models in one process compute exactly
-what each would by itself.
+Gradient and inference modes, and a GPU's stream, are per thread already, and nothing here changes how numbers are
+rounded; the model's own noise comes from generators of its own. What is left is guarded here, so that two models in one
+process compute exactly what each would by itself.
 """
 
 from __future__ import annotations
@@ -37,3 +37,11 @@ def use_threads(count: int) -> None:
         torch.set_num_threads(count)
         # A thread takes the number over at its first operation: the one set last, which another may have set by then.
         torch.get_num_threads()
+
+
+def use_stream(device: str, *, urgent: bool) -> None:
+    """Let this thread's work on a GPU go before that of other threads of the process, or after it. Nothing on a CPU."""
+    place = torch.device(device)
+    if place.type == "cuda":
+        least, greatest = torch.cuda.Stream.priority_range()
+        torch.cuda.set_stream(torch.cuda.Stream(place, priority=greatest if urgent else least))

@@ -174,9 +174,10 @@ class AlignerNode(ManagedNode):
 
     def _load(self, checkpoint: str, parameters: dict[str, Any]) -> EToken:
         self.say_progress(f"loading the model {checkpoint or 'tiny'}")
-        from selfalign_core.torch_state import use_threads
+        from selfalign_core.torch_state import use_stream, use_threads
 
         use_threads(parameters["torch_threads"])
+        use_stream(parameters["device"], urgent=False)
         from selfalign_core.alignment import SelfAligner
         from selfalign_core.policy import Policy
 

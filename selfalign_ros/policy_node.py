@@ -186,9 +186,10 @@ class PolicyNode(ManagedNode):
 
     def _load(self, checkpoint: str, parameters: dict[str, Any], prompt: str) -> EToken | None:
         self.say_progress(f"loading the model {checkpoint or 'tiny'}")
-        from selfalign_core.torch_state import use_threads
+        from selfalign_core.torch_state import use_stream, use_threads
 
         use_threads(parameters["torch_threads"])
+        use_stream(parameters["device"], urgent=True)
         import selfalign_core.alignment.calibration  # noqa: F401 - here, because later it would delay a control step
         from selfalign_core.policy import Policy
 

@@ -138,8 +138,9 @@ class AlignConfig:
     """The self-aligner's settings: ``mode``, the three losses' weights and a section per stage.
 
     ``keep``: accepted tokens remembered for rollback. ``frame_cache_mib``: memory for what the frozen model made of
-    frames, kept from round to round; 0 keeps nothing. A stage's ``budget_ms`` is wall time, None for no limit; with a
-    limit, results depend on the machine's speed.
+    frames, kept from round to round; 0 keeps nothing. ``policy_wait_ms``: how long alignment on a shared GPU waits for
+    one inference. A stage's ``budget_ms`` is wall time, None for no limit; with a limit, results depend on the
+    machine's speed.
     """
 
     mode: Mode = "subspace"
@@ -148,6 +149,7 @@ class AlignConfig:
     lambda_inv: float = 1.0
     keep: int = 8
     frame_cache_mib: int = 256
+    policy_wait_ms: float = 1000.0
     collect: Collect = field(default_factory=Collect)
     identify: Identify = field(default_factory=Identify)
     refine: Refine = field(default_factory=Refine)
@@ -162,6 +164,7 @@ class AlignConfig:
             raise ConfigError("AlignConfig.lambda_perc, lambda_dyn, lambda_inv: found all 0, expected one > 0")
         _at_least(self, 1, "keep")
         _at_least(self, 0, "frame_cache_mib")
+        _positive(self, "policy_wait_ms")
 
     def without_budgets(self) -> AlignConfig:
         """The same settings with no limit on any stage's time: what lock-step replay and tests need."""

@@ -16,8 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selfalign_core.model.gemma import KeyValues, PrefixCache
+from selfalign_core.model.gemma import PrefixCache
 from selfalign_core.policy import Policy
+
+MAX_FRAMES = 4
+"""Frames, or transitions with their prompts, of one pass: bounds the memory of a pass and the work of its layers."""
 
 
 @dataclass(frozen=True)
@@ -46,19 +49,10 @@ class Encoded:
 
 def joined(parts: list[Encoded]) -> Encoded:
     """All frames of ``parts``, in their order."""
-    first = parts[0].prefix
-    prefix = first and PrefixCache(
-        tuple(
-            KeyValues(torch.cat([kv.keys for kv in layer]), torch.cat([kv.values for kv in layer]))
-            for layer in zip(*(part.prefix.layers for part in parts), strict=True)
-        ),
-        torch.cat([part.prefix.pad_masks for part in parts]),
-        first.image_length,
-    )
     return Encoded(
         tuple(torch.cat(f) for f in zip(*(part.features for part in parts), strict=True)),
         tuple(torch.cat(m) for m in zip(*(part.masks for part in parts), strict=True)),
-        prefix,
+        None if parts[0].prefix is None else PrefixCache.joined([part.prefix for part in parts]),
     )
 
 
@@ -107,6 +101,10 @@ class FrameCache:
         return key.digest()
 
     def _encode(self, frames: np.ndarray, cameras: tuple[str, ...]) -> Encoded:
+        parts = [frames[i : i + MAX_FRAMES] for i in range(0, len(frames), MAX_FRAMES)]
+        return joined([self._encode_together(part, cameras) for part in parts])
+
+    def _encode_together(self, frames: np.ndarray, cameras: tuple[str, ...]) -> Encoded:
         policy, model = self._policy, self._policy.model
         features, masks = [], []
         for camera in policy.config.cameras:

@@ -42,6 +42,7 @@ from selfalign_core.alignment.scoring import AlignLosses, Scorer
 from selfalign_core.alignment.screen import screen
 from selfalign_core.alignment.trusted import Trusted
 from selfalign_core.alignment.watch import Drift, RunningLoss, changed_at, drift, references, running_loss
+from selfalign_core.device_turns import HandBack
 from selfalign_core.errors import InputError
 from selfalign_core.policy import Policy
 from selfalign_core.types import EToken, TransitionBatch
@@ -148,6 +149,7 @@ class SelfAligner:
     ):
         self.policy, self.config, self._prompt = policy, config, prompt
         self._joints = tuple(joints) or tuple(f"joint {i}" for i in range(policy.state_dim))
+        self._hand_back = HandBack(policy.model, policy.turns, config.policy_wait_ms)
         self._frames = FrameCache(policy, config.frame_cache_mib * 2**20)
         self._scorer = Scorer(policy, _weights(config), prompt=prompt, frames=self._frames)
         self._trusted = Trusted.of(policy)
@@ -199,6 +201,7 @@ class SelfAligner:
         """Go on with other settings. With other weights no loss compares with an earlier one: it collects anew."""
         old, self.config = self.config, config
         self._frames.limit_bytes = config.frame_cache_mib * 2**20
+        self._hand_back.limit_ms = config.policy_wait_ms
         if (_weights(old), old.watch.references) != (_weights(config), config.watch.references):
             self._scorer = Scorer(self.policy, _weights(config), prompt=self._prompt, frames=self._frames)
             self._references = references(self._trusted, config.watch.references)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selfalign_core.alignment.frames import Encoded, FrameCache
+from selfalign_core.alignment.frames import MAX_FRAMES, Encoded, FrameCache
 from selfalign_core.errors import ConfigError, InputError
 from selfalign_core.model import flow_matching as flow
 from selfalign_core.model.gemma import PrefixCache
@@ -116,11 +116,14 @@ class Scorer:
         return Prepared(seen.prefix or self._full_prefix(seen, state), transitions)
 
     def _full_prefix(self, frames: Encoded, state: np.ndarray) -> PrefixCache:
-        policy = self.policy
-        prompts = [policy.tokenize(self._prompt, s) for s in state]
-        tokens, token_masks = (torch.cat(parts) for parts in zip(*prompts, strict=True))
-        inputs = ModelInputs([], frames.masks, tokens, token_masks, policy.state_to_model(state))
-        return policy.model.prefix(inputs, image_features=frames.features)
+        policy, parts = self.policy, []
+        for rows in torch.arange(len(state)).split(MAX_FRAMES):
+            seen, states = frames.select(rows.to(policy.dim_mask.device)), state[rows]
+            prompts = [policy.tokenize(self._prompt, s) for s in states]
+            tokens, token_masks = (torch.cat(values) for values in zip(*prompts, strict=True))
+            inputs = ModelInputs([], seen.masks, tokens, token_masks, policy.state_to_model(states))
+            parts.append(policy.model.prefix(inputs, image_features=seen.features))
+        return PrefixCache.joined(parts)
 
     # ---------------------------------------------------------------- what comes out
 

@@ -19,6 +19,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -130,17 +131,9 @@ class FastSampler:
         )
         return run(call)[None]
 
-    def prepared(
-        self,
-        inputs: ModelInputs,
-        noise: Tensor,
-        *,
-        num_steps: int = 10,
-        committed: Tensor | None = None,
-        dim_mask: Tensor | None = None,
-    ) -> tuple[Run, Call]:
+    def prepared(self, inputs: ModelInputs, noise: Tensor, **options: Any) -> tuple[Run, Call]:
         """What :meth:`sample_actions` runs, and on what: for a look at its stages. Nothing is checked."""
-        return self._current_plan().prepare(inputs, noise, num_steps, committed, dim_mask)
+        return self._current_plan().prepare(inputs, noise, **options)
 
     def _forget(self) -> None:
         self._plan = None
@@ -205,14 +198,21 @@ class _Plan:
         return self._times[steps, committed]
 
     def prepare(
-        self, inputs: ModelInputs, noise: Tensor, steps: int, committed: Tensor | None, dim_mask: Tensor | None
+        self,
+        inputs: ModelInputs,
+        noise: Tensor,
+        *,
+        num_steps: int,
+        committed: Tensor | None = None,
+        dim_mask: Tensor | None = None,
     ) -> tuple[Run, Call]:
         present = tuple(i for i, mask in enumerate(inputs.image_masks) if mask)
         tokens, token_mask = inputs.tokens[0], inputs.token_masks[0]
         if not self.keep_padding:
             tokens = tokens[token_mask]
             token_mask = None
-        shape = Shape(present, len(tokens), steps, 0 if committed is None else committed.shape[1], dim_mask is not None)
+        decided = 0 if committed is None else committed.shape[1]
+        shape = Shape(present, len(tokens), num_steps, decided, dim_mask is not None)
         if shape not in self._runs:
             while len(self._runs) >= _MAX_SHAPES:
                 self._runs.popitem(last=False)
@@ -470,7 +470,8 @@ class _Graph:
         self._call = replace(
             call, **{n: t.clone() for n, t in vars(call).items() if isinstance(t, Tensor) and n != "token"}
         )
-        stream = torch.cuda.Stream()
+        # A graph's kernels keep the priority that they were recorded with.
+        stream = torch.cuda.Stream(priority=torch.cuda.current_stream().priority)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):  # compiles, and lets libraries choose their kernels
@@ -478,7 +479,7 @@ class _Graph:
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         # Another thread's model, the aligner's in a composed process, may allocate meanwhile.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
             self._actions = sample(self._call)
 
     def __call__(self, call: Call) -> Tensor:

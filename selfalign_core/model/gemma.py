@@ -150,6 +150,19 @@ class PrefixCache:
             self.image_length,
         )
 
+    @classmethod
+    def joined(cls, parts: Sequence[PrefixCache]) -> PrefixCache:
+        """The batch rows of all ``parts``, one after the other."""
+        layers = zip(*(part.layers for part in parts), strict=True)
+        return cls(
+            tuple(
+                KeyValues(torch.cat([kv.keys for kv in layer]), torch.cat([kv.values for kv in layer]))
+                for layer in layers
+            ),
+            torch.cat([part.pad_masks for part in parts]),
+            parts[0].image_length,
+        )
+
     def detach(self) -> PrefixCache:
         """The same numbers without gradient."""
         return PrefixCache(
