@@ -18,7 +18,7 @@ CHECKPOINT ?= policies/tiny_reach
 
 .DEFAULT_GOAL := help
 .PHONY: help build bringup record replay train evaluate tiny-policy train-step held-out ablations adaptation
-.PHONY: adaptation-in-graph handover image-path latency align-speed interference pipeline soak faults sros2-policies test test-long lint clean clean-all
+.PHONY: adaptation-seeds adaptation-in-graph handover image-path latency align-speed interference pipeline soak faults sros2-policies test test-long lint clean clean-all
 
 help:  ## show this text
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -81,6 +81,10 @@ ablations:  ## training without its parts, one after another (about 2 hours); st
 adaptation: export OMP_NUM_THREADS := 1
 adaptation:  ## unseen bodies with and without alignment: CHECKPOINT=directory
 	@$(BOOTSTRAP) run python3 -m benchmarks.adaptation $(CHECKPOINT) --output runs/adaptation $(ARGS)
+
+adaptation-seeds: export OMP_NUM_THREADS := 1
+adaptation-seeds:  ## the study's arms for three seeds of the training, in a reduced setting (1.5 hours of one core)
+	@$(BOOTSTRAP) run python3 -m benchmarks.adaptation.seeds --output runs/adaptation_seeds $(ARGS)
 
 adaptation-in-graph:  ## a body that changes in the running graph, and back; 2.5 minutes a run: ARGS='--shifts servo'
 	@$(BOOTSTRAP) run python3 -m benchmarks.adaptation.in_graph --output runs/in_graph $(ARGS)

@@ -32,6 +32,7 @@ import torch
 
 from benchmarks.report import interval, print_table, record, run_command, write_json
 from benchmarks.scores import Scorer, draw, halves
+from benchmarks.training import trained
 from selfalign_core.config import ModelConfig
 from selfalign_core.data import sim_demos
 from selfalign_core.data.dataset import TransitionDataset
@@ -43,9 +44,7 @@ from selfalign_core.policy_config import PolicyConfig
 from selfalign_core.sim import TARGET_NAMES, BodyConfig
 from selfalign_core.training.bank import MEAN_ROW
 from selfalign_core.training.config import TrainConfig
-from selfalign_core.training.parallel import start_ranks
-from selfalign_core.training.state import find_checkpoint, read_info
-from selfalign_core.training.trainer import LOSSES, Trainer
+from selfalign_core.training.trainer import LOSSES
 
 NOMINAL = "nominal"
 PARTS = LOSSES[1:]
@@ -171,19 +170,8 @@ def train(settings: Settings, name: str) -> Path:
     Raises:
         ConfigError: what is there was trained with another configuration.
     """
-    config = settings.train_config(name)
-    found = find_checkpoint(settings.run(name))
-    if found is not None:
-        info = read_info(found)
-        if info["config"] != config.to_dict():
-            raise ConfigError(f"{found}: found a run with another configuration, expected to find this one or none")
-        if info["step"] == config.steps:
-            return found / "policy"
     _say(f"{name}: training")
-    with start_ranks(config.device) as ranks:
-        policy = Trainer(config, ranks, resume=True).run()
-    shutil.rmtree(settings.run(name) / "features", ignore_errors=True)
-    return policy
+    return trained(settings.train_config(name))
 
 
 def evaluate(settings: Settings, name: str, path: Path) -> dict[str, Any]:

@@ -6,19 +6,15 @@ A reduced setting of the shipped policy's training: fewer steps, and demonstrati
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.adaptation.settings import UnseenBody
 from benchmarks.adaptation.work import run_tasks
+from benchmarks.training import trained
 from selfalign_core.data import sim_demos
-from selfalign_core.errors import ConfigError
 from selfalign_core.training.config import TrainConfig
-from selfalign_core.training.parallel import start_ranks
-from selfalign_core.training.state import find_checkpoint, read_info
-from selfalign_core.training.trainer import Trainer
 
 EPISODES = 40
 
@@ -27,7 +23,7 @@ EPISODES = 40
 class OwnTask:
     """Train on ``body`` for ``steps``, by the training configuration ``config``, under ``output``.
 
-    ``image_size``: (H, W) in pixels that the model reads.
+    ``seed`` of the demonstrations; ``image_size``: (H, W) in pixels that the model reads; ``overrides`` of ``config``.
     """
 
     config: str
@@ -36,12 +32,14 @@ class OwnTask:
     steps: int
     seed: int
     image_size: tuple[int, int]
+    overrides: tuple[str, ...] = ()
 
     def train_config(self, data: Path, run: Path) -> TrainConfig:
         reference = TrainConfig.load(self.config)
         return TrainConfig.load(
             self.config,
             [
+                *self.overrides,
                 f"output={json.dumps(str(run))}",
                 f"data.path={json.dumps(str(data))}",
                 f"steps={self.steps}",
@@ -72,14 +70,4 @@ def train(task: OwnTask) -> str:
         demos = sim_demos.DemoConfig(episodes=EPISODES, image_size=task.image_size)
         directory.mkdir(parents=True, exist_ok=True)
         sim_demos.record(str(data), {task.body.name: task.body.config}, task.seed, demos)
-    config, found = task.train_config(data, run), find_checkpoint(run)
-    if found is not None:
-        info = read_info(found)
-        if info["config"] != config.to_dict():
-            raise ConfigError(f"{found}: found a run with another configuration, expected to find this one or none")
-        if info["step"] == config.steps:
-            return str(found / "policy")
-    with start_ranks(config.device) as ranks:
-        policy = Trainer(config, ranks, resume=True).run()
-    shutil.rmtree(run / "features", ignore_errors=True)
-    return str(policy)
+    return str(trained(task.train_config(data, run)))

@@ -60,11 +60,12 @@ def arm_figures(bodies: Bodies, arm: str) -> dict[str, Any]:
     if measured[0].get("accepted") is not None:
         figures["accepted"] = share([m["accepted"] for m in measured])
     if UNALIGNED in bodies[0]["arms"]:
-        figures |= _against(bodies, arm, UNALIGNED)
+        figures |= against(bodies, arm, UNALIGNED)
     return figures
 
 
-def _against(bodies: Bodies, arm: str, other: str) -> dict[str, Any]:
+def against(bodies: Bodies, arm: str, other: str) -> dict[str, Any]:
+    """``..._gain`` and ``harmed_...`` of :func:`arm_figures`, of ``arm`` against ``other``."""
     pairs = [(body["arms"][other], body["arms"][arm]) for body in bodies]
     differences = {
         name: [float(np.mean(after[name])) - float(np.mean(before[name])) for before, after in pairs]

@@ -12,7 +12,7 @@ import torch
 import yaml
 from small_models import small_model
 
-from benchmarks.adaptation import own_policy, right, shifts, study, summary
+from benchmarks.adaptation import own_policy, right, seeds, shifts, study, summary
 from benchmarks.adaptation.__main__ import main
 from benchmarks.adaptation.arms import ARMS, EXPERT, FULL, MEAN, NEAREST, OURS, UNALIGNED, Found, find_token
 from benchmarks.adaptation.expert_fit import ExpertFit, fit_token
@@ -323,6 +323,43 @@ def test_one_command_measures_everything(checkpoint, tmp_path, monkeypatch, caps
     assert main(arguments) == 0  # from what was kept
     again = json.loads((tmp_path / "adaptation.json").read_text())
     assert again["measured"] == document["measured"]
+
+
+def test_the_grid_over_training_seeds_is_trained_and_measured_once(checkpoint, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(own_policy, "EPISODES", 2)
+    monkeypatch.setattr(study, "ARMS", (UNALIGNED, OURS))
+    monkeypatch.setattr(seeds, "Settings", lambda **_: dataclasses.replace(SETTINGS, bodies=2))
+    sections = {
+        "model": {"init": "elsewhere"}, "data": {"path": "elsewhere"}, "output": "elsewhere", "batch_size": 4,
+        "steps": 2, "optim": {"warmup_steps": 0, "lr": 0.01}, "bank": {"deploy": "nominal"},
+        "log": {"progress": False, "tensorboard": False},
+    }  # fmt: skip
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(sections))
+    for seed in (0, 1):
+        untrained(keys=()).save(tmp_path / f"out/seed_{seed}/start")
+    arguments = [
+        "--output", str(tmp_path / "out"), "--config", str(tmp_path / "config.yaml"), "--vision", checkpoint,
+        "--seeds", "0", "1", "--train-bodies", "2", "--train-episodes", "2", "--train-frames", "12",
+        "--own-bodies", "1", "--own-steps", "2",
+    ]  # fmt: skip
+    assert seeds.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "trained with one token" in printed and "minus another arm" in printed
+    document = json.loads((tmp_path / "out/adaptation_seeds.json").read_text())
+    rows = {row["arm"]: row for row in document["arms"]}
+    assert {arm: row["bodies"] for arm, row in rows.items()} == {
+        "unaligned": 2, "ours": 2, "shared_token": 2, "no_token": 2, "own_policy": 2,
+    }  # fmt: skip
+    for row in rows.values():  # each seed's training is another one, and counts alike
+        errors = [one["action_error"]["mean"] for one in row["seeds"].values()]
+        assert errors[0] != errors[1]
+        assert row["action_error"]["mean"] == pytest.approx(np.mean(errors))
+    assert [one["bodies"] for one in document["differences"]["own_policy"].values()] == [2, 1, 1]
+    logs = {path: path.read_bytes() for path in (tmp_path / "out").rglob("log.jsonl")}
+    assert len(logs) == 8
+    assert seeds.main(arguments) == 0
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("log.jsonl")} == logs
+    assert json.loads((tmp_path / "out/adaptation_seeds.json").read_text())["measured"] == document["measured"]
 
 
 def _quick(self, **changes) -> None:
