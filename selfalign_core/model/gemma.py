@@ -205,13 +205,16 @@ class GemmaLayer(nn.Module):
         self.input_layernorm = norm(size.width)
         self.post_attention_layernorm = norm(size.width)
 
-    def project(self, x: Tensor, rotary: tuple[Tensor, Tensor], cond: Tensor | None) -> tuple:
-        """Queries, keys and values of ``x`` (B, S, width), and the gate of the first norm."""
+    def project(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], cond: Tensor | None, read: Tensor | None = None
+    ) -> tuple:
+        """Queries (of the tokens ``read``), keys and values of ``x`` (B, S, width), and the gate of the first norm."""
         attention = self.self_attn
         normed, gate = self.input_layernorm(x, cond)
         normed = normed.to(attention.q_proj.weight.dtype)
-        queries = apply_rotary(attention.split_heads(attention.q_proj(normed)), *rotary)
         keys = apply_rotary(attention.split_heads(attention.k_proj(normed)), *rotary)
+        asking, turn = (normed, rotary) if read is None else (normed[:, read], [r[:, :, read] for r in rotary])
+        queries = apply_rotary(attention.split_heads(attention.q_proj(asking)), *turn)
         return queries, KeyValues(keys, attention.split_heads(attention.v_proj(normed))), gate
 
     def forward(
@@ -221,9 +224,15 @@ class GemmaLayer(nn.Module):
         mask: Tensor,
         cond: Tensor | None = None,
         prefix: KeyValues | None = None,
+        read: Tensor | None = None,
     ) -> tuple[Tensor, KeyValues]:
-        """``x`` (B, S, width), additive ``mask`` (B, 1, S, P + S) → output (B, S, width) and own keys and values."""
-        queries, own, gate = self.project(x, rotary, cond)
+        """``x`` (B, S, width), additive ``mask`` (B, 1, S, P + S) → output (B, S, width) and own keys and values.
+
+        ``read`` (R,) int64: output (B, R, width) of these tokens alone, for a ``cond`` that is the same for all tokens.
+        """
+        queries, own, gate = self.project(x, rotary, cond, read)
+        if read is not None:
+            x, mask = x[:, read], mask[:, :, read]
         visible = own if prefix is None else prefix.then(own)
         attended = F.scaled_dot_product_attention(
             queries, visible.keys, visible.values, attn_mask=mask, enable_gqa=True
@@ -263,6 +272,7 @@ class GemmaStack(nn.Module):
         cond: Tensor | None = None,
         prefix: Sequence[KeyValues] | None = None,
         output_hidden: bool = True,
+        read: Tensor | None = None,
     ) -> tuple[Tensor | None, tuple[KeyValues, ...]]:
         """Run the stack.
 
@@ -274,9 +284,11 @@ class GemmaStack(nn.Module):
             prefix: keys and values of the prefix for each of this stack's layers.
             output_hidden: False skips what only the hidden output needs: a prefix is read through its keys and
                 values alone, so its last layer's attention and MLP are never used.
+            read: (R,) int64 places of the tokens whose hidden states are wanted; None: all. The last layer computes no
+                others; ``cond`` is (B, width) then.
 
         Returns:
-            The final-normed hidden states (B, S, width), or None, and this stack's own keys and values per layer.
+            The final-normed hidden states (B, R, width), or None, and this stack's own keys and values per layer.
         """
         dtype = self.layers[0].self_attn.q_proj.weight.dtype
         x = embs.to(dtype)
@@ -284,10 +296,11 @@ class GemmaStack(nn.Module):
         mask = additive_mask(mask, dtype)
         own: list[KeyValues] = []
         for index, layer in enumerate(self.layers):
-            if not output_hidden and index == len(self.layers) - 1:
+            last = index == len(self.layers) - 1
+            if not output_hidden and last:
                 own.append(layer.project(x, rotary, cond)[1])
                 return None, tuple(own)
-            args = (x, rotary, mask, cond, None if prefix is None else prefix[index])
+            args = (x, rotary, mask, cond, None if prefix is None else prefix[index], read if last else None)
             if self.checkpoint_layers and torch.is_grad_enabled():
                 x, kv = torch.utils.checkpoint.checkpoint(layer, *args, use_reentrant=False)
             else:

@@ -71,6 +71,11 @@ class AlignmentLayout:
     def length(self) -> int:
         return self.inverse.stop
 
+    @property
+    def read_out(self) -> tuple[slice, slice, slice]:
+        """Where velocities are read: perception, next-observation features of dynamics, actions of inverse dynamics."""
+        return self.perception, self.dynamics_next_obs, self.inverse_actions
+
     def assemble(
         self,
         *,

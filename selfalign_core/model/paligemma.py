@@ -183,9 +183,13 @@ class PaliGemmaWithExperts(nn.Module):
         mask: Tensor,
         prefix: PrefixCache,
         cond: Tensor | None,
+        read: Tensor | None = None,
     ) -> Tensor:
-        """Final hidden states (B, S, width) of an expert over a prefix; ``mask`` is (B, S, P + S)."""
+        """Final hidden states (B, S, width) of an expert over a prefix; ``mask`` is (B, S, P + S).
+
+        ``read`` (R,) int64: (B, R, width) of these tokens alone.
+        """
         stack = self.expert(name)
         first = self.config.expert_layer_offset
-        hidden, _ = stack(embs, position_ids, mask, cond=cond, prefix=prefix.layers[first : first + len(stack.layers)])
-        return hidden
+        layers = prefix.layers[first : first + len(stack.layers)]
+        return stack(embs, position_ids, mask, cond=cond, prefix=layers, read=read)[0]

@@ -424,6 +424,7 @@ class Pi0(nn.Module):
         embs, pad_masks, block_mask, cond = self.embed_alignment_suffix(transitions, noise, token=token)
         offset = prefix.pad_masks.sum(dim=1, keepdim=True)
         real = pad_masks[:, None, :] & pad_masks[:, :, None]
+        read = [torch.arange(s.start, s.stop, device=embs.device) for s in self.alignment_layout(transitions).read_out]
         hidden = self.paligemma_with_expert.run_expert(
             "alignment",
             embs,
@@ -432,13 +433,11 @@ class Pi0(nn.Module):
             suffix_over_prefix_mask(prefix.pad_masks, pad_masks, block_mask & real),
             prefix,
             cond,
+            torch.cat(read),
         ).float()
-        layout, out = self.alignment_layout(transitions), self.alignment_out_proj
-        return (
-            out["perception"](hidden[:, layout.perception]),
-            out["dynamics"](hidden[:, layout.dynamics_next_obs]),
-            out["inverse"](hidden[:, layout.inverse_actions]),
-        )
+        state, next_obs, actions = hidden.split([len(rows) for rows in read], dim=1)
+        out = self.alignment_out_proj
+        return out["perception"](state), out["dynamics"](next_obs), out["inverse"](actions)
 
     def alignment_losses(
         self,

@@ -216,6 +216,24 @@ def test_joint_pass_equals_separate_pass(pi05: bool) -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_tokens_that_nobody_reads_are_left_out_of_the_last_layer_and_change_nothing(pi05: bool) -> None:
+    model = small_model(pi05, expert_depth=3)
+    inputs, (transitions, noise) = random_inputs(model.config), random_transitions(model.config)
+    prefix = alignment_prefix(model, inputs)
+    embs, _, block_mask, cond = model.embed_alignment_suffix(transitions, noise)
+    mask = torch.cat([prefix.pad_masks[:, None].expand(-1, len(block_mask), -1), block_mask.expand(2, -1, -1)], dim=2)
+    read = torch.tensor([1, 4, 7])
+
+    def gradient(read: Tensor | None, wanted: Tensor | slice) -> list[Tensor]:
+        x = embs.detach().requires_grad_()
+        places = torch.arange(embs.shape[1]).expand(2, -1)
+        hidden = model.paligemma_with_expert.run_expert("alignment", x, places, mask, prefix, cond, read)[:, wanted]
+        return [hidden, *torch.autograd.grad(hidden.square().sum(), x)]
+
+    for found, expected in zip(gradient(read, slice(None)), gradient(None, read), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_without_the_restriction_images_know_the_prompt(pi05: bool) -> None:
     """Why masking the prompt for alignment queries is not enough: its image tokens already hold it."""
     model = small_model(pi05, expert_depth=3)

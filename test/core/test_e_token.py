@@ -230,14 +230,16 @@ def test_the_prefix_never_sees_it(pi05: bool) -> None:
 
 
 def test_tokens_after_it_do_not_change_it(pi05: bool) -> None:
-    """E is its own block: its hidden state depends on prefix and E alone, not on noisy actions or transitions."""
-    model = small_model(pi05)
+    """E is its own block: what others read of it depends on prefix and E alone, not on noisy actions or transitions."""
+    model = small_model(pi05, expert_depth=3)
     inputs, prefix = random_inputs(model.config), model.prefix(random_inputs(model.config))
     _, noise, time = random_actions(model.config)
     seen: dict[str, list[torch.Tensor]] = {"action": [], "alignment": []}
     for expert, found in seen.items():
         hook = model.paligemma_with_expert.expert(expert).register_forward_hook(
-            lambda _module, _args, output, found=found: found.append(output[0][:, :1])
+            lambda _module, _args, output, found=found: found.append(
+                torch.cat([torch.cat([kv.keys, kv.values], dim=3)[:, :, 0] for kv in output[1]])
+            )
         )
         for seed in (1, 2):
             scale = 10.0**seed
