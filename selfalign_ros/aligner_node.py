@@ -387,13 +387,11 @@ class AlignerNode(ManagedNode):
         self._ask_for_motion(report, now_ns)
 
     def _ask_for_motion(self, report: StageReport, now_ns: int) -> None:
-        """With ``auto_calibrate``: have the robot moved after a drift, and when its motion has long not sufficed."""
+        """With ``auto_calibrate``: have the robot moved when its motion has not sufficed for too long."""
         waits = report.excitation is not None and not report.excitation.enough
-        drifted = report.drift is not None and report.drift.fired
         if not waits or self._waiting_since_ns is None or now_ns < self._waiting_since_ns:
             self._waiting_since_ns = now_ns if waits else None
-        longest_ns = self.parameters["auto_calibrate_after"] * NS_PER_S
-        if drifted or (self._waiting_since_ns is not None and now_ns - self._waiting_since_ns > longest_ns):
+        elif now_ns - self._waiting_since_ns > self.parameters["auto_calibrate_after"] * NS_PER_S:
             self._waiting_since_ns = now_ns
             if self.parameters["auto_calibrate"] and not self.lockstep and self._calibrate.service_is_ready():
                 self._calibrate.call_async(Trigger.Request()).add_done_callback(self._on_calibrate_answer)

@@ -23,7 +23,8 @@ class Collect:
 
     ``fit_count`` transitions to identify and refine on, then ``guard_count`` newer ones to judge by, one every
     ``stride`` control steps; soon after a change they may lie as near as ``min_stride``. After an undecided refusal it
-    goes on collecting, for ``attempts`` in a row, each judged by transitions that none before has seen. Each joint's
+    goes on collecting, for ``attempts`` in a row, each judged by transitions that none before has seen and fitted on
+    ``fit_count`` that are spread over the newest ``memory``: another way of moving is no reason to forget. Each joint's
     commanded change must spread by ``min_command`` and at least one joint must really move by ``min_motion`` (standard
     deviations, rad or m). ``max_value`` is the largest normalised state or action that is believed.
     """
@@ -33,13 +34,14 @@ class Collect:
     stride: int = 8
     min_stride: int = 4
     attempts: int = 5
+    memory: int = 64
     min_command: float = 0.03
     min_motion: float = 0.02
     max_value: float = 10.0
 
     def __post_init__(self) -> None:
         _at_least(self, 2, "fit_count", "guard_count")
-        _at_least(self, 1, "stride", "min_stride", "attempts")
+        _at_least(self, 1, "stride", "min_stride", "attempts", "memory")
         _not_negative(self, "min_command", "min_motion")
         _positive(self, "max_value")
 
@@ -93,6 +95,7 @@ class Refine:
 class Guard:
     """A shadow passes if the paired relative difference on newer transitions, mean + ``sigmas`` stderr, is below 0.
 
+    With few independent transitions it takes more than that, see :meth:`overlap.Estimate.upper`.
     ``draws``: common noise draws per transition. ``trust_radius``: farthest from the nearest trusted token, in spreads
     of the bank (root mean squares; 1 for a bank of one). ``max_norm``: largest root mean square of a token vector;
     trusted tokens may be larger.
@@ -145,8 +148,8 @@ class AlignConfig:
 
     mode: Mode = "subspace"
     lambda_perc: float = 2.0
-    lambda_dyn: float = 0.4
-    lambda_inv: float = 1.0
+    lambda_dyn: float = 0.3
+    lambda_inv: float = 3.0
     keep: int = 8
     frame_cache_mib: int = 256
     policy_wait_ms: float = 1000.0

@@ -68,7 +68,7 @@ def judge(
         losses.append(scorer.score(data, noise, both, rows))
     before, after = torch.stack(losses).mean(0).double().cpu().numpy()
     difference = estimate(2 * (after - before) / (after + before), spans)
-    upper = difference.mean + config.sigmas * difference.stderr
+    upper = difference.upper(config.sigmas)
     accepted = math.isfinite(upper) and upper < 0
     words = f"loss {difference.mean:+.1%} ± {difference.stderr:.1%} (standard error), upper bound {upper:+.1%}"
     reason = f"accepted: {words} < 0" if accepted else f"refused: {words}, expected < 0"

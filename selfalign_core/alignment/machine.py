@@ -10,8 +10,10 @@
        └──────── drift, or align_now() ──────── WATCH ◀─────────────────────┘
 
 After an acceptance it tries to improve further, and while an attempt is undecided it tries again, a few times: each
-attempt fits on the newest transitions but is judged by those that none before has seen, once they are seen to come
-from the same robot. After a refusal it rests and watches. Each attempt leaves a new baseline for the drift test.
+attempt fits on all evidence so far but is judged by transitions that none before has seen. After a refusal it rests
+and watches. A refusal leaves a baseline for the drift test, which precedes the next attempt, too. But a token that was
+jumped to is unproven until identification prefers it over all others: it may have fitted little motion by chance, so
+that it fits worse elsewhere is no sign of a change, and no evidence is dropped.
 Evidence is never older than ``since_ns``: what came before a rest, or before the change that a drift betrays, is not
 asked for again. The caller hands in transitions and the time, and publishes what is accepted. Knows neither ROS nor
 files.
@@ -30,7 +32,7 @@ import torch
 from torch import Tensor
 
 from selfalign_core.alignment.budget import Budget, Clock
-from selfalign_core.alignment.config import AlignConfig
+from selfalign_core.alignment.config import AlignConfig, Collect
 from selfalign_core.alignment.excitation import Excitation, measure_excitation
 from selfalign_core.alignment.frames import FrameCache
 from selfalign_core.alignment.guard import Verdict, judge
@@ -182,6 +184,8 @@ class SelfAligner:
     @property
     def wanted(self) -> int:
         """How many of the newest transitions to hand in, some spare ones included."""
+        if self._state is State.COLLECT:
+            return max(self.needed + self.needed // 4, self.config.collect.memory)
         return self.needed + self.needed // 4
 
     def stride(self, now_ns: int) -> int:
@@ -281,16 +285,17 @@ class SelfAligner:
 
     def _collect(self, evidence: _Evidence, now_ns: int, should_stop: Callable[[], bool] | None) -> StageReport:
         config = self.config.collect
-        evidence = evidence.newest(config.count)
         found = len(evidence.batch)
         if found < config.count:
             return self._report(evidence, f"collecting: {found} of {config.count} transitions")
+        fit, guard = _split(evidence.spans, config)
+        if not len(fit):
+            return self._report(evidence, f"collecting: none ends before the newest {config.guard_count} begin")
+        evidence = evidence.select(np.concatenate([fit, guard]))
+        fit, guard = np.split(np.arange(len(evidence.batch)), [len(fit)])
         excitation = measure_excitation(evidence.batch, self._joints, config)
         if not excitation.enough:
             return self._report(evidence, f"waiting for motion: {'; '.join(excitation.missing)}", excitation=excitation)
-        fit, guard = _split(evidence.spans, config.guard_count)
-        if not len(fit):
-            return self._report(evidence, f"collecting: none ends before the newest {config.guard_count} begin")
         unseen = int((evidence.spans[guard, 0] >= self._judged_ns).sum())
         if unseen < config.guard_count:
             return self._report(evidence, f"collecting: {unseen} of {config.guard_count} new transitions to judge by")
@@ -299,12 +304,17 @@ class SelfAligner:
             if changed.drift.fired:
                 return changed
         attempt, shadow = self._attempt(evidence, fit, guard, now_ns, should_stop)
-        if attempt.verdict.accepted:
+        accepted, jumps = attempt.verdict.accepted, attempt.identification.margin > 0
+        if accepted:
             self.history.accept(shadow.cpu().numpy(), now_ns, attempt.verdict.after)
+        self._unproven = jumps and (accepted or self._unproven)
         self._undecided = self._undecided + 1 if attempt.undecided else 0
         self._judged_ns = self._watched_ns = int(evidence.spans[-1, 1])
-        self._baseline = self._running_loss(evidence.select(guard), now_ns, should_stop)
-        if not attempt.verdict.accepted and self._undecided in (0, config.attempts):
+        rests = not accepted and self._undecided in (0, config.attempts)
+        self._baseline = None
+        if rests or not (accepted or self._unproven):
+            self._baseline = self._running_loss(evidence.select(guard), now_ns, should_stop)
+        if rests:
             self._state, self._undecided, self._since_ns = State.WATCH, 0, self._judged_ns
         return self._report(evidence, attempt.text, excitation=excitation, attempt=attempt)
 
@@ -321,12 +331,17 @@ class SelfAligner:
         return self._compare(evidence, now_ns, should_stop)
 
     def _compare(self, evidence: _Evidence, now_ns: int, should_stop: Callable[[], bool] | None) -> StageReport:
-        """Test ``evidence`` for drift against the baseline; with drift collect anew, from the change on."""
+        """Test ``evidence`` for drift against the baseline; with drift collect anew, from the change on.
+
+        The baseline is the best that was seen: evidence that is surely better takes its place.
+        """
         assert self._baseline is not None
         running = self._running_loss(evidence, now_ns, should_stop)
         result = drift(self._baseline, running, self.config.watch)
         if result.fired:
             self._restart(changed_at(self._baseline, running, evidence.spans))
+        elif drift(running, self._baseline, self.config.watch).fired:
+            self._baseline = running
         verdict = "drift: collecting anew" if result.fired else "watching: no drift"
         return self._report(evidence, f"{verdict} ({result.words})", drift=result)
 
@@ -388,7 +403,7 @@ class SelfAligner:
     def _restart(self, since_ns: int) -> None:
         """Collect from ``since_ns`` on."""
         self._state, self._since_ns = State.COLLECT, since_ns
-        self._undecided, self._judged_ns = 0, since_ns
+        self._undecided, self._unproven, self._judged_ns = 0, False, since_ns
         self._baseline: RunningLoss | None = None
         self._watched_ns = since_ns
 
@@ -419,8 +434,13 @@ def _weights(config: AlignConfig) -> tuple[float, float, float]:
     return config.lambda_perc, config.lambda_dyn, config.lambda_inv
 
 
-def _split(spans: np.ndarray, guard_count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to fit on and newer rows to judge by; one that reaches into the judge's time is in neither."""
+def _split(spans: np.ndarray, config: Collect) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to fit on, spread over all there are, and newer rows to judge by.
+
+    One that reaches into the judge's time is in neither.
+    """
     rows = np.arange(len(spans))
-    older, guard = rows[:-guard_count], rows[-guard_count:]
-    return older[spans[older, 1] <= spans[guard[0], 0]], guard
+    older, guard = rows[: -config.guard_count], rows[-config.guard_count :]
+    older = older[spans[older, 1] <= spans[guard[0], 0]]
+    chosen = np.linspace(0, len(older) - 1, min(config.fit_count, len(older))).round().astype(int)
+    return older[chosen], guard

@@ -21,7 +21,7 @@ from selfalign_core.alignment.excitation import measure_excitation
 from selfalign_core.alignment.frames import FrameCache
 from selfalign_core.alignment.guard import Verdict, judge
 from selfalign_core.alignment.identify import identify
-from selfalign_core.alignment.overlap import estimate, shared_time, spans
+from selfalign_core.alignment.overlap import Estimate, estimate, shared_time, spans
 from selfalign_core.alignment.refine import refine
 from selfalign_core.alignment.scoring import Scorer
 from selfalign_core.alignment.screen import screen
@@ -407,6 +407,12 @@ def test_the_standard_error_of_overlapping_transitions_is_honest() -> None:
 
 
 # ---------------------------------------------------------------- excitation and screening
+
+
+@pytest.mark.parametrize(("count", "expected"), [(6, 2.649), (11, 2.284), (21, 2.133), (10**6, 2.0)])
+def test_few_values_take_more_standard_errors(count: int, expected: float) -> None:
+    # Student's t with count - 1 degrees of freedom at the probability of two standard deviations, 0.97725.
+    assert Estimate(1.0, 0.5, count).upper(2.0) == pytest.approx(1.0 + 0.5 * expected, rel=0.01)
 
 
 def test_a_joint_that_was_not_moved_is_named() -> None:

@@ -113,19 +113,18 @@ def test_settings_change_while_it_works(toy: Trained) -> None:
     aligner.configure(stricter)
     assert (aligner.state, aligner.config) == (State.WATCH, stricter)
     # Losses under other weights say nothing about the baseline's.
-    aligner.configure(dataclasses.replace(stricter, lambda_inv=5.0))
+    aligner.configure(dataclasses.replace(stricter, lambda_inv=1.0))
     assert aligner.state is State.COLLECT
     (attempt,) = attempts(live(aligner, robot, 9))
     losses = attempt.attempt.fit_before
     weights = aligner.config
-    expected = weights.lambda_perc * losses.perception + weights.lambda_dyn * losses.dynamics
-    expected += 5.0 * losses.inverse_dynamics
+    expected = weights.lambda_perc * losses.perception + weights.lambda_dyn * losses.dynamics + losses.inverse_dynamics
     assert losses.total == pytest.approx(expected, rel=1e-5)
 
 
 def test_too_few_transitions_are_counted_without_being_looked_at(toy: Trained) -> None:
     aligner, robot = aligner_of(toy, AlignConfig().without_budgets()), Robot(BODIES[0])
-    assert (aligner.needed, aligner.wanted) == (32, 40)
+    assert (aligner.needed, aligner.wanted) == (32, 64)
     report = aligner.short_of(5, robot.now_ns)
     assert report.text == "collecting: 5 of 32 transitions" and report.transitions == 5 and not report.accepted
     robot.move(5)
