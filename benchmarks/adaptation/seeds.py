@@ -2,13 +2,14 @@
 
     python -m benchmarks.adaptation.seeds --output runs/adaptation_seeds
 
-Per training seed: a language model and untrained experts of its own behind the vision of a trained policy; with them a
-training with a bank, one with one token for all bodies, one without a token (same bodies, frames, steps), and for a few
-unseen bodies a policy trained on that body alone. Then every arm of the study on the same unseen bodies of the family
-"all" inside the training range: the bank's policy with the token that an arm finds, the others as they are.
+Per training seed: untrained experts of its own behind the vision tower and language model of a trained policy, which
+stand still; with them a training with a bank, one with one token for all bodies, one without a token (same bodies,
+frames, steps), and for a few unseen bodies a policy trained on that body alone. Then every arm of the study on the same
+unseen bodies of the family "all" inside the training range: the bank's policy with the token that an arm finds, the
+others as they are.
 
 Demonstrations (the same for all seeds), trainings and measurements are kept under ``--output``: what is there is not
-made again, an interrupted training goes on. On one core the defaults take about an hour and a half.
+made again, an interrupted training goes on. On one core the defaults take about an hour.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.ablations import VARIANTS
 from benchmarks.adaptation import study, summary
@@ -34,8 +36,9 @@ from benchmarks.adaptation.work import policy_of, run_tasks, say
 from benchmarks.report import print_table, record, run_command, write_json
 from benchmarks.training import trained
 from selfalign_core.data import sim_demos
+from selfalign_core.model.pi0 import Pi0
+from selfalign_core.policy import Policy
 from selfalign_core.training.config import TrainConfig
-from selfalign_core.training.pretrain import pretrain
 
 BANK = "bank"
 TRAINED = (BANK, SHARED_TOKEN, NO_TOKEN)
@@ -48,20 +51,18 @@ _DATA_SEED = 1
 class Grid:
     """What is trained per seed of ``seeds``, by training configuration ``config``, under ``output``.
 
-    ``vision``: policy whose tower and projector everything starts from. ``train_bodies``: in the demonstrations,
-    ``train_episodes`` of ``train_frames`` each. ``start_frames``, ``start_steps``: on which and how long the language
-    model learns to read. ``own_bodies``: per seed, to train a policy on that body alone; each seed has others.
+    ``vlm``: policy whose vision tower and language model everything starts from. ``train_bodies``: in the
+    demonstrations, ``train_episodes`` of ``train_frames`` each. ``own_bodies``: per seed, other ones each, to train a
+    policy on that body alone for ``own_steps``.
     """
 
     output: str
     config: str
-    vision: str
+    vlm: str
     seeds: tuple[int, ...]
     train_bodies: int
     train_episodes: int
     train_frames: int
-    start_frames: int
-    start_steps: int
     own_bodies: int
     own_steps: int
 
@@ -93,7 +94,7 @@ def make_demos(grid: Grid, jobs: int) -> None:
     if grid.demos.is_dir():
         return
     say(f"recording {grid.train_bodies} bodies")
-    size = policy_of(grid.vision).image_size
+    size = policy_of(grid.vlm).image_size
     config = sim_demos.DemoConfig(
         image_size=size, episodes=grid.train_episodes, nominal_episodes=8 * grid.train_episodes,
         frames=grid.train_frames,
@@ -102,15 +103,23 @@ def make_demos(grid: Grid, jobs: int) -> None:
     sim_demos.record(str(grid.demos), bodies, _DATA_SEED, config, jobs=jobs)
 
 
+def make_start(grid: Grid, seed: int) -> None:
+    """Vision tower and language model of ``grid.vlm``, experts as drawn from ``seed``, no bank."""
+    path = grid.folder(seed) / "start"
+    if path.is_dir():
+        return
+    known = policy_of(grid.vlm)
+    torch.manual_seed(seed)
+    model = Pi0(known.config.model)
+    vlm, source = (m.paligemma_with_expert.paligemma for m in (model, known.model))
+    vlm.load_state_dict(source.state_dict())
+    config = dataclasses.replace(known.config, bank_keys=(), embodiment="")
+    Policy(model, config, known.tokenizer, known.stats, dt=known.dt).save(path)
+
+
 def train_seed(grid: Grid, seed: int, jobs: int) -> dict[str, str]:
     """Policy directories by variant; trains what is left to train."""
-    start = grid.folder(seed) / "start"
-    if not start.is_dir():
-        say(f"seed {seed}: the language model learns to read")
-        pretrain(
-            start, frames=grid.start_frames, vision_steps=0, grounding_steps=grid.start_steps, seed=seed, jobs=jobs,
-            vision_from=grid.vision,
-        )  # fmt: skip
+    make_start(grid, seed)
     say(f"seed {seed}: training {', '.join(TRAINED)}")
     configs = [grid.train_config(seed, name) for name in TRAINED]
     return dict(zip(TRAINED, map(str, run_tasks(trained, configs, jobs)), strict=True))
@@ -121,7 +130,7 @@ def train_own(grid: Grid, seed: int, settings: Settings, jobs: int) -> dict[str,
     first = grid.seeds.index(seed) * grid.own_bodies
     bodies = settings.unseen("all", "inside")[first : first + grid.own_bodies]
     say(f"seed {seed}: training on {len(bodies)} bodies each alone")
-    output, size = str(grid.folder(seed) / "own"), policy_of(grid.vision).image_size
+    output, size = str(grid.folder(seed) / "own"), policy_of(grid.vlm).image_size
     tasks = [
         OwnTask(grid.config, output, body, grid.own_steps, settings.seed, size, grid.overrides(seed)) for body in bodies
     ]
@@ -227,13 +236,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", required=True, help="directory for data, runs and figures (adaptation_seeds.json)")
     parser.add_argument("--config", default="config/training/tiny_policy_reduced.yaml", help="training configuration")
-    parser.add_argument("--vision", default="policies/tiny_reach", metavar="DIR", help="policy whose vision is taken")
+    parser.add_argument("--vlm", default="policies/tiny_reach", metavar="DIR", help="policy whose VLM is started from")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the training")
     parser.add_argument("--train-bodies", type=int, default=160)
     parser.add_argument("--train-episodes", type=int, default=6, help="per body; of the nominal one 8 times as many")
     parser.add_argument("--train-frames", type=int, default=36, help="per episode")
-    parser.add_argument("--start-frames", type=int, default=6000, help="on which the language model learns to read")
-    parser.add_argument("--start-steps", type=int, default=800)
     parser.add_argument("--own-bodies", type=int, default=2, help="per seed, to train a policy on that body alone")
     parser.add_argument("--own-steps", type=int, default=1000)
     parser.add_argument("--bodies", type=int, default=study_defaults.bodies, help="to measure on")

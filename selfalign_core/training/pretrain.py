@@ -190,29 +190,18 @@ def _optimise(
 
 
 def pretrain(
-    output: str | Path,
-    *,
-    frames: int,
-    vision_steps: int,
-    grounding_steps: int,
-    seed: int,
-    jobs: int = 1,
-    vision_from: str | Path | None = None,
+    output: str | Path, *, frames: int, vision_steps: int, grounding_steps: int, seed: int, jobs: int = 1
 ) -> None:
     """Run both stages and write the policy directory ``output`` with ``pretrain.jsonl`` in it.
 
-    Args:
-        vision_from: policy directory whose tower and projector are taken in place of the first stage.
-
     Raises:
-        DatasetError: ``output`` exists. ConfigError: too few frames to hold some out. CheckpointError: no such policy.
+        DatasetError: ``output`` exists. ConfigError: too few frames to hold some out.
     """
     if frames < 2 * HELD_OUT:
         raise ConfigError(f"frames: found {frames}, expected at least {2 * HELD_OUT}")
     directory = PartialDirectory(Path(output))
     directory.open()
     try:
-        other = None if vision_from is None else Policy.from_checkpoint(vision_from, dt=0.05).model
         data = random_frames(frames, seed, jobs=jobs, progress=True)
         torch.manual_seed(seed)
         model = Pi0(ModelConfig.preset("tiny", feature_tokens_per_camera=16))
@@ -226,10 +215,7 @@ def pretrain(
                 file.write(json.dumps(values) + "\n")
                 file.flush()
 
-            if other is None:
-                train_vision(model, data, steps=vision_steps, batch_size=64, seed=seed, log=log)
-            else:
-                _take_vision(model, other)
+            train_vision(model, data, steps=vision_steps, batch_size=64, seed=seed, log=log)
             train_grounding(model, data, prompts, steps=grounding_steps, batch_size=24, seed=seed, log=log)
         joints = len(REACH_JOINTS)
         config = PolicyConfig(model=model.config, cameras=("overhead",), state_dim=joints, action_dim=joints)
@@ -237,12 +223,6 @@ def pretrain(
         directory.publish()
     finally:
         directory.remove()  # nothing is left to remove once it has been published
-
-
-def _take_vision(model: Pi0, other: Pi0) -> None:
-    to, source = (m.paligemma_with_expert.paligemma.model for m in (model, other))
-    to.vision_tower.load_state_dict(source.vision_tower.state_dict())
-    to.multi_modal_projector.load_state_dict(source.multi_modal_projector.state_dict())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -253,7 +233,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--grounding-steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="processes that draw frames")
-    parser.add_argument("--vision-from", metavar="DIR", help="policy whose vision is taken instead of training it")
     options = parser.parse_args(argv)
     try:
         pretrain(
@@ -263,7 +242,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             grounding_steps=options.grounding_steps,
             seed=options.seed,
             jobs=options.jobs,
-            vision_from=options.vision_from,
         )
     except (SelfAlignError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -335,10 +335,8 @@ def test_the_grid_over_training_seeds_is_trained_and_measured_once(checkpoint, t
         "log": {"progress": False, "tensorboard": False},
     }  # fmt: skip
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(sections))
-    for seed in (0, 1):
-        untrained(keys=()).save(tmp_path / f"out/seed_{seed}/start")
     arguments = [
-        "--output", str(tmp_path / "out"), "--config", str(tmp_path / "config.yaml"), "--vision", checkpoint,
+        "--output", str(tmp_path / "out"), "--config", str(tmp_path / "config.yaml"), "--vlm", checkpoint,
         "--seeds", "0", "1", "--train-bodies", "2", "--train-episodes", "2", "--train-frames", "12",
         "--own-bodies", "1", "--own-steps", "2",
     ]  # fmt: skip

@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
 from selfalign_core.data.sim_frames import ARM_POINTS, POINTS, random_frames
 from selfalign_core.policy import Policy
@@ -52,14 +51,6 @@ def test_both_stages_learn_and_write_a_policy_to_start_from(tmp_path, monkeypatc
     assert policy.config.cameras == ("overhead",) and not policy.model.next_obs_mean.any()
     assert pretrain.main(arguments) == 2
     assert "found an existing path" in capsys.readouterr().err
-    again = ["--output", str(tmp_path / "again"), "--frames", "500", "--grounding-steps", "2", "--seed", "1"]
-    assert pretrain.main([*again, "--vision-from", str(tmp_path / "made")]) == 0
-    other = Policy.from_checkpoint(tmp_path / "again", dt=0.05).model.state_dict()
-    for name, tensor in policy.model.state_dict().items():
-        if "vision_tower" in name or "projector" in name:
-            assert torch.equal(tensor, other[name]), name
-        elif tensor.ndim > 1:
-            assert not torch.equal(tensor, other[name]), name
 
 
 def test_too_few_frames_are_refused(tmp_path, capsys) -> None:
