@@ -5,6 +5,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ros"))
 
-from ros_fixtures import probe, ros_domain
+from ros_fixtures import folder, parameters, probe, recording, ros_domain
 
-__all__ = ["probe", "ros_domain"]
+__all__ = ["folder", "parameters", "probe", "recording", "ros_domain"]

@@ -13,9 +13,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from graph_assertions import assert_identical, assert_replay_report, record_bag, write_quick_parameters
+from graph_assertions import assert_identical, assert_replay_report
 from graph_fixtures import GraphRun
-from node_testing import ROOT, Probe
+from node_testing import ROOT
 
 from selfalign_ros.graph import BRINGUP, RECORD, REPLAY, GraphDeclaration
 
@@ -37,21 +37,6 @@ def test_every_argument_is_documented(ros_domain: int, name: str, declaration: G
     for argument in declaration.arguments:
         assert f"'{argument.name}':" in shown
         assert " ".join(argument.description.split()) in shown, argument.name
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("launched")
-
-
-@pytest.fixture(scope="module")
-def parameters(folder: Path) -> Path:
-    return write_quick_parameters(folder)
-
-
-@pytest.fixture(scope="module")
-def recording(probe: Probe, folder: Path, parameters: Path) -> Path:
-    return record_bag(probe, folder, parameters)
 
 
 def replay(folder: Path, *arguments: str) -> GraphRun:

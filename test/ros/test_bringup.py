@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from graph_fixtures import GraphRun
-from node_testing import ROOT, Probe, wait_for
-
-sys.path.insert(0, str(ROOT / "test" / "launch"))
 from graph_assertions import (
     assert_aligner_may_die,
     assert_outputs_appear,
@@ -20,6 +15,8 @@ from graph_assertions import (
     wait_for_accepted_token,
     write_quick_parameters,
 )
+from graph_fixtures import GraphRun
+from node_testing import ROOT, Probe, wait_for
 
 NODES = ("policy", "buffer", "aligner", "robot_sim")
 

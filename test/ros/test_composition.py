@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from graph_fixtures import GraphRun
-from node_testing import ROOT, Probe, wait_for
-
-sys.path.insert(0, str(ROOT / "test" / "launch"))
 from graph_assertions import assert_outputs_appear, assert_parameters_tune, listen, write_quick_parameters
+from graph_fixtures import GraphRun
+from node_testing import Probe, wait_for
 
 
 def test_three_nodes_in_one_process_work_come_back_when_it_is_killed_and_end(probe: Probe, tmp_path: Path) -> None:

@@ -5,16 +5,13 @@
 from __future__ import annotations
 
 import signal
-import sys
 import time
 from collections.abc import Iterator
 
 import pytest
-from node_testing import ROOT, wait_for
-from std_srvs.srv import Trigger
-
-sys.path.insert(0, str(ROOT / "test" / "launch"))
 from graph_assertions import QUICK_ALIGNER
+from node_testing import wait_for
+from std_srvs.srv import Trigger
 
 from benchmarks.faults import STILL_RAD_S, Command, Judge, Listener
 

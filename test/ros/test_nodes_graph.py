@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import sys
 
 import numpy as np
 import pytest
-from node_testing import ROOT, wait_for
-
-sys.path.insert(0, str(ROOT / "test" / "launch"))
 from graph_assertions import QUICK_ALIGNER, wait_for_accepted_token
+from node_testing import ROOT, wait_for
 from std_srvs.srv import Trigger
 
 from selfalign_ros.security_policy import from_xml, interface_of

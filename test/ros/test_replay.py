@@ -16,35 +16,16 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from graph_assertions import assert_identical, assert_replay_report
 from graph_fixtures import GraphRun
-from node_testing import ROOT, Probe
 from PIL import Image
 from rosbags.rosbag2 import Reader
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore
-
-sys.path.insert(0, str(ROOT / "test" / "launch"))
-from graph_assertions import assert_identical, assert_replay_report, record_bag, write_quick_parameters
 
 from selfalign_ros.bag import Bag, BagError, BagWriter
 
 CAMERAS = ("/camera/overhead/image_raw", "/camera/wrist/image_raw")
 LATCHED = ("/e_token", "/prompt", "/body")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("replay")
-
-
-@pytest.fixture(scope="module")
-def parameters(folder: Path) -> Path:
-    return write_quick_parameters(folder)
-
-
-@pytest.fixture(scope="module")
-def recording(probe: Probe, folder: Path, parameters: Path) -> Path:
-    """A bag of a real run, long enough for attempts to align."""
-    return record_bag(probe, folder, parameters)
 
 
 def replay(bag: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

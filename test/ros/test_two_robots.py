@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from graph_assertions import write_quick_parameters
 from graph_fixtures import GraphRun
-from node_testing import ROOT, Probe, wait_for
+from node_testing import Probe, wait_for
 from std_srvs.srv import Trigger
 
 from selfalign.msg import ActionChunk, AlignReport, EToken
 from selfalign_ros import qos
-
-sys.path.insert(0, str(ROOT / "test" / "launch"))
-from graph_assertions import write_quick_parameters
 
 ROBOTS = ("left", "right")
 SHARED = {"/diagnostics", "/parameter_events", "/rosout"}

@@ -10,11 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from graph_assertions import listen, wait_for_accepted_token, write_quick_parameters
 from graph_fixtures import GraphRun
 from node_testing import ROOT, Probe, wait_for
-
-sys.path.insert(0, str(ROOT / "test" / "launch"))
-from graph_assertions import listen, wait_for_accepted_token, write_quick_parameters
 
 WORKSTATION, LINK = os.environ["WORKSTATION"], os.environ["WORKSTATION_LINK"]
 ON_WORKSTATION = ["ip", "netns", "exec", WORKSTATION, "sh", "-c", 'mount -t tmpfs tmpfs /dev/shm && exec "$@"', "sh"]
