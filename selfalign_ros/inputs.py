@@ -2,11 +2,13 @@
 with them.
 
 Callbacks only store. ``fault`` is cheap enough for every control step; ``select`` picks the messages of one
-observation by their header stamps; decoding happens later, in the worker of the node that needs the pixels.
+observation by their header stamps; decoding happens later, in the worker of the node that needs the pixels. A node that
+gives limits for frozen cameras has each picture compared with the one before, as it arrives.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,13 +25,15 @@ from sensor_msgs.msg import CompressedImage, Image, JointState
 
 from selfalign_core.contract import Camera, RobotContract
 from selfalign_core.errors import InputError
+from selfalign_core.frozen import FreezeLimits, PictureRun
 from selfalign_core.images import SUPPORTED_ENCODINGS
 from selfalign_ros.conversions import NS_PER_S, decode, positions_in_order, to_ns
 from selfalign_ros.diagnostics import ERROR, OK, Rate, Status
 from selfalign_ros.qos import overridable
 
-# Enough joint states to reach back past the oldest image allowed, at several hundred per second.
-_JOINT_STATES_KEPT = 256
+# Enough joint states to reach back past the oldest image allowed and the limit for frozen cameras, at a thousand per
+# second.
+_JOINT_STATES_KEPT = 1024
 
 
 @dataclass(frozen=True)
@@ -101,22 +105,41 @@ class Stream:
 
 
 class SensorInputs:
-    """The cameras and joint states of a contract."""
+    """The cameras and joint states of a contract.
 
-    def __init__(self, node: Node, contract: RobotContract, qos: QoSProfile, on_message: Callable[[str], None]) -> None:
+    ``freeze_limits`` is asked whenever they count; by default nobody looks whether a camera is frozen.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        contract: RobotContract,
+        qos: QoSProfile,
+        on_message: Callable[[str], None],
+        freeze_limits: Callable[[], FreezeLimits] = FreezeLimits,
+    ) -> None:
         self._contract = contract
+        self._on_message, self._freeze_limits = on_message, freeze_limits
+        self._runs = {camera.name: PictureRun() for camera in contract.cameras}
         self.cameras = {
             camera.name: Stream(
-                node, CompressedImage if camera.encoding == "compressed" else Image, camera.topic, qos, on_message
+                node,
+                CompressedImage if camera.encoding == "compressed" else Image,
+                camera.topic,
+                qos,
+                lambda topic, name=camera.name: self._on_picture(name, topic),
             )
             for camera in contract.cameras
         }
-        self.joint_states = Stream(node, JointState, contract.joint_state_topic, qos, on_message, _JOINT_STATES_KEPT)
+        self.joint_states = Stream(
+            node, JointState, contract.joint_state_topic, qos, self._on_joint_state, _JOINT_STATES_KEPT
+        )
 
     def clear(self) -> None:
         """Forget everything received, for instance after time jumped back."""
         for stream in self.streams:
             stream.messages.clear()
+        self._runs = {name: PictureRun() for name in self._runs}
 
     @property
     def streams(self) -> list[Stream]:
@@ -134,8 +157,8 @@ class SensorInputs:
         """The messages of an observation at ``now_ns``.
 
         The newest image of each camera, and the newest joint state that is not newer than the oldest of them.
-        Raises ``InputError`` naming the topic when anything is missing, too old, from the future, misnamed
-        or NaN.
+        Raises ``InputError`` naming the topic when anything is missing, too old, from the future, misnamed,
+        NaN or frozen.
         """
         contract = self._contract
         images = {camera.name: self._image(camera, now_ns) for camera in contract.cameras}
@@ -156,15 +179,14 @@ class SensorInputs:
         # The newest one is checked even if an older one is used: a robot that reports NaN now must not move
         # now.
         state = positions_in_order(newest, contract.joint_names, topic)
-        for message in reversed(self.joint_states.messages):
-            message_ns = to_ns(message.header.stamp)
-            if message_ns <= stamp_ns:
-                # After a gap the one before the images can be far older than they are: where the robot was, not is.
-                limit_s = contract.max_joint_state_age_s
-                _check_age("joint states at the oldest image", topic, message_ns, stamp_ns, limit_s)
-                if message is not newest:
-                    state = positions_in_order(message, contract.joint_names, topic)
-                break
+        message = self._joint_state_at(stamp_ns)
+        if message is not None:
+            # After a gap the one before the images can be far older than they are: where the robot was, not is.
+            limit_s = contract.max_joint_state_age_s
+            _check_age("joint states at the oldest image", topic, to_ns(message.header.stamp), stamp_ns, limit_s)
+            if message is not newest:
+                state = positions_in_order(message, contract.joint_names, topic)
+        self._check_pictures()
         return Selection(images, state, stamp_ns)
 
     def newest_positions(self) -> np.ndarray:
@@ -185,6 +207,46 @@ class SensorInputs:
                 values[f"{stream.topic} age [s]"] = (now_ns - to_ns(stream.newest.header.stamp)) / NS_PER_S
         fault = self.fault(now_ns)
         return Status("inputs", ERROR if fault else OK, fault or "all inputs fresh", values)
+
+    def _on_picture(self, camera: str, topic: str) -> None:
+        if self._freeze_limits().after_s:
+            message = self.cameras[camera].newest
+            self._runs[camera].add(message.data, to_ns(message.header.stamp))
+            self._note_poses()
+        self._on_message(topic)
+
+    def _on_joint_state(self, topic: str) -> None:
+        self._note_poses()
+        self._on_message(topic)
+
+    def _note_poses(self) -> None:
+        """Where the joints were when a camera's picture was first seen, once joint states have passed that stamp.
+
+        So it does not matter which of the two arrived first.
+        """
+        newest = self.joint_states.newest
+        for run in self._runs.values():
+            if run.waits_for_pose and newest is not None and to_ns(newest.header.stamp) > run.since_ns:
+                with contextlib.suppress(InputError):  # a state that says nothing; ``select`` names it
+                    run.pose = self._positions_at(run.since_ns)
+
+    def _check_pictures(self) -> None:
+        limits = self._freeze_limits()
+        for name, run in self._runs.items():
+            if fault := run.fault(limits, self._contract.joints, self._positions_at):
+                raise InputError(f"camera {name} ({self.cameras[name].topic}): {fault}")
+
+    def _joint_state_at(self, stamp_ns: int) -> JointState | None:
+        """The newest joint state that is not newer than ``stamp_ns``."""
+        for message in reversed(self.joint_states.messages):
+            if to_ns(message.header.stamp) <= stamp_ns:
+                return message
+        return None
+
+    def _positions_at(self, stamp_ns: int) -> np.ndarray:
+        """Where the joints were, or where they are first known to have been, (joints,). Raises ``InputError``."""
+        message = self._joint_state_at(stamp_ns) or self.joint_states.messages[0]
+        return positions_in_order(message, self._contract.joint_names, self.joint_states.topic)
 
     def _image(self, camera: Camera, now_ns: int) -> Image | CompressedImage:
         stream = self.cameras[camera.name]

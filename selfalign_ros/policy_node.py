@@ -30,6 +30,7 @@ from selfalign.srv import Step
 from selfalign_core.chunking import DelayEstimate, Handover, choose_method
 from selfalign_core.commands import CommandLimiter, CommandPath, plan_path, step_in_force
 from selfalign_core.errors import ConfigError, InputError
+from selfalign_core.frozen import FreezeLimits
 from selfalign_core.types import ActionChunk, EToken, Observation
 from selfalign_ros import qos
 from selfalign_ros.calibration import Calibration
@@ -131,7 +132,7 @@ class PolicyNode(ManagedNode):
         contract = self.contract
         sensor = qos.LOCKSTEP if self.lockstep else qos.SENSOR
         latched = qos.LOCKSTEP_LATCHED if self.lockstep else qos.LATCHED
-        self.inputs = SensorInputs(self, contract, sensor, self.arrived)
+        self.inputs = SensorInputs(self, contract, sensor, self.arrived, self._freeze_limits)
         self._token_subscription = self.create_subscription(
             ETokenMsg, "e_token", self._on_e_token, **qos.overridable(latched)
         )
@@ -152,6 +153,9 @@ class PolicyNode(ManagedNode):
             )
             self.create_service(Trigger, "~/calibrate", self._on_calibrate)
             self.create_steady_timer(1.0, self._look_at_token_sources)
+
+    def _freeze_limits(self) -> FreezeLimits:
+        return FreezeLimits(self.parameters["frozen_camera_after"], self.parameters["frozen_camera_motion"])
 
     def activate(self) -> None:
         self._hold_reason = _FIRST_CHUNK

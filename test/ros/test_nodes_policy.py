@@ -35,6 +35,7 @@ class Behaviour:
     image_age_s: float = 0.0
     joint_age_s: float = 0.0
     frozen: bool = False  # the same image, with the same stamp, again and again
+    repeating: bool = False  # the same image with fresh stamps
     every: int = 1  # images come with every so many joint states
 
 
@@ -78,7 +79,8 @@ class FakeRobot:
                 self._joints.publish(joints)
             for name, publisher in self._cameras.items():
                 image = Image(height=do.size, width=do.size, step=do.size * do.channels, encoding=do.encoding)
-                image.data = bytes(do.size * do.size * do.channels)
+                brightness = 0 if do.repeating else 1 + ticks % 255
+                image.data = bytes([brightness]) * (do.size * do.size * do.channels)
                 if not do.frozen:
                     self._image_stamp = (now - Duration(seconds=do.image_age_s)).to_msg()
                 image.header.stamp = self._image_stamp
@@ -275,6 +277,32 @@ def test_half_the_camera_rate_and_another_encoding_are_no_reason_to_hold(policy,
         wait_for(lambda count=count: len(probe.messages["action_chunk"]) >= count + 4, "chunks go on")
     probe.wait_for_diagnostics(CHUNKS, 1)
     assert holds() == before
+
+
+def test_a_picture_that_repeats_under_fresh_stamps_stops_a_robot_that_moves_and_no_other(policy, probe, robot) -> None:
+    def more_chunks() -> None:
+        """That begin later than a picture may repeat."""
+        start = len(probe.messages["action_chunk"])
+        wait_for(lambda: len(probe.messages["action_chunk"]) >= start + 4, "chunks go on")
+
+    robot.behaviour = Behaviour()
+    wait_until_moving(probe)
+    robot.behaviour = Behaviour(repeating=True)
+    more_chunks()
+    wait_until_moving(probe)
+    elsewhere = (0.0, 0.3, 0.0, 0.0, 0.0, 0.0, 0.0)
+    robot.behaviour = Behaviour(repeating=True, position=elsewhere)
+    assert_holding(probe, policy, "camera overhead", "the same picture", "shoulder_lift has moved by 0.30 rad")
+    probe.wait_for_status(INPUTS, "camera overhead", "the same picture")
+    robot.behaviour = Behaviour(position=elsewhere)  # it stands where it was held, and the camera works again
+    wait_until_moving(probe)
+    robot.behaviour = Behaviour(repeating=True, position=elsewhere)
+    more_chunks()
+    robot.behaviour = Behaviour(repeating=True)
+    assert_holding(probe, policy, "the same picture")
+    assert probe.set_parameter("policy", "frozen_camera_after", 0.0).successful  # a person's word
+    wait_until_moving(probe)
+    assert probe.set_parameter("policy", "frozen_camera_after", 0.5).successful
 
 
 def test_disabling_holds_and_enabling_moves_again(policy, probe, robot) -> None:

@@ -50,11 +50,11 @@ class Stage:
         message = joint_state_message(names, np.full(len(names), position), stamp_ns)
         self.node.inputs.joint_states._on_arrival(message)
 
-    def images(self, stamp_ns: int, cameras: Any = None) -> None:
+    def images(self, stamp_ns: int, cameras: Any = None, brightness: int = 0) -> None:
         from selfalign_ros.conversions import image_message, to_stamp
 
         for camera in cameras or self.node.contract.cameras:
-            rgb = np.zeros((camera.height, camera.width, 3), np.uint8)
+            rgb = np.full((camera.height, camera.width, 3), brightness, np.uint8)
             self.node.inputs.cameras[camera.name]._on_arrival(image_message(rgb, to_stamp(stamp_ns), camera.name))
 
     def end_inference(self, stamp_ns: int) -> None:
@@ -103,6 +103,27 @@ def test_a_joint_state_from_before_a_gap_is_not_taken_for_where_the_robot_is(sta
         stage.node.inputs.select(stage.now_ns)
     stage.images(100 * S)
     np.testing.assert_allclose(stage.node.inputs.select(stage.now_ns).state, -0.5)
+
+
+@pytest.mark.parametrize("joints_first", [True, False])
+def test_a_picture_that_stays_the_same_while_the_robot_moves_ends_the_motion(stage: Stage, joints_first: bool) -> None:
+    """Whichever topic arrives first, and until the picture differs."""
+    found, began_ns = [], stage.now_ns
+    for tick in range(40):
+        stage.now_ns = began_ns + tick * S // 20
+        if not joints_first:
+            stage.images(stage.now_ns)
+        stage.joints(stage.now_ns, 0.01 * min(tick, 20))
+        if joints_first:
+            stage.images(stage.now_ns)
+        found.append(stage.node.inputs.fault(stage.now_ns))
+    first = next(tick for tick, fault in enumerate(found) if fault)
+    assert first == 15  # 0.05 rad are reached after 5 ticks, half a second is 10
+    assert all(found[first:])
+    camera = stage.node.contract.cameras[0]
+    assert f"camera {camera.name} ({camera.topic}): found the same picture, bit for bit, for 0.8 s" in found[first]
+    stage.images(stage.now_ns, brightness=1)
+    assert stage.node.inputs.fault(stage.now_ns) == ""
 
 
 def test_images_taken_too_far_apart_are_no_observation(stage: Stage) -> None:
