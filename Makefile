@@ -140,7 +140,7 @@ test: lint  ## lint and every test
 
 test-long: export ROS_AUTOMATIC_DISCOVERY_RANGE := LOCALHOST
 test-long: export OMP_NUM_THREADS := 1
-test-long:  ## nodes that are stopped, an aligner on another machine behind a cut link: minutes
+test-long:  ## nodes that are stopped, an aligner on another machine, behind a cut link and a router: minutes
 	@$(BOOTSTRAP) run python3 -m pytest -m long $(ARGS)
 
 clean:  ## remove what was built and every cache; keeps installed packages

@@ -44,8 +44,8 @@ def parameters(tmp_path: Path) -> str:
     return str(path)
 
 
-def start(folder: Path, parameters: str, nodes: str, prefix: list[str]) -> GraphRun:
-    arguments = [f"nodes:={nodes}", f"params_file:={parameters}", "discovery_range:=SUBNET"]
+def start(folder: Path, parameters: str, nodes: str, prefix: list[str], *more: str) -> GraphRun:
+    arguments = [f"nodes:={nodes}", f"params_file:={parameters}", "discovery_range:=SUBNET", *more]
     return GraphRun([*prefix, sys.executable, "-m", "selfalign_ros.bringup", *arguments], folder)
 
 
@@ -88,3 +88,27 @@ def test_tokens_cross_the_link_and_the_policy_outlives_it(probe: Probe, paramete
     finally:
         robot.close()
         workstation.close()
+
+
+def test_static_peers_find_each_other_over_a_router(probe: Probe, parameters: str, tmp_path: Path) -> None:
+    listen(probe)
+    chunks = probe.messages["action_chunk"]
+    to_workstation = f"static_peers:={os.environ['WORKSTATION_ADDRESS']}"
+    to_robot = f"static_peers:={os.environ['ROBOT_ADDRESS']}"
+    runs = [start(tmp_path, parameters, "policy,buffer,robot_sim", [], to_workstation)]
+    try:
+        # This aligner names no peer, and neither does the probe: no multicast lets them hear of each other.
+        runs.append(start(tmp_path, parameters, "aligner", ON_WORKSTATION))
+        runs[-1].wait_for_line("lifecycle: active")
+        wait_for(lambda: len(chunks) >= 5, "chunks")
+        assert "aligner" not in probe.node.get_node_names()
+        assert runs[-1].stop() == 0, runs[-1].output
+        runs.pop().close()
+
+        runs.append(start(tmp_path, parameters, "aligner", ON_WORKSTATION, to_robot))
+        accepted = wait_for_accepted_token(probe).version_after
+        wait_for(lambda: chunks[-1].e_token_version >= accepted, "a chunk with the token of the other machine")
+        assert [run.stop() for run in runs] == [0, 0]
+    finally:
+        for run in runs:
+            run.close()
