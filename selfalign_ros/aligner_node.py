@@ -105,6 +105,7 @@ class AlignerNode(ManagedNode):
         # What the last batch was asked for with, and its newest stamp: the same is not sent again.
         self._asked: tuple[int, int, int] | None = None
         self._known_ns = 0
+        self._attempt_wanted = False  # by somebody who asked while a round ran
         self._waiting_since_ns: int | None = None  # for an attempt
         self._timer: Any = None
         self._kept = KeptFile(self.kept_path(".safetensors"))  # used in the worker only
@@ -148,6 +149,7 @@ class AlignerNode(ManagedNode):
         self._ready = False
         self._timer = None
         self._waiting_since_ns = None
+        self._attempt_wanted = False
 
     def is_idle(self) -> bool:
         return not self._busy
@@ -271,6 +273,7 @@ class AlignerNode(ManagedNode):
     async def _round(self, now_ns: int, *, now: bool = False) -> bool:
         """One round; ``now``: without rest. False if there was nothing to report: nothing new, or a ``_problem``."""
         self._busy = True
+        now, self._attempt_wanted = now or self._attempt_wanted, False
         try:
             request = await self.call_worker(self._request_job(now, now_ns))
             asked = (request.count, request.since_ns, request.stride)
@@ -409,7 +412,8 @@ class AlignerNode(ManagedNode):
         if not self._ready:
             response.message = _WAITING
         elif self._busy:
-            response.message = "a round is running"
+            self._attempt_wanted = True
+            response.message = "a round is running; the next one will not rest"
         else:
             response.success = await self._round(self.now_ns(), now=True)
             response.message = self._problem or (
