@@ -93,9 +93,10 @@ class Refine:
 
 @dataclass(frozen=True)
 class Guard:
-    """A shadow passes if the paired relative difference on newer transitions, mean + ``sigmas`` stderr, is below 0.
+    """A shadow passes if the paired relative difference on newer transitions, mean + ``sigmas`` stderr, < -``margin``.
 
-    With few independent transitions it takes more than that, see :meth:`overlap.Estimate.upper`.
+    With few independent transitions it takes more than that, see :meth:`overlap.Estimate.upper`. ``margin``: a smaller
+    gain is not worth a new token: it is real, but the actions do not get better by it.
     ``draws``: common noise draws per transition. ``trust_radius``: farthest from the nearest trusted token, in spreads
     of the bank (root mean squares; 1 for a bank of one). ``max_norm``: largest root mean square of a token vector;
     trusted tokens may be larger.
@@ -103,13 +104,14 @@ class Guard:
 
     draws: int = 16
     sigmas: float = 2.0
+    margin: float = 0.1
     trust_radius: float = 1.0
     max_norm: float = 4.0
     budget_ms: float | None = 5_000.0
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "draws")
-        _not_negative(self, "sigmas")
+        _not_negative(self, "sigmas", "margin")
         _positive(self, "trust_radius", "max_norm")
         _budget(self)
 

@@ -69,9 +69,10 @@ def judge(
     before, after = torch.stack(losses).mean(0).double().cpu().numpy()
     difference = estimate(2 * (after - before) / (after + before), spans)
     upper = difference.upper(config.sigmas)
-    accepted = math.isfinite(upper) and upper < 0
+    accepted = math.isfinite(upper) and upper < -config.margin
     words = f"loss {difference.mean:+.1%} ± {difference.stderr:.1%} (standard error), upper bound {upper:+.1%}"
-    reason = f"accepted: {words} < 0" if accepted else f"refused: {words}, expected < 0"
+    limit = f"< {-config.margin:.0%}"
+    reason = f"accepted: {words} {limit}" if accepted else f"refused: {words}, expected {limit}"
     if note:
         reason += f" ({note} after {len(losses)} of {config.draws} draws)"
     return Verdict(

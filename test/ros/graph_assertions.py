@@ -20,6 +20,7 @@ QUICK_ALIGNER = {
     "refine_steps": 2,
     "guard_draws": 2,
     "guard_sigmas": 0.0,
+    "guard_margin": 0.0,
     "watch_count": 4,
 }
 """Few transitions, however little the robot moves, and few steps; no giving way to others, and a guard that lets about
