@@ -12,8 +12,8 @@
 After an acceptance it tries to improve further, and while an attempt is undecided it tries again, a few times: each
 attempt fits on all evidence so far but is judged by transitions that none before has seen. After a refusal it rests
 and watches. A refusal leaves a baseline for the drift test, which precedes the next attempt, too. But a token that was
-jumped to is unproven until identification prefers it over all others: it may have fitted little motion by chance, so
-that it fits worse elsewhere is no sign of a change, and no evidence is dropped.
+jumped to is unproven until identification prefers it over all others on as much evidence as is remembered: it may have
+fitted little motion by chance, so that it fits worse elsewhere is no sign of a change, and no evidence is dropped.
 Evidence is never older than ``since_ns``: what came before a rest, or before the change that a drift betrays, is not
 asked for again. The caller hands in transitions and the time, and publishes what is accepted. Knows neither ROS nor
 files.
@@ -291,6 +291,7 @@ class SelfAligner:
         fit, guard = _split(evidence.spans, config)
         if not len(fit):
             return self._report(evidence, f"collecting: none ends before the newest {config.guard_count} begin")
+        lasted = (evidence.spans[-1, 0] - evidence.spans[0, 0]) / 1e9 / self.policy.dt
         evidence = evidence.select(np.concatenate([fit, guard]))
         fit, guard = np.split(np.arange(len(evidence.batch)), [len(fit)])
         excitation = measure_excitation(evidence.batch, self._joints, config)
@@ -307,8 +308,12 @@ class SelfAligner:
         accepted, jumps = attempt.verdict.accepted, attempt.identification.margin > 0
         if accepted:
             self.history.accept(shadow.cpu().numpy(), now_ns, attempt.verdict.after)
-        self._unproven = jumps and (accepted or self._unproven)
-        self._undecided = self._undecided + 1 if attempt.undecided else 0
+        if accepted and jumps:
+            self._unproven = True
+        elif not jumps and lasted >= 0.9 * config.stride * config.memory:
+            self._unproven = False
+        again = not accepted and (attempt.undecided or self._unproven)
+        self._undecided = self._undecided + 1 if again else 0
         self._judged_ns = self._watched_ns = int(evidence.spans[-1, 1])
         rests = not accepted and self._undecided in (0, config.attempts)
         self._baseline = None
