@@ -11,12 +11,11 @@
 
 After an acceptance it tries to improve further, and while an attempt is undecided it tries again, a few times: each
 attempt fits on all evidence so far but is judged by transitions that none before has seen. After a refusal it rests
-and watches. A refusal leaves a baseline for the drift test, which precedes the next attempt, too. But a token that was
+and watches. A refusal leaves a baseline for the drift test, which goes on beside further attempts. But a token that was
 jumped to is unproven until identification prefers it over all others on as much evidence as is remembered: it may have
 fitted little motion by chance, so that it fits worse elsewhere is no sign of a change, and no evidence is dropped.
-Evidence is never older than ``since_ns``: what came before a rest, or before the change that a drift betrays, is not
-asked for again. The caller hands in transitions and the time, and publishes what is accepted. Knows neither ROS nor
-files.
+Evidence is never older than ``since_ns``: what came before the change that a drift betrays is not asked for again.
+The caller hands in transitions and the time, and publishes what is accepted. Knows neither ROS nor files.
 """
 
 from __future__ import annotations
@@ -288,6 +287,11 @@ class SelfAligner:
         found = len(evidence.batch)
         if found < config.count:
             return self._report(evidence, f"collecting: {found} of {config.count} transitions")
+        newest = evidence.newest(self.config.watch.count)
+        if self._baseline is not None and self._is_new(newest):
+            changed = self._compare(newest, now_ns, should_stop)
+            if changed.drift.fired:
+                return changed
         fit, guard = _split(evidence.spans, config)
         if not len(fit):
             return self._report(evidence, f"collecting: none ends before the newest {config.guard_count} begin")
@@ -300,10 +304,6 @@ class SelfAligner:
         unseen = int((evidence.spans[guard, 0] >= self._judged_ns).sum())
         if unseen < config.guard_count:
             return self._report(evidence, f"collecting: {unseen} of {config.guard_count} new transitions to judge by")
-        if self._baseline is not None:
-            changed = self._compare(evidence.select(guard), now_ns, should_stop)
-            if changed.drift.fired:
-                return changed
         attempt, shadow = self._attempt(evidence, fit, guard, now_ns, should_stop)
         accepted, jumps = attempt.verdict.accepted, attempt.identification.margin > 0
         if accepted:
@@ -320,7 +320,7 @@ class SelfAligner:
         if rests or not (accepted or self._unproven):
             self._baseline = self._running_loss(evidence.select(guard), now_ns, should_stop)
         if rests:
-            self._state, self._undecided, self._since_ns = State.WATCH, 0, self._judged_ns
+            self._state, self._undecided = State.WATCH, 0
         return self._report(evidence, attempt.text, excitation=excitation, attempt=attempt)
 
     def _watch(self, evidence: _Evidence, now_ns: int, should_stop: Callable[[], bool] | None) -> StageReport:
@@ -329,11 +329,15 @@ class SelfAligner:
         found = len(evidence.batch)
         if found < config.count:
             return self._report(evidence, f"watching: {found} of {config.count} transitions")
-        newest_ns = int(evidence.spans[-1, 1])
-        if newest_ns <= self._watched_ns:
+        if not self._is_new(evidence):
             return self._report(evidence, "watching: nothing new")
-        self._watched_ns = newest_ns
         return self._compare(evidence, now_ns, should_stop)
+
+    def _is_new(self, evidence: _Evidence) -> bool:
+        """Whether ``evidence`` holds something that was not tested for drift before; from now on it was."""
+        newest_ns = int(evidence.spans[-1, 1])
+        new, self._watched_ns = newest_ns > self._watched_ns, newest_ns
+        return new
 
     def _compare(self, evidence: _Evidence, now_ns: int, should_stop: Callable[[], bool] | None) -> StageReport:
         """Test ``evidence`` for drift against the baseline; with drift collect anew, from the change on.
@@ -402,7 +406,7 @@ class SelfAligner:
     # ---------------------------------------------------------------- small things
 
     def _look_at_the_clock(self, now_ns: int) -> None:
-        if now_ns < self._since_ns:  # time jumped back: a new run or a replay from its start
+        if now_ns < self._watched_ns:  # time jumped back: a new run or a replay from its start
             self._restart(now_ns)
 
     def _restart(self, since_ns: int) -> None:
