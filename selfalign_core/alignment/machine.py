@@ -13,13 +13,15 @@ After an acceptance it tries to improve further, and while an attempt is undecid
 attempt fits on all evidence so far but is judged by transitions that none before has seen. After a refusal it rests
 and watches. A refusal leaves a baseline for the drift test, which goes on beside further attempts. But a token that was
 jumped to is unproven until identification prefers it over all others on as much evidence as is remembered: it may have
-fitted little motion by chance, so that it fits worse elsewhere is no sign of a change, and no evidence is dropped.
+fitted little motion by chance, so that it fits worse elsewhere is no sign of a change, and no evidence is dropped. Any
+sure gain replaces it; for a proven one the guard asks for its margin.
 Evidence is never older than ``since_ns``: what came before the change that a drift betrays is not asked for again.
 The caller hands in transitions and the time, and publishes what is accepted. Knows neither ROS nor files.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import math
 import time
@@ -382,8 +384,9 @@ class SelfAligner:
         refined = refine(scorer, fit_data, found.token, trusted, config, seed=self._stage_seed(now_ns, 1), budget=clock)
         durations["refine"] = clock.elapsed_ms()
         clock = budget(config.guard.budget_ms)
+        limits = dataclasses.replace(config.guard, margin=0.0) if self._unproven else config.guard
         verdict = judge(
-            scorer, guard_data, evidence.spans[guard], current, refined.token, trusted, config.guard,
+            scorer, guard_data, evidence.spans[guard], current, refined.token, trusted, limits,
             seed=self._stage_seed(now_ns, 2), budget=clock,
         )  # fmt: skip
         durations["guard"] = clock.elapsed_ms()
