@@ -154,7 +154,7 @@ class AlignConfig:
     lambda_dyn: float = 0.3
     lambda_inv: float = 3.0
     keep: int = 8
-    frame_cache_mib: int = 256
+    frame_cache_mib: int = 64
     policy_wait_ms: float = 1000.0
     collect: Collect = field(default_factory=Collect)
     identify: Identify = field(default_factory=Identify)
