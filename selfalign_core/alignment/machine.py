@@ -185,9 +185,8 @@ class SelfAligner:
     @property
     def wanted(self) -> int:
         """How many of the newest transitions to hand in, some spare ones included."""
-        if self._state is State.COLLECT:
-            return max(self.needed + self.needed // 4, self.config.collect.memory)
-        return self.needed + self.needed // 4
+        count = self.needed + self.needed // 4
+        return max(count, self.config.collect.memory) if self._state is State.COLLECT else count
 
     def stride(self, now_ns: int) -> int:
         """Control steps between the transitions to hand in: they spread over the time since :attr:`since_ns`.
@@ -197,7 +196,7 @@ class SelfAligner:
         config = self.config.collect
         if self._state is State.WATCH:
             return config.stride
-        steps = round((now_ns - self._since_ns) / 1e9 / self.policy.dt) - self.policy.transition_horizon
+        steps = round(self._steps(now_ns - self._since_ns)) - self.policy.transition_horizon
         return min(max(steps // config.count, config.min_stride), config.stride)
 
     # ---------------------------------------------------------------- orders from outside
@@ -297,7 +296,7 @@ class SelfAligner:
         fit, guard = _split(evidence.spans, config)
         if not len(fit):
             return self._report(evidence, f"collecting: none ends before the newest {config.guard_count} begin")
-        lasted = (evidence.spans[-1, 0] - evidence.spans[0, 0]) / 1e9 / self.policy.dt
+        lasted = self._steps(evidence.spans[-1, 0] - evidence.spans[0, 0])
         evidence = evidence.select(np.concatenate([fit, guard]))
         fit, guard = np.split(np.arange(len(evidence.batch)), [len(fit)])
         excitation = measure_excitation(evidence.batch, self._joints, config)
@@ -430,6 +429,10 @@ class SelfAligner:
     def _report(self, evidence: _Evidence, text: str, **numbers: object) -> StageReport:
         text = "; ".join([text, *evidence.left_out])
         return StageReport(self._state, text, self.token, len(evidence.batch), evidence.left_out, **numbers)
+
+    def _steps(self, duration_ns: int) -> float:
+        """In control steps."""
+        return duration_ns / 1e9 / self.policy.dt
 
     def _tensor(self, token: EToken) -> Tensor:
         return torch.from_numpy(np.array(token.data, np.float32)).to(self.policy.dim_mask.device)
