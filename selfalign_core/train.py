@@ -14,7 +14,7 @@ import sys
 
 from selfalign_core.errors import SelfAlignError
 from selfalign_core.training.config import TrainConfig
-from selfalign_core.training.parallel import start_ranks
+from selfalign_core.training.parallel import end_process, start_ranks
 from selfalign_core.training.state import find_checkpoint, read_info
 from selfalign_core.training.trainer import Trainer
 
@@ -61,4 +61,4 @@ def _config(options: argparse.Namespace) -> TrainConfig:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

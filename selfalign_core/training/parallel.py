@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import datetime
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -87,6 +88,19 @@ def start_ranks(device: str) -> Iterator[Ranks]:
         yield Ranks(dist.get_rank(), dist.get_world_size(), place, True)
     finally:
         dist.destroy_process_group()
+
+
+def end_process(status: int) -> NoReturn:
+    """Exit with ``status``; a rank of a job without Python's finalisation.
+
+    torch's collectives run in threads that outlive the process group (FSDP's caches refer to it). One that lets go of
+    its last tensor while the interpreter is being finalised aborts the process (pytorch/pytorch #179291).
+    """
+    if "WORLD_SIZE" not in os.environ:
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import yaml
 
 from selfalign_core.data.dataset_writer import DatasetWriter
 from selfalign_core.training.config import TrainConfig
-from selfalign_core.training.parallel import Ranks, start_ranks
+from selfalign_core.training.parallel import Ranks, end_process, start_ranks
 from selfalign_core.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,3 +139,4 @@ if __name__ == "__main__":  # one training run after the other, begun or resumed
     with start_ranks("cpu") as ranks:
         for file in sys.argv[1:]:
             Trainer(TrainConfig.load(file), ranks, resume=True).run()
+    end_process(0)
