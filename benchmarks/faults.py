@@ -71,10 +71,10 @@ _STARTED = re.compile(r"\[([\w-]+)-\d+\]: process started with pid \[(\d+)\]")
 
 @dataclass(frozen=True)
 class Command:
-    """One trajectory on its way to the robot; times in ns. ``moves``: False for one that only says to hold."""
+    """One trajectory on its way to the robot; times in ns. ``moves``: False for one that says to hold."""
 
     sent_ns: int
-    observed_ns: int  # stamp of the observation it was made from
+    observed_ns: int  # stamp of the observation it was made from; 0 for a hold, which has none
     end_ns: int  # of its last point
     moves: bool
 
@@ -93,10 +93,13 @@ class Judge:
     def unasked_motion(self) -> list[tuple[int, float]]:
         """Stamps and speeds of motion while no command was in force, nor had been a moment before.
 
+        A command is in force until its last point is due, or until the next hold is sent.
         A simulation that was stopped goes on with the momentum it had: after a gap in its reports, braking is no motion
         of its own. Any gain in speed is.
         """
-        spans = np.array([[c.sent_ns, c.end_ns + SETTLE_S * 1e9] for c in self.commands if c.moves]).reshape(-1, 2)
+        holds = np.sort([c.sent_ns for c in self.commands if not c.moves])
+        ends = {c: min([c.end_ns, *holds[np.searchsorted(holds, c.sent_ns) :][:1]]) for c in self.commands if c.moves}
+        spans = np.array([[c.sent_ns, end + SETTLE_S * 1e9] for c, end in ends.items()]).reshape(-1, 2)
         unasked: list[tuple[int, float]] = []
         last_ns, last_speed, braking = 0, 0.0, False
         for stamp_ns, speed in self.motion:
@@ -130,9 +133,9 @@ class Listener(Node):
 
     def _on_command(self, message: JointTrajectory, info: dict[str, Any]) -> None:
         stamp_ns, last, sent_ns = to_ns(message.header.stamp), message.points[-1], info["source_timestamp"]
-        # An order to hold has one place, and no observation behind it: it bears the time at which it was given.
-        moves = any(point.positions != last.positions for point in message.points) or sent_ns - stamp_ns > SLACK_S * 1e9
-        self.judge.commands.append(Command(sent_ns, stamp_ns, stamp_ns + to_ns(last.time_from_start), moves))
+        # An order to hold has no observation behind it: it counts from when it arrives.
+        end_ns = (stamp_ns or sent_ns) + to_ns(last.time_from_start)
+        self.judge.commands.append(Command(sent_ns, stamp_ns, end_ns, moves=stamp_ns > 0))
 
     def _on_joints(self, message: JointState) -> None:
         speed = dict(zip(message.name, message.velocity, strict=False))

@@ -130,6 +130,19 @@ def trajectory_message(names: Sequence[str], path: CommandPath, stamp_ns: int) -
     return message
 
 
+def hold_message(names: Sequence[str], position: np.ndarray, dt_ns: int) -> JointTrajectory:
+    """Stay at ``position`` (joints,), to be there after ``dt_ns``.
+
+    Its header.stamp is 0, "as soon as it arrives": a controller refuses a trajectory that ends in the past, and a hold
+    that is late, or whose reader's clock is ahead, has to stop the robot all the same.
+    """
+    message = JointTrajectory(joint_names=list(names))
+    point = JointTrajectoryPoint(positions=position.tolist())
+    point.time_from_start.sec, point.time_from_start.nanosec = divmod(dt_ns, NS_PER_S)
+    message.points.append(point)
+    return message
+
+
 @dataclass(frozen=True)
 class TrajectoryTimes:
     """When the points of a trajectory are due. ``start_ns`` 0 means "as soon as it arrives"."""

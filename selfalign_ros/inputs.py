@@ -175,17 +175,22 @@ class SensorInputs:
         if newest is None:
             raise InputError(f"joint states: {self.joint_states.absence()}")
         topic = self.joint_states.topic
-        _check_age("joint states", topic, to_ns(newest.header.stamp), now_ns, contract.max_joint_state_age_s)
+        self._check_age("joint states", topic, to_ns(newest.header.stamp), now_ns, contract.max_joint_state_age_s)
         # The newest one is checked even if an older one is used: a robot that reports NaN now must not move
         # now.
         state = positions_in_order(newest, contract.joint_names, topic)
         message = self._joint_state_at(stamp_ns)
-        if message is not None:
-            # After a gap the one before the images can be far older than they are: where the robot was, not is.
-            limit_s = contract.max_joint_state_age_s
-            _check_age("joint states at the oldest image", topic, to_ns(message.header.stamp), stamp_ns, limit_s)
-            if message is not newest:
-                state = positions_in_order(message, contract.joint_names, topic)
+        if message is None:
+            ahead_s = (to_ns(self.joint_states.messages[0].header.stamp) - stamp_ns) / NS_PER_S
+            raise InputError(
+                f"joint states at the oldest image ({topic}): found the first {ahead_s:.3f} s after it; "
+                "expected one not newer"
+            )
+        # After a gap the one before the images can be far older than they are: where the robot was, not is.
+        limit_s = contract.max_joint_state_age_s
+        self._check_age("joint states at the oldest image", topic, to_ns(message.header.stamp), stamp_ns, limit_s)
+        if message is not newest:
+            state = positions_in_order(message, contract.joint_names, topic)
         self._check_pictures()
         return Selection(images, state, stamp_ns)
 
@@ -265,15 +270,15 @@ class SensorInputs:
                     f"{source} ({camera.topic}): size: found {message.width}x{message.height}; "
                     f"expected {camera.width}x{camera.height}"
                 )
-        _check_age(source, camera.topic, to_ns(message.header.stamp), now_ns, self._contract.max_image_age_s)
+        self._check_age(source, camera.topic, to_ns(message.header.stamp), now_ns, self._contract.max_image_age_s)
         return message
 
-
-def _check_age(source: str, topic: str, stamp_ns: int, now_ns: int, limit_s: float) -> None:
-    age_s = (now_ns - stamp_ns) / NS_PER_S
-    if age_s > limit_s:
-        raise InputError(f"{source} ({topic}): found age {age_s:.3f} s; expected at most {limit_s} s")
-    if age_s < -limit_s:
-        raise InputError(
-            f"{source} ({topic}): found a stamp {-age_s:.3f} s in the future; expected synchronised clocks"
-        )
+    def _check_age(self, source: str, topic: str, stamp_ns: int, now_ns: int, limit_s: float) -> None:
+        age_s = (now_ns - stamp_ns) / NS_PER_S
+        if age_s > limit_s:
+            raise InputError(f"{source} ({topic}): found age {age_s:.3f} s; expected at most {limit_s} s")
+        if -age_s > (ahead_s := min(limit_s, self._contract.dt)):
+            raise InputError(
+                f"{source} ({topic}): found a stamp {-age_s:.3f} s in the future; expected synchronised clocks, "
+                f"at most {ahead_s} s apart"
+            )

@@ -51,7 +51,10 @@ class KeptFile:
 
 
 class StopLatch:
-    """A stop that stays until it is cleared, over a restart too where there is a ``path`` to keep it."""
+    """A stop that stays until it is cleared, over a restart too where there is a ``path`` to keep it.
+
+    There is none in lock-step only, where nothing can be stopped.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self._path = path

@@ -89,12 +89,15 @@ class ManagedNode(LifecycleNodeMixin, SelfAlignNode):
         self._before_activation.add(entity)
         return entity
 
-    def kept_path(self, ending: str) -> Path | None:
-        """Where this robot keeps something over a restart; None if it shall not, and in lock-step."""
-        folder = state_folder(self.parameters["token_folder"])
-        if folder is None or self.lockstep:
+    def kept_path(self, ending: str, folder: str | None = None) -> Path | None:
+        """Where this robot keeps something over a restart, in ``token_folder`` or in ``folder``.
+
+        None if it shall not, and in lock-step.
+        """
+        found = state_folder(self.parameters["token_folder"] if folder is None else folder)
+        if found is None or self.lockstep:
             return None
-        return folder / self.get_namespace().strip("/") / f"{self.contract.embodiment}{ending}"
+        return found / self.get_namespace().strip("/") / f"{self.contract.embodiment}{ending}"
 
     @property
     def lifecycle_state(self) -> str:

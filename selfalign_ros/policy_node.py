@@ -40,6 +40,7 @@ from selfalign_ros.conversions import (
     e_token_from_message,
     e_token_message,
     fill,
+    hold_message,
     joint_state_message,
     to_ns,
     trajectory_message,
@@ -49,7 +50,7 @@ from selfalign_ros.inputs import Selection, SensorInputs
 from selfalign_ros.kept import KeptFile, StopLatch
 from selfalign_ros.managed_node import ManagedNode
 from selfalign_ros.node import run
-from selfalign_ros.resources import checkpoint_folder
+from selfalign_ros.resources import STATE_FOLDER, checkpoint_folder
 from selfalign_ros.worker import Outcome
 
 if TYPE_CHECKING:
@@ -57,6 +58,10 @@ if TYPE_CHECKING:
 
 _INACTIVE = "inactive"
 _FIRST_CHUNK = "waiting for the first chunk"
+_LEASE_S = 40.0
+"""Longer than DDS takes to notice that a node was killed (20 s, announced every 3)."""
+_STANDSTILL_S = 1.0
+"""Without a control step for so long of steady time, ROS time stands still."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,7 @@ class PolicyNode(ManagedNode):
         self._token_version = 0
         self._token_refused_version = -1
         self._token_refusal = self._token_dispute = ""
+        self._token_publishers: dict[tuple[int, ...], float] = {}  # by endpoint: when it was first seen, steady time
 
         self._chunk: ActionChunk | None = None
         self._delay = DelayEstimate()
@@ -93,9 +99,11 @@ class PolicyNode(ManagedNode):
         self._inferring = False
         self._due_ns: int | None = None
         self._hold_reason = _INACTIVE
-        self._stop = StopLatch(self.kept_path(".stopped"))
+        # Whatever becomes of the tokens, a stop is kept.
+        self._stop = StopLatch(self.kept_path(".stopped", STATE_FOLDER))
         self._last_now_ns: int | None = None
-        self._time_jumps = 0
+        self._last_control_s: float | None = None  # steady time
+        self._bans = 0
 
         self._calibration: Calibration | None = None
         self._calibrations, self._last_calibration = 0, ""
@@ -161,11 +169,13 @@ class PolicyNode(ManagedNode):
         self._hold_reason = _FIRST_CHUNK
         self._last_now_ns = self._due_ns = None
         if not self.lockstep:
+            self._last_control_s = time.monotonic()
             self.create_timer(1.0 / self.contract.rate_hz, self._control)
 
     def deactivate(self) -> None:
+        self._last_control_s = None
         if not self.lockstep:
-            self._hold(_INACTIVE)
+            self._ban_motion(_INACTIVE)
 
     def is_idle(self) -> bool:
         return not self._inferring
@@ -185,6 +195,8 @@ class PolicyNode(ManagedNode):
     def parameters_changed(self, names: set[str]) -> None:
         if "prompt" in names:
             self._prompt = self.parameters["prompt"]
+        if "enable" in names and self.is_active and not self.lockstep and (reason := self._forbidden()):
+            self._ban_motion(reason)
         if self._rtc_max_delay is not None:
             self._handover_method = choose_method(self.parameters["chunk_handover"], self._rtc_max_delay)
 
@@ -269,9 +281,22 @@ class PolicyNode(ManagedNode):
         self.worker.submit(swap, swapped)
 
     def _token_sources(self) -> list[str]:
-        """Full names of the nodes that publish on the E-Token topic; one that was killed counts for a while."""
+        """Full names of the nodes that publish on the E-Token topic; one that was killed counts for a while.
+
+        A name stands there once, however often its node was started again, and twice when two publishers of that name
+        have been there for longer than DDS remembers one that was killed.
+        """
         publishers = self.get_publishers_info_by_topic(self._token_subscription.topic_name)
-        return sorted({f"{p.node_namespace.rstrip('/')}/{p.node_name}" for p in publishers})
+        now_s = time.monotonic()
+        self._token_publishers = {
+            (gid := tuple(p.endpoint_gid)): self._token_publishers.get(gid, now_s) for p in publishers
+        }
+        settled: dict[str, int] = {}
+        for publisher in publishers:
+            name = f"{publisher.node_namespace.rstrip('/')}/{publisher.node_name}"
+            old = now_s - self._token_publishers[tuple(publisher.endpoint_gid)] > _LEASE_S
+            settled[name] = settled.get(name, 0) + old
+        return sorted(name for name, count in settled.items() for _ in range(max(1, count)))
 
     def _look_at_token_sources(self) -> None:
         """With two nodes on the E-Token topic nobody can tell whose token is meant: none is taken until one is left."""
@@ -329,18 +354,18 @@ class PolicyNode(ManagedNode):
         prompt, seed = self._prompt, self.parameters["seed"]
         self._inferring = True
         self._due_ns = now_ns + self._replan_ns()
-        jumps, handover = self._time_jumps, self._plan_handover(selection.stamp_ns)
+        bans, handover = self._bans, self._plan_handover(selection.stamp_ns)
         self.worker.submit(
             lambda: self._infer(selection, prompt, seed, now_ns, handover),
-            lambda outcome: self._on_inference(outcome, jumps),
+            lambda outcome: self._on_inference(outcome, bans),
         )
 
-    def _on_inference(self, outcome: Outcome[Inference], jumps: int) -> None:
-        """``jumps``: how often time had jumped back when this inference started."""
+    def _on_inference(self, outcome: Outcome[Inference], bans: int) -> None:
+        """``bans``: how often motion had been banned when this inference started."""
         self._inferring = False
         self._look_at_the_clock(self.now_ns())
-        if jumps != self._time_jumps:
-            return  # made from what was seen in another time; its stamps mean nothing now
+        if bans != self._bans:
+            return  # it continues what was ended since, from what was seen before that
         if self._calibration is not None:
             return  # it began meanwhile; there will be a newer chunk when it is over
         if outcome.error is not None:
@@ -384,10 +409,11 @@ class PolicyNode(ManagedNode):
     def _control(self) -> None:
         """One control step."""
         now_ns = self.now_ns()
+        self._last_control_s = time.monotonic()
         self._look_at_the_clock(now_ns)
         self.diagnostics.state(self._hold_reason)
         if reason := self._why_not(now_ns):
-            self._hold(reason)
+            self._ban_motion(reason)
             return
         if self._calibration is not None:
             self._calibrate(self._calibration, now_ns)
@@ -403,11 +429,13 @@ class PolicyNode(ManagedNode):
         """Why the robot may not move; "" if it may."""
         if not self.is_active:
             return _INACTIVE
+        return self._forbidden() or self.inputs.fault(now_ns)
+
+    def _forbidden(self) -> str:
+        """A person's word against motion; "" if there is none."""
         if self._stop.reason:
             return self._stop.reason
-        if not self.parameters["enable"]:
-            return "disabled: the parameter enable is false"
-        return self.inputs.fault(now_ns)
+        return "" if self.parameters["enable"] else "disabled: the parameter enable is false"
 
     def _adopt(self, chunk: ActionChunk, now_ns: int) -> bool:
         """Make ``chunk`` the one that is executed. False if all of it is past."""
@@ -440,7 +468,10 @@ class PolicyNode(ManagedNode):
 
     def _execute(self, chunk: ActionChunk, now_ns: int) -> None:
         step = step_in_force(
-            stamp_ns=chunk.stamp_ns, dt_ns=self.contract.dt_ns, horizon=len(chunk.actions), now_ns=now_ns
+            stamp_ns=chunk.stamp_ns,
+            dt_ns=self.contract.dt_ns,
+            horizon=len(chunk.actions),
+            now_ns=max(now_ns, chunk.stamp_ns),  # a camera's clock may be a little ahead, see SensorInputs.select
         )
         if step is None:
             self._hold("late chunk: found the end of its horizon before the next chunk was ready")
@@ -465,16 +496,19 @@ class PolicyNode(ManagedNode):
         if self._calibration is not None:
             self._end_calibration(f"cancelled: {reason}")
         if self._path is not None:
-            now_ns = self.now_ns()
-            here = self._path.at(now_ns)
-            stamps = np.array([now_ns, now_ns + self.contract.dt_ns], np.int64)
-            stop = CommandPath(stamps, np.stack([here, here]))
-            self._command_publisher.publish(trajectory_message(self.contract.joint_names, stop, now_ns))
+            # Time may have jumped back since the last look: the robot did not.
+            here = self._path.at(max(self.now_ns(), self._last_now_ns or 0))
+            self._command_publisher.publish(hold_message(self.contract.joint_names, here, self.contract.dt_ns))
         if self._chunk is not None:
             self._holds, self._last_hold = self._holds + 1, reason
         self._path = self._chunk = self._commanded = None
         self._hold_reason = reason
         self._complaint.say("" if reason in (_INACTIVE, _FIRST_CHUNK) else f"holding: {reason}")
+
+    def _ban_motion(self, reason: str) -> None:
+        """Hold, and have no inference that is under way end it."""
+        self._bans += 1
+        self._hold(reason)
 
     # --- a person's word ---
 
@@ -493,7 +527,7 @@ class PolicyNode(ManagedNode):
         except OSError as error:
             response.message = f"holding, but not after a restart: {error}"
         if self.is_active:
-            self._hold(self._stop.reason)
+            self._ban_motion(self._stop.reason)
         self.get_logger().warning(self._stop.reason)
         return response
 
@@ -559,8 +593,7 @@ class PolicyNode(ManagedNode):
     def _look_at_the_clock(self, now_ns: int) -> None:
         """Start afresh if time has jumped back since the last look."""
         if self._last_now_ns is not None and now_ns < self._last_now_ns:
-            self._time_jumps += 1
-            self._hold("time jumped back")
+            self._ban_motion("time jumped back")
             self.inputs.clear()
             self._due_ns = None
         self._last_now_ns = now_ns
@@ -615,8 +648,13 @@ class PolicyNode(ManagedNode):
             values["inference duration [s]"] = self._last_inference.duration_s
             values["observation age [s]"] = self._last_inference.age_s
         values |= self._inference_latency.values() | self._observation_age.values()
-        doing = "moving" if self._calibration is None else "calibrating"
-        yield Status("chunks", level, f"holding: {self._hold_reason}" if self._hold_reason else doing, values)
+        text = "moving" if self._calibration is None else "calibrating"
+        if self._hold_reason:
+            text = f"holding: {self._hold_reason}"
+        if self._last_control_s is not None and (idle_s := time.monotonic() - self._last_control_s) > _STANDSTILL_S:
+            level = ERROR
+            text = f"found no control step for {idle_s:.0f} s; expected ROS time to go on (of /clock, if simulated)"
+        yield Status("chunks", level, text, values)
         problem = self._token_dispute or self._token_refusal or self._kept_token.problem
         in_use = f"version {self._token_version} in use"
         yield Status("e_token", WARN if problem else OK, problem or in_use, {"version": self._token_version})

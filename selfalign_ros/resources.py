@@ -61,6 +61,10 @@ def checkpoint_folder(name: str) -> str:
     )
 
 
+STATE_FOLDER = "~/.ros/selfalign"
+"""What ``token_folder`` is by default. A stop is kept there in any case."""
+
+
 def state_folder(name: str) -> Path | None:
     """The folder of a parameter ``token_folder``, None for ``""``. A leading ``~/.ros`` is ``$ROS_HOME`` if set."""
     if not name:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,6 +41,7 @@ class Stage:
         self.jobs.append(done)
 
     def close(self) -> None:
+        self.node._stop.clear()
         self.node.close()
         self.node.destroy_node()
 
@@ -56,6 +58,20 @@ class Stage:
         for camera in cameras or self.node.contract.cameras:
             rgb = np.full((camera.height, camera.width, 3), brightness, np.uint8)
             self.node.inputs.cameras[camera.name]._on_arrival(image_message(rgb, to_stamp(stamp_ns), camera.name))
+
+    def look(self) -> None:
+        """New images and joint states, then a control step."""
+        self.joints(self.now_ns)
+        self.images(self.now_ns)
+        self.node._control()
+
+    def start_moving(self, steps: int) -> None:
+        """A first chunk is followed for so many control steps."""
+        self.look()
+        self.end_inference(self.now_ns)
+        for _ in range(steps):
+            self.now_ns += self.node.contract.dt_ns
+            self.look()
 
     def end_inference(self, stamp_ns: int) -> None:
         """The running inference answers with a chunk for an observation of that stamp."""
@@ -91,6 +107,138 @@ def test_a_chunk_from_before_time_jumped_back_moves_nothing(stage: Stage) -> Non
     stage.node._control()
     stage.end_inference(stage.now_ns)  # the first one of the new time is executed
     assert len(stage.commands) == 1
+
+
+def is_hold(command: Any) -> bool:
+    """Whether a controller stops at once, whenever and with whatever clock it reads the command."""
+    return (command.header.stamp.sec, command.header.stamp.nanosec) == (0, 0) and len(command.points) == 1
+
+
+def jump(stage: Stage) -> None:
+    stage.now_ns -= 50 * S
+
+
+def jump_a_little(stage: Stage) -> None:
+    stage.now_ns -= S // 5
+
+
+@pytest.mark.parametrize("back", [jump, jump_a_little])
+@pytest.mark.parametrize("first", ["control", "stop", "deactivate"])
+def test_time_that_jumps_back_in_mid_motion_stops_the_robot_where_it_is(
+    stage: Stage, back: Callable[[Stage], None], first: str
+) -> None:
+    """Whoever notices first; the path's beginning is behind the robot and no place to hold."""
+    from std_srvs.srv import Trigger
+
+    stage.start_moving(steps=8)
+    here = stage.node._path.at(stage.now_ns)
+    assert (np.abs(here - stage.node._path.positions[0]) > 0.05).all()
+    back(stage)
+    if first == "stop":
+        stage.node._on_stop(Trigger.Request(), Trigger.Response())
+    elif first == "deactivate":
+        stage.node.stop()
+    else:
+        stage.look()
+    assert is_hold(stage.commands[-1])
+    np.testing.assert_allclose(stage.commands[-1].points[0].positions, here)
+
+
+def test_an_inference_begun_before_a_stop_moves_nothing_after_it_was_cleared(stage: Stage) -> None:
+    from std_srvs.srv import SetBool, Trigger
+
+    def stop_and_clear() -> None:
+        stage.node._on_stop(Trigger.Request(), Trigger.Response())
+        stage.node._on_clear_stop(Trigger.Request(), Trigger.Response())
+
+    def disable_and_enable() -> None:
+        for value in (False, True):
+            stage.node._on_enable(SetBool.Request(data=value), SetBool.Response())
+
+    for interrupt in (stop_and_clear, disable_and_enable):
+        stage.start_moving(steps=0)
+        while not stage.jobs:
+            stage.now_ns += stage.node.contract.dt_ns
+            stage.look()
+        observed_ns, given = stage.now_ns, len(stage.commands)
+        interrupt()
+        assert is_hold(stage.commands[-1]) and len(stage.commands) == given + 1
+        stage.end_inference(observed_ns)
+        assert len(stage.commands) == given + 1
+
+
+def test_a_stop_is_kept_whatever_becomes_of_the_tokens(stage: Stage, tmp_path: Path) -> None:
+    from std_srvs.srv import Trigger
+
+    from selfalign_ros.policy_node import PolicyNode
+
+    assert stage.node._on_stop(Trigger.Request(), Trigger.Response()).success
+    for folder in ("''", str(tmp_path)):
+        started_anew = PolicyNode(["--ros-args", "-p", f"token_folder:={folder}"])
+        assert "stopped by ~/stop before this process began" in started_anew._forbidden()
+        started_anew.close()
+        started_anew.destroy_node()
+
+
+def test_a_camera_clock_ahead_by_less_than_a_step_is_followed_and_by_more_is_named(stage: Stage) -> None:
+    ahead_ns = stage.node.contract.dt_ns
+    stage.joints(stage.now_ns)
+    stage.images(stage.now_ns + ahead_ns)
+    stage.node._control()
+    stage.end_inference(stage.now_ns + ahead_ns)
+    stage.node._control()
+    assert stage.node._hold_reason == "" and stage.node._late_chunks == 0
+    stage.images(stage.now_ns + ahead_ns + 1)
+    camera = stage.node.contract.cameras[0]
+    fault = stage.node.inputs.fault(stage.now_ns)
+    assert f"({camera.topic}): found a stamp 0.050 s in the future; expected synchronised clocks" in fault
+
+
+def test_an_image_older_than_every_joint_state_is_no_observation(stage: Stage) -> None:
+    from selfalign_core.errors import InputError
+
+    stage.images(stage.now_ns - S // 50)
+    stage.joints(stage.now_ns)
+    with pytest.raises(InputError, match=r"joint states at the oldest image .*found the first 0.020 s after it"):
+        stage.node.inputs.select(stage.now_ns)
+
+
+def test_diagnostics_say_so_when_ros_time_stands_still(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    import time
+
+    def chunks() -> Any:
+        return next(status for status in stage.node.statuses() if status.name == "chunks")
+
+    stage.start_moving(steps=1)
+    assert chunks().message == "moving"
+    later = time.monotonic() + 5.0
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    assert "found no control step for 5 s; expected ROS time to go on" in chunks().message
+
+
+def test_two_token_publishers_of_one_name_are_two_once_neither_can_be_a_killed_one(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import time
+
+    def publisher(number: int) -> Any:
+        return SimpleNamespace(node_namespace="/", node_name="aligner", endpoint_gid=[number] * 16)
+
+    found = [publisher(1)]
+    stage.node.get_publishers_info_by_topic = lambda topic: found
+    began = time.monotonic()
+    now = [began]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    assert stage.node._token_sources() == ["/aligner"]
+    now[0] += 100.0
+    found = [publisher(1), publisher(2)]  # killed and started again
+    assert stage.node._token_sources() == ["/aligner"]
+    now[0] += 30.0
+    assert stage.node._token_sources() == ["/aligner"]
+    now[0] += 30.0  # a killed one is forgotten by now
+    assert stage.node._token_sources() == ["/aligner", "/aligner"]
+    stage.node._look_at_token_sources()
+    assert "found 2 publishers, /aligner, /aligner; expected one" in stage.node._token_dispute
 
 
 def test_a_joint_state_from_before_a_gap_is_not_taken_for_where_the_robot_is(stage: Stage) -> None:
@@ -136,8 +284,9 @@ def test_images_taken_too_far_apart_are_no_observation(stage: Stage) -> None:
     contract = RobotContract.from_yaml(config_file("contracts/sim_arm.yaml"))
     stage.node.contract = dataclasses.replace(contract, max_camera_skew_s=0.1)
     stage.node.inputs = SensorInputs(stage.node, stage.node.contract, qos.SENSOR, lambda topic: None)
-    stage.joints(stage.now_ns)
     limit_ns = round(stage.node.contract.max_camera_skew_s * S)
+    stage.joints(stage.now_ns - limit_ns)
+    stage.joints(stage.now_ns)
     stage.images(stage.now_ns - limit_ns)
     stage.images(stage.now_ns, cameras=stage.node.contract.cameras[:1])
     assert stage.node.inputs.select(stage.now_ns).stamp_ns == stage.now_ns - limit_ns
