@@ -536,6 +536,28 @@ def test_a_killed_policy_comes_back_with_its_token_and_still_stopped(
     policy._path = node._path
 
 
+def test_a_policy_whose_token_file_is_truncated_or_forged_names_it_and_moves_with_its_own_token(
+    policy, probe, robot, graph, contract_path, kept, tokens
+) -> None:
+    probe.node.destroy_publisher(tokens)  # nobody hands it a better one
+    path = kept / "sim_arm_in_use.safetensors"
+    whole, nan = path.read_bytes(), b"\x00\x00\xc0\x7f"
+    for content in (whole[: len(whole) // 2], whole[:-4] + nan):
+        policy.kill()
+        path.write_bytes(content)
+        for name in ("action_chunk", COMMANDS):
+            probe.messages[name].clear()
+        for name in (CHUNKS, E_TOKEN):
+            probe.statuses.pop(name)
+        node = graph.start("policy", contract=contract_path, token_folder=kept)
+        probe.wait_for_status(E_TOKEN, f"saved E-Token {path} not used: ")
+        wait_until_moving(probe)
+        wait_for(lambda: probe.messages["action_chunk"] and probe.messages[COMMANDS], "a chunk and commands")
+        assert {chunk.e_token_version for chunk in probe.messages["action_chunk"]} == {0}
+        assert path.read_bytes() == content
+        policy.process, policy._path = node.process, node._path
+
+
 def test_interrupt_ends_the_node_cleanly(policy, probe, robot) -> None:
     robot.behaviour = Behaviour()
     wait_until_moving(probe)
