@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.report import MIB, check_device, peak_bytes, print_table, record, run_command, write_json
+from benchmarks.report import MIB, peak_bytes, print_table, record, run_command, write_json
 from selfalign_core.alignment.budget import Budget
 from selfalign_core.alignment.config import AlignConfig
 from selfalign_core.alignment.guard import judge
@@ -43,12 +43,14 @@ from selfalign_core.model.pi0 import AlignmentNoise, ModelInputs, Pi0, Transitio
 from selfalign_core.policy import Policy
 from selfalign_core.policy_config import PolicyConfig
 from selfalign_core.tokenizer import word_tokenizer
+from selfalign_core.torch_state import check_device
 from selfalign_core.types import TransitionBatch
 
 TIME_LIMIT, MEMORY_LIMIT = 10.0, 5.0
 """How many times faster, and how many times smaller, than the joint pass."""
 TARGET_MS, TARGET_GIB = 40.0, 6.0
-"""Of a full-size step on 32 transitions on an H200, and of alignment's memory over inference alone."""
+"""Of a full-size step on 32 transitions on an H200, and of alignment's memory over inference alone, with one model for
+both: an aligner in a process of its own holds the model's weights once more."""
 
 
 def random_policy(preset: str, device: str) -> Policy:
@@ -238,13 +240,17 @@ def _run(options: argparse.Namespace) -> int:
     ratios = {"time": joint_ms / step_ms, "memory": joint_bytes / (step_bytes + resting)}
     full = {preset: counted(preset, options.transitions) for preset in ("pi0", "pi05")}
     met = all(operations["ratio"] >= TIME_LIMIT for operations in full.values())
+    over_inference = (resting + step_bytes) / 2**30
     if options.preset:
         met &= ratios["time"] >= TIME_LIMIT and ratios["memory"] >= MEMORY_LIMIT
+    if options.preset and device == "cuda" and "H200" in torch.cuda.get_device_name():
+        met &= step_ms <= TARGET_MS and over_inference <= TARGET_GIB
     results = {
         "policy": options.preset or options.checkpoint,
         "transitions": options.transitions,
         "step": {"ms": step_ms, "mib": step_bytes / MIB, "prepared_mib": resting / MIB},
         "joint": {"ms": joint_ms, "mib": joint_bytes / MIB},
+        "over_inference_gib": over_inference,
         "ratio": ratios,
         "stages_ms": stages,
         "attempt_ms": sum(stages.values()),

@@ -26,11 +26,12 @@ import numpy as np
 import torch
 
 from benchmarks.align_speed import Bench
-from benchmarks.report import check_device, print_table, record, run_command, write_json
+from benchmarks.report import print_table, record, run_command, write_json
 from selfalign_core.contract import RobotContract
 from selfalign_core.device_turns import HandBack
 from selfalign_core.errors import ConfigError
 from selfalign_core.policy import Policy
+from selfalign_core.torch_state import check_device
 from selfalign_core.types import Observation
 from selfalign_ros.parameters import load_specs
 from selfalign_ros.process import give_way
@@ -106,8 +107,9 @@ def _run(options: argparse.Namespace) -> int:
     ours, theirs = context.Pipe()
     other = context.Process(target=align, args=(options.checkpoint, options.device, theirs), daemon=True)
     other.start()
-    if not ours.poll(120.0):
-        raise ConfigError("the aligning process: found no answer within 120 s, expected it to be ready")
+    while not ours.poll(1.0):
+        if not other.is_alive():
+            raise ConfigError(f"the aligning process: found it ended with exit code {other.exitcode}, see above")
     ours.recv()
     latencies: dict[str, list[float]] = {name: [] for name in PERIODS_S}
     attempts = dict.fromkeys(PERIODS_S, 0)

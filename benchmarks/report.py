@@ -18,7 +18,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from selfalign_core.checkpoint import write_atomically
-from selfalign_core.errors import ConfigError, SelfAlignError
+from selfalign_core.errors import SelfAlignError
 
 MIB = 2**20
 
@@ -125,12 +125,6 @@ def _t_quantile(degrees: int) -> float:
     z = statistics.NormalDist().inv_cdf(0.975)
     first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
     return z + first / degrees + second / degrees**2
-
-
-def check_device(name: str) -> None:
-    """Raise :class:`ConfigError` unless ``--device name`` can be had."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device: found 'cuda' but no GPU, expected 'cpu'")
 
 
 def run_command(work: Callable[[], int]) -> int:

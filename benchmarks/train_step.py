@@ -28,10 +28,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.report import MIB, check_device, peak_bytes, print_table, record, run_command, write_json
+from benchmarks.report import MIB, peak_bytes, print_table, record, run_command, write_json
 from selfalign_core.config import ModelConfig
 from selfalign_core.data.dataset_writer import DatasetWriter
 from selfalign_core.errors import ConfigError
+from selfalign_core.torch_state import check_device
 from selfalign_core.training.config import TrainConfig
 from selfalign_core.training.inputs import Encoder, cache_features, unreached_parameters
 from selfalign_core.training.parallel import Ranks

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 
 import torch
 
+from selfalign_core.errors import ConfigError
+
 _LOCK = threading.RLock()
 
 
@@ -39,8 +41,22 @@ def use_threads(count: int) -> None:
         torch.get_num_threads()
 
 
+def check_device(name: str) -> None:
+    """Raise :class:`ConfigError` unless the torch device ``name`` can be had."""
+    try:
+        place = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device: found {name!r}, expected cpu, cuda or cuda:N ({error})") from None
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device: found {name!r} but {torch.cuda.device_count()} GPUs that torch {torch.__version__} can use, "
+            "expected cpu, or a GPU with its driver and a CUDA build of torch"
+        )
+
+
 def use_stream(device: str, *, urgent: bool) -> None:
     """Let this thread's work on a GPU go before that of other threads of the process, or after it. Nothing on a CPU."""
+    check_device(device)
     place = torch.device(device)
     if place.type == "cuda":
         least, greatest = torch.cuda.Stream.priority_range()

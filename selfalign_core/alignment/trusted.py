@@ -39,10 +39,9 @@ class Trusted:
         named = dict(zip(keys, bank, strict=True)) | {DEPLOYED: deployed}
         if len(bank) > 1:
             named[MEAN] = bank_mean(bank)
-        once: dict[str, Tensor] = {}
-        for name, token in named.items():
-            if not any(torch.equal(token, other) for other in once.values()):
-                once[name] = token
+        first = {token.cpu().numpy().tobytes(): name for name, token in reversed(named.items())}
+        names = set(first.values())
+        once = {name: token for name, token in named.items() if name in names}
         spread = bank_spread(bank) if len(bank) > 1 else 0.0
         return cls(torch.stack(list(once.values())), tuple(once), bank, spread or 1.0)
 

@@ -348,9 +348,10 @@ class Run:
         """(horizon, action_dim) actions."""
         if not self._plan.on_gpu:
             return self.sample(call)
-        if self._graph is None:
-            self._graph = _Graph(self.sample, call)
-        return self._graph(call)
+        with torch.cuda.device(self._plan.device):  # graphs are recorded and played on the current one
+            if self._graph is None:
+                self._graph = _Graph(self.sample, call)
+            return self._graph(call)
 
     def sample(self, call: Call) -> Tensor:
         """The call, stage by stage."""

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 import torch
 
 from selfalign_core.contract import RobotContract
+from selfalign_core.errors import ConfigError
 from selfalign_core.policy import Policy
-from selfalign_core.torch_state import seeded, use_threads
+from selfalign_core.torch_state import check_device, seeded, use_stream, use_threads
 
 CONTRACT = Path(__file__).parents[2] / "config" / "contracts" / "sim_reach.yaml"
 
@@ -58,3 +60,11 @@ def test_seeds_do_not_mix() -> None:
 
     first, second = side_by_side(draw, draw)
     assert first == second == draw()
+
+
+@pytest.mark.parametrize("name", ["gpu", f"cuda:{torch.cuda.device_count()}"])
+def test_a_device_that_cannot_be_had_is_named(name: str) -> None:
+    for refused in (check_device, lambda device: use_stream(device, urgent=True)):
+        with pytest.raises(ConfigError, match=rf"device: found '{name}'.*expected cpu"):
+            refused(name)
+    check_device("cpu")
