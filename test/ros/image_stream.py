@@ -1,14 +1,15 @@
-"""Camera streams between two processes, for test_dds_profile.py: ``python image_stream.py send|receive FRAMES``.
+"""Camera streams between two processes: ``python image_stream.py send|receive FRAMES [BACKLOG]``.
 
-The sender publishes one image of every size per tick of a 30 Hz timer, with a sensor's quality of service, and never
-runs more than ``BACKLOG`` images ahead of what the receiver says it has: a busy machine makes the streams slower, it
-does not make them lose anything. The receiver prints the sequence numbers it got, as JSON.
+The sender publishes one image of every size per tick of a 30 Hz timer, with a sensor's quality of service. With a
+BACKLOG it never runs more images than that ahead of what the receiver says it has: a busy machine makes the streams
+slower, it does not make them lose anything. The receiver prints the sequence numbers it got, as JSON, the sender its rate.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 
 import numpy as np
 import rclpy
@@ -22,7 +23,6 @@ from selfalign_ros.conversions import image_message, to_stamp
 
 SIZES = ((480, 640), (720, 1280))
 RATE_HZ = 30.0
-BACKLOG = 4
 RECEIVED = QoSProfile(depth=100, reliability=ReliabilityPolicy.BEST_EFFORT)
 
 
@@ -33,9 +33,10 @@ def topic(size: tuple[int, int]) -> str:
 class Sender(Node):
     """Publishes ``frames`` images of each size; the stamp's nanoseconds are the sequence number."""
 
-    def __init__(self, frames: int) -> None:
+    def __init__(self, frames: int, backlog: int | None = None) -> None:
         super().__init__("sender")
-        self._frames, self._sent, self._got = frames, 0, dict.fromkeys(SIZES, -1)
+        self._frames, self._backlog = frames, frames if backlog is None else backlog
+        self._sent, self._got, self._begin_s, self.rate_hz = 0, dict.fromkeys(SIZES, -1), 0.0, 0.0
         self._images = {size: np.full((*size, 3), 7, np.uint8) for size in SIZES}
         self._cameras = {size: self.create_publisher(Image, topic(size), qos.SENSOR) for size in SIZES}
         for size in SIZES:
@@ -51,12 +52,13 @@ class Sender(Node):
 
     def _send(self) -> None:
         if self._sent == 1 and min(self._got.values()) < 0:
-            self._sent = 0
-        if self._sent == self._frames or self._sent - min(self._got.values()) > BACKLOG:
+            self._sent, self._begin_s = 0, time.monotonic()  # nobody listens yet
+        if self._sent == self._frames or self._sent - min(self._got.values()) > self._backlog:
             return
         for size, camera in self._cameras.items():
             camera.publish(image_message(self._images[size], to_stamp(self._sent), ""))
         self._sent += 1
+        self.rate_hz = (self._sent - 1) / (time.monotonic() - self._begin_s)
 
 
 class Receiver(Node):
@@ -84,17 +86,19 @@ class Receiver(Node):
         self._got[name].publish(UInt32(data=number))
 
 
-def main(role: str, frames: int) -> None:
+def main(role: str, *numbers: int) -> None:
     rclpy.init()
-    node = {"send": Sender, "receive": Receiver}[role](frames)
+    node = {"send": Sender, "receive": Receiver}[role](*numbers)
     while not node.is_done:
         rclpy.spin_once(node, timeout_sec=0.2)
     if isinstance(node, Receiver):
         print(json.dumps(node.sequences), flush=True)
         sys.stdin.read()  # until the sender has heard of the last one as well
+    else:
+        print(node.rate_hz)
     node.destroy_node()
     rclpy.shutdown()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], *map(int, sys.argv[2:]))
