@@ -2,7 +2,8 @@
 
 The sender publishes one image of every size per tick of a 30 Hz timer, with a sensor's quality of service. With a
 BACKLOG it never runs more images than that ahead of what the receiver says it has: a busy machine makes the streams
-slower, it does not make them lose anything. The receiver prints the sequence numbers it got, as JSON, the sender its rate.
+slower, it does not make them lose anything. The receiver prints the sequence numbers it got, as JSON, the sender its
+rate.
 """
 
 from __future__ import annotations
