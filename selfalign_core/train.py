@@ -5,6 +5,9 @@ On one machine with four GPUs, and on N machines (the same command on each, HOST
     torchrun --nproc-per-node 4 -m selfalign_core.train --config FILE parallel=fsdp
     torchrun --nnodes N --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
         -m selfalign_core.train --config FILE parallel=fsdp --resume
+
+``output`` must be in a folder that all machines share: every rank reads the checkpoint and the cached image features
+that the first one writes there. A job whose ranks do not see the same ends with an error that names the path.
 """
 
 from __future__ import annotations

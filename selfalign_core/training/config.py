@@ -186,10 +186,11 @@ class CheckpointSection:
 class TrainConfig:
     """A training run. ``batch_size`` is the whole batch of a step, over all ranks and accumulated passes.
 
-    ``output``: run directory. ``parallel``: how ranks of a torchrun job work together. ``freeze``: parts that stand
-    still: ``vision_tower``, ``projector``, ``vlm``, ``action_expert``, ``alignment_expert``, or patterns of parameter
-    names such as ``*.embed_tokens.weight``. ``ema_decay``: of the averaged weights that policies are written with,
-    null for none. ``cache_features``: run the frozen vision tower once per frame and keep its output on the disk.
+    ``output``: run directory, shared by all nodes of a job. ``parallel``: how ranks of a torchrun job work together.
+    ``freeze``: parts that stand still: ``vision_tower``, ``projector``, ``vlm``, ``action_expert``,
+    ``alignment_expert``, or patterns of parameter names such as ``*.embed_tokens.weight``. ``ema_decay``: of the
+    averaged weights that policies are written with, null for none. ``cache_features``: run the frozen vision tower once
+    per frame and keep its output on the disk.
     ``rtc_max_delay``: with d uniform in 0..rtc_max_delay, the chunk's first d actions are given clean and only the rest
     is learned (training-time real-time chunking, arXiv 2512.05964). ``losses``: ``all`` or the ``action`` loss alone.
     """

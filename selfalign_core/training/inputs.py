@@ -26,6 +26,7 @@ from selfalign_core.model.pi0 import AlignmentNoise, Losses, ModelInputs, Pi0
 from selfalign_core.policy_config import PolicyConfig
 from selfalign_core.tokenizer import PromptTokenizer
 from selfalign_core.training.bank import TokenBank
+from selfalign_core.training.state import expect_shared
 from selfalign_core.transforms import Normalizer, NormStats, pad_to_dim, to_delta
 
 
@@ -272,7 +273,7 @@ def cache_features(
     device: torch.device,
     rank: int = 0,
     world_size: int = 1,
-    barrier: Callable[[], None] = lambda: None,
+    gather: Callable[[Callable[[], Any]], list[Any]] = lambda work: [work()],
     report: Callable[[int, int], None] = lambda done, count: None,
     rows_per_pass: int = 64,
 ) -> np.ndarray:
@@ -280,39 +281,63 @@ def cache_features(
 
     Computed once, each rank a share, into a memory-mapped file in directory ``path``, named after the weights and the
     dataset; it appears under its name when complete, and a later run with the same tower and dataset reuses it.
+    ``gather``: ``Ranks.gather``; rank 0 decides what is to be done.
 
     Raises:
         InputError: a feature that float16 cannot hold.
+        ConfigError: this rank does not see rank 0's file, or has another tower or dataset.
     """
     size = (len(dataset), len(dataset.meta.cameras), model.config.vision.num_patches, model.config.text.width)
     file = path / f"features-{_tower_digest(model, dataset)[:16]}.npy"
-    barrier()
-    if not file.is_file():
-        partial = file.with_suffix(".partial")
-        if rank == 0:
-            path.mkdir(parents=True, exist_ok=True)
-            made = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=size)
-            del made
-            with open(partial, "rb+") as handle:  # a full disk is reported here
-                os.posix_fallocate(handle.fileno(), 0, partial.stat().st_size)
-        barrier()
-        out = np.lib.format.open_memmap(partial, mode="r+")
-        begin, end = (size[0] * r // world_size for r in (rank, rank + 1))
+
+    def begin() -> tuple[str, str | None] | None:
+        """Of rank 0: the name of the file, and that of the one to compute if it is not there."""
+        if rank != 0:
+            return None
+        if file.is_file():
+            return file.name, None
+        path.mkdir(parents=True, exist_ok=True)
+        for left in path.glob("*.partial"):  # of a killed run
+            left.unlink()
+        # A new name: what an earlier run may have left on a disk of another rank's is not taken for it.
+        partial = file.with_suffix(f".{os.urandom(4).hex()}.partial")
+        made = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=size)
+        del made
+        with open(partial, "rb+") as handle:  # a full disk is reported here
+            os.posix_fallocate(handle.fileno(), 0, partial.stat().st_size)
+        return file.name, partial.name
+
+    name, partial_name = gather(begin)[0]
+
+    def compute() -> None:
+        if file.name != name:
+            raise ConfigError(
+                f"{file}: rank {rank} found these features to compute and rank 0 {name}, expected the same dataset, at "
+                "the same path, and the same vision tower on every node (data.path, model.init)"
+            )
+        if partial_name is None:
+            return
+        expect_shared(path / partial_name, rank)
+        out = np.lib.format.open_memmap(path / partial_name, mode="r+")
+        first, last = (size[0] * r // world_size for r in (rank, rank + 1))
         with torch.no_grad():
-            for row in range(begin, end, rows_per_pass):
-                images = torch.from_numpy(np.array(dataset.images[row : min(row + rows_per_pass, end)])).to(device)
+            for row in range(first, last, rows_per_pass):
+                images = torch.from_numpy(np.array(dataset.images[row : min(row + rows_per_pass, last)])).to(device)
                 features = model.paligemma_with_expert.embed_image(pixels(images.flatten(0, 1))).half()
                 if not features.isfinite().all():
                     raise InputError(f"features from row {row}: found values beyond float16, expected smaller ones")
                 out[row : row + len(images)] = features.unflatten(0, images.shape[:2]).cpu().numpy()
-                report(row - begin + len(images), end - begin)
+                report(row - first + len(images), last - first)
         out.flush()
-        barrier()
-        if rank == 0:
-            with open(partial, "rb+") as handle:
+
+    def finish() -> None:
+        if rank == 0 and partial_name is not None:
+            with open(path / partial_name, "rb+") as handle:
                 os.fsync(handle.fileno())
-            os.replace(partial, file)
-        barrier()
+            os.replace(path / partial_name, file)
+
+    for work in (compute, finish, lambda: expect_shared(file, rank)):
+        gather(work)
     features = np.load(file, mmap_mode="r")
     if features.shape != size:
         raise InputError(f"{file}: found {features.shape}, expected {size}; delete it to compute it again")

@@ -9,10 +9,10 @@ import datetime
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,11 +31,13 @@ TIMEOUT = datetime.timedelta(minutes=30)
 """A rank that waits longer for the others gives up. One that died is noticed by torchrun at once."""
 
 
+T = TypeVar("T")
+
 _LOST = ("Connection", "gloo", "NCCL", "ncclRemote", "Timed out")
 
 
 class RankError(SelfAlignError):
-    """Another rank of the job is gone, so this one cannot go on."""
+    """Another rank of the job is gone or has failed, so this one cannot go on."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,29 @@ class Ranks:
 
     def mean(self, values: Tensor) -> Tensor:
         return self.sum(values) / self.world_size
+
+    def gather(self, work: Callable[[], T]) -> list[T]:
+        """What ``work`` returns on each rank, by rank: something small. The ranks wait for each other.
+
+        Raises:
+            RankError: ``work`` failed on another rank; on that one, what it raised. So all ranks end and none waits.
+        """
+        if not self.distributed:
+            return [work()]
+        failure, value = None, None
+        try:
+            value = work()
+        except Exception as error:
+            failure = error
+        found: list[Any] = [None] * self.world_size
+        with lost_rank(self):
+            dist.all_gather_object(found, (failure and str(failure), value))
+        if failure is not None:
+            raise failure
+        for rank, (text, _) in enumerate(found):
+            if text is not None:
+                raise RankError(f"rank {self.rank}: rank {rank} cannot go on, so the job ends: {text}")
+        return [value for _, value in found]
 
 
 @contextmanager

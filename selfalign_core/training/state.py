@@ -11,8 +11,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import platform
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,11 +24,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from selfalign_core.errors import CheckpointError
+from selfalign_core.errors import CheckpointError, ConfigError
 
 FORMAT = "selfalign-training-1"
+INFO_NAME = "training.json"
+
 _SHARD_BYTES = 2 << 30
 """Tensors are collected up to this size and then written, so a writer never holds the whole state."""
+
+SETTLE_S = 60.0
+"""A network file system may take so long to show what another node has made (NFS keeps a folder's names for that)."""
 
 _STEP = re.compile(r"step_(\d+)")
 
@@ -39,14 +46,14 @@ def list_checkpoints(directory: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     if not directory.is_dir():
         return []
-    found = [p for p in directory.iterdir() if _STEP.fullmatch(p.name) and (p / "training.json").is_file()]
+    found = [p for p in directory.iterdir() if _STEP.fullmatch(p.name) and (p / INFO_NAME).is_file()]
     return sorted(found, key=lambda p: int(_STEP.fullmatch(p.name)[1]))
 
 
 def find_checkpoint(path: str | Path) -> Path | None:
     """The checkpoint that ``path`` is, or the newest in a run directory or its ``checkpoints``; None if none."""
     path = Path(path)
-    if (path / "training.json").is_file():
+    if (path / INFO_NAME).is_file():
         return path
     found = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
     return found[-1] if found else None
@@ -97,7 +104,7 @@ def write_checkpoint(
         flush()
         write_policy(partial / "policy")
         text = json.dumps({"format": FORMAT, "step": step, **info, "files": files}, indent=1)
-        (partial / "training.json").write_text(text)
+        (partial / INFO_NAME).write_text(text)
         for path in [*partial.rglob("*"), partial]:
             sync(path)
         shutil.rmtree(target, ignore_errors=True)
@@ -113,6 +120,27 @@ def write_checkpoint(
     for old in list_checkpoints(directory)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def expect_shared(path: Path, rank: int) -> None:
+    """Wait until this rank sees ``path``, which rank 0 has found or made.
+
+    Raises:
+        ConfigError: it does not in ``SETTLE_S`` seconds, so the nodes do not share the folder.
+    """
+    end = time.monotonic() + SETTLE_S
+    while not path.exists():
+        if time.monotonic() >= end:
+            raise not_shared(path, rank, "nothing there")
+        time.sleep(0.5)
+
+
+def not_shared(path: Path, rank: int, found: str) -> ConfigError:
+    """The error of a rank that does not see at ``path`` what rank 0 does."""
+    return ConfigError(
+        f"{path.absolute()}: rank {rank} on {platform.node()} found {found}, expected what rank 0 sees: output, and a "
+        "directory to resume from, must be in a folder that all nodes share"
+    )
 
 
 def point_to(link: Path, target: Path) -> None:
@@ -134,7 +162,7 @@ def sync(path: Path) -> None:
 
 def read_info(path: Path) -> dict[str, Any]:
     """``training.json`` of a checkpoint; :class:`CheckpointError` names what is wrong with it."""
-    file = path / "training.json"
+    file = path / INFO_NAME
     try:
         info = json.loads(file.read_text())
     except (OSError, ValueError) as error:

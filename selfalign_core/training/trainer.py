@@ -7,6 +7,7 @@ the state before it, so a run that was killed and resumed repeats an uninterrupt
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -54,7 +55,16 @@ from selfalign_core.training.optim import (
     set_lr,
 )
 from selfalign_core.training.parallel import Ranks, accumulating, copy_into, lost_rank, parallelise, peak_memory
-from selfalign_core.training.state import find_checkpoint, list_checkpoints, read_info, read_tensors, write_checkpoint
+from selfalign_core.training.state import (
+    INFO_NAME,
+    expect_shared,
+    find_checkpoint,
+    list_checkpoints,
+    not_shared,
+    read_info,
+    read_tensors,
+    write_checkpoint,
+)
 
 LOSSES = ("total", "action", "perception", "dynamics", "inverse_dynamics")
 GAP_SIGMAS = 2.0
@@ -88,10 +98,11 @@ class Trainer:
 
     Args:
         resume: go on from the newest checkpoint of ``config.output``, or of the directory given; from the start if
-            ``config.output`` has none yet.
+            ``config.output`` has none yet. All ranks go on from the one that the first rank finds.
 
     Raises:
         ConfigError, CheckpointError, DatasetError: before anything is trained or written.
+        RankError: another rank raised one of these, or does not see the checkpoint.
     """
 
     def __init__(self, config: TrainConfig, ranks: Ranks, *, resume: bool | str | Path = False):
@@ -135,24 +146,43 @@ class Trainer:
         self._compose()
         self.step = 0
         if self._checkpoint is not None:
-            self._restore(self._checkpoint)
+            self.ranks.gather(lambda: self._restore(self._checkpoint))
 
     # ---------------------------------------------------------------- setting up
 
     def _find_resume(self, resume: bool | str | Path) -> Path | None:
-        existing = list_checkpoints(self.output / "checkpoints")
-        if resume is False:
-            if existing:
+        """The checkpoint that the first rank finds; every rank has to see the same."""
+        base = self.output if isinstance(resume, bool) else Path(resume)
+        found = self.ranks.gather(lambda: self._first_finds(base, resume) if self.ranks.first else None)[0]
+        if found is None:
+            return None
+        name, info = found
+        path = base / name
+
+        def check() -> None:
+            expect_shared(path / INFO_NAME, self.ranks.rank)
+            if read_info(path) != info:
+                raise not_shared(path, self.ranks.rank, "another checkpoint")
+
+        self.ranks.gather(check)
+        return path
+
+    def _first_finds(self, base: Path, resume: bool | str | Path) -> tuple[str, dict[str, Any]] | None:
+        """The checkpoint to resume from, below ``base``, and what it says of itself."""
+        if isinstance(resume, bool):
+            existing = list_checkpoints(self.output / "checkpoints")
+            if existing and not resume:
                 raise ConfigError(
                     f"output: found checkpoints up to {existing[-1]}, expected a new directory, or --resume to go on"
                 )
-            return None
-        if resume is True:
-            return existing[-1] if existing else None
-        found = find_checkpoint(resume)
-        if found is None:
-            raise CheckpointError(f"{resume}: found no training checkpoint, expected one to resume from")
-        return found
+            if not existing:
+                return None
+            found = existing[-1]
+        else:
+            found = find_checkpoint(resume)
+            if found is None:
+                raise CheckpointError(f"{resume}: found no training checkpoint, expected one to resume from")
+        return os.path.relpath(found, base), read_info(found)
 
     def _load_model(self) -> tuple[Pi0, Any, tuple[tuple[str, ...], Tensor] | None]:
         """The model, the tokenizer of its checkpoint if any, and that checkpoint's bank (keys, weight) if any."""
@@ -275,7 +305,7 @@ class Trainer:
                 device=self.ranks.device,
                 rank=self.ranks.rank,
                 world_size=self.ranks.world_size,
-                barrier=self.ranks.barrier,
+                gather=self.ranks.gather,
                 report=report,
             )
 

@@ -6,14 +6,16 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from training_runs import ROOT, command, environment, train, trainer, write_config, write_dataset
 
@@ -234,6 +236,81 @@ def test_a_rank_that_dies_ends_the_job_and_resuming_repeats_an_uninterrupted_one
     killed, whole = map(losses_of, runs)
     assert len(whole) == reached + 3
     assert killed == whole
+
+
+TRAIN_ON_A_NODE = """
+import sys
+from selfalign_core.train import main
+from selfalign_core.training import parallel, state
+state.SETTLE_S = float(sys.argv[1])
+parallel.end_process(main(sys.argv[2:]))
+"""
+
+
+def train_on_two_nodes(file: Path, *folders: Path, settle_s: float = 0.0) -> list[tuple[int, str]]:
+    """Resume ``file``'s run as a job of two ranks, each in a folder of its own; exit status and errors of each.
+
+    Nobody ends one rank when the other has ended, as the launcher of one machine would.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    arguments = [sys.executable, "-c", TRAIN_ON_A_NODE, str(settle_s), "--config", str(file), "--resume"]
+    with ExitStack() as stack:
+        ranks = []
+        for rank, folder in enumerate(folders):
+            folder.mkdir(exist_ok=True)
+            process = subprocess.Popen(
+                arguments,
+                env=environment() | place | {"RANK": str(rank)},
+                cwd=folder,
+                text=True,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+            )
+            stack.callback(process.kill)
+            ranks.append(process)
+        ended = [(process.communicate(timeout=LIMIT_S)[1], process.returncode) for process in ranks]
+    return [(status, errors) for errors, status in ended]
+
+
+def test_ranks_that_do_not_see_the_same_checkpoint_do_not_train(tmp_path: Path, data: Path) -> None:
+    first, second = tmp_path / "node0", tmp_path / "node1"
+    train(first / "run", data, steps=3)
+    log = (first / "run/log.jsonl").read_bytes()
+    file = write_config(tmp_path / "run.yaml", Path("run"), data, steps=6)
+    expected = "in a folder that all nodes share"
+    checkpoint = second / "run/checkpoints/step_00000003"
+    for found in ("nothing there", "another checkpoint"):
+        if found == "another checkpoint":  # of the same step
+            train(second / "run", data, steps=3, seed=1)
+        (status_0, errors_0), (status_1, errors_1) = train_on_two_nodes(file, first, second)
+        assert status_0 == status_1 == 2, errors_0 + errors_1
+        assert f"error: {checkpoint}" in errors_1 and f"found {found}" in errors_1 and expected in errors_1
+        assert "error: rank 0: rank 1 cannot go on" in errors_0 and str(checkpoint) in errors_0
+        assert "Traceback" not in errors_0 + errors_1
+    assert (first / "run/log.jsonl").read_bytes() == log
+
+
+def test_ranks_that_do_not_share_the_cached_features_do_not_train(tmp_path: Path, data: Path) -> None:
+    frozen: dict[str, Any] = {"steps": 2, "optim__warmup_steps": 1, "freeze": ["vision_tower", "projector"]}
+    file = write_config(tmp_path / "run.yaml", Path("run"), data, cache_features=True, **frozen)
+    nodes = tmp_path / "node0", tmp_path / "node1"
+    (status_0, errors_0), (status_1, errors_1) = train_on_two_nodes(file, *nodes)
+    assert status_0 == status_1 == 2, errors_0 + errors_1
+    assert f"error: {nodes[1]}/run/features/features-" in errors_1 and "in a folder that all nodes share" in errors_1
+    assert "error: rank 0: rank 1 cannot go on" in errors_0
+    assert "Traceback" not in errors_0 + errors_1
+    # What the first job left on the one disk is not taken by the next one for its own on the other.
+    shutil.copytree(nodes[0] / "run", nodes[1] / "run")
+    assert [status for status, _ in train_on_two_nodes(file, *nodes)] == [2, 2]
+    # The same job in one folder computes what one process does.
+    ended = train_on_two_nodes(file, nodes[0], nodes[0], settle_s=60.0)
+    assert [status for status, _ in ended] == [0, 0], ended
+    trainer(tmp_path / "alone", data, cache_features=True, **frozen)
+    together, alone = (next(iter((run / "features").iterdir())) for run in (nodes[0] / "run", tmp_path / "alone"))
+    assert together.name == alone.name and np.array_equal(np.load(together), np.load(alone))
 
 
 def test_the_command_line_names_what_is_wrong(
