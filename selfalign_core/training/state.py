@@ -122,6 +122,37 @@ def write_checkpoint(
     return target
 
 
+def set_aside_later(directory: Path, step: int, log: Path) -> Path | None:
+    """Move the checkpoints later than ``step`` to where they do not count, with a copy of ``log`` as it is now.
+
+    Returns:
+        The new folder ``rewound_<n>`` in ``directory`` that has them, to be resumed from like any other; None if there
+        are none.
+
+    Raises:
+        CheckpointError: they could not be moved.
+    """
+    later = [path for path in list_checkpoints(directory) if int(_STEP.fullmatch(path.name)[1]) > step]
+    if not later:
+        return None
+    number = 1
+    while (aside := directory / f"rewound_{number}").exists():
+        number += 1
+    try:
+        aside.mkdir()
+        if log.is_file():
+            shutil.copyfile(log, aside / log.name)
+        for path in reversed(later):
+            path.rename(aside / path.name)
+        sync(aside)
+        sync(directory)
+    except OSError as error:
+        raise CheckpointError(
+            f"{later[-1]}: could not set aside the checkpoints later than step {step} ({error})"
+        ) from error
+    return aside
+
+
 def expect_shared(path: Path, rank: int) -> None:
     """Wait until this rank sees ``path``, which rank 0 has found or made.
 

@@ -43,7 +43,7 @@ from selfalign_core.training.inputs import (
     measure_feature_scale,
     unreached_parameters,
 )
-from selfalign_core.training.logging import RunLog
+from selfalign_core.training.logging import LOG_NAME, RunLog
 from selfalign_core.training.optim import (
     Ema,
     Trained,
@@ -61,8 +61,10 @@ from selfalign_core.training.state import (
     find_checkpoint,
     list_checkpoints,
     not_shared,
+    point_to,
     read_info,
     read_tensors,
+    set_aside_later,
     write_checkpoint,
 )
 
@@ -98,7 +100,8 @@ class Trainer:
 
     Args:
         resume: go on from the newest checkpoint of ``config.output``, or of the directory given; from the start if
-            ``config.output`` has none yet. All ranks go on from the one that the first rank finds.
+            ``config.output`` has none yet. All ranks go on from the one that the first rank finds. What
+            ``config.output`` has of later steps is set aside when training begins.
 
     Raises:
         ConfigError, CheckpointError, DatasetError: before anything is trained or written.
@@ -390,6 +393,9 @@ class Trainer:
         self.output.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(self.config.to_dict(), sort_keys=False, allow_unicode=True)
         write_atomically(self.output / "config.yaml", lambda part: Path(part).write_text(text, encoding="utf-8"))
+        aside = set_aside_later(self.output / "checkpoints", self.step, self.output / LOG_NAME)
+        if aside is not None:
+            point_to(self.output / "policy", self._checkpoint / "policy")
         options = self.config.log
         log = RunLog(
             self.output,
@@ -400,6 +406,12 @@ class Trainer:
         )
         if self.step == 0:
             log.note(0, self.describe())
+        if aside is not None:
+            log.note(
+                self.step,
+                f"taken back to {self._checkpoint}: the later checkpoints and the log so far are now in {aside} "
+                f"(to go on from those after all: --resume {aside} output=NEW_DIRECTORY)",
+            )
         return log
 
     def describe(self) -> str:

@@ -81,6 +81,34 @@ def test_a_finished_run_is_not_overwritten_and_resumes_to_nothing(tmp_path: Path
     assert train(tmp_path / "run", data, steps=5, resume=True).step == 5
 
 
+def test_a_run_taken_back_goes_on_from_there_and_sets_aside_what_came_later(tmp_path: Path, data: Path) -> None:
+    output = tmp_path / "run"
+    checkpoints, aside = output / "checkpoints", output / "checkpoints/rewound_1"
+    train(output, data, checkpoint__every=2, checkpoint__keep=3)
+    log = (output / "log.jsonl").read_bytes()
+    options: dict[str, Any] = {"checkpoint__every": 3, "checkpoint__keep": 1}
+    back = trainer(output, data, resume=checkpoints / "step_00000002", **options)
+    assert [p.name for p in list_checkpoints(checkpoints)][1:] == ["step_00000004", "step_00000006"]  # nothing yet
+    back.train_step = lambda batch: 1 / 0  # dies before its first checkpoint
+    with pytest.raises(ZeroDivisionError):
+        back.run()
+    assert (output / "policy").resolve() == checkpoints / "step_00000002/policy"
+    (note,) = [line["text"] for line in log_of(output, "note") if "taken back" in line["text"]]
+    assert "step_00000002" in note and str(aside) in note
+    again = trainer(output, data, resume=True, **options)
+    assert again.step == 2
+    save, again.save = again.save, lambda: (save(), 1 / 0)  # dies right after its first checkpoint
+    with pytest.raises(ZeroDivisionError):
+        again.run()
+    assert [p.name for p in list_checkpoints(checkpoints)] == ["step_00000003"]
+    assert (output / "policy").resolve() == checkpoints / "step_00000003/policy"
+    assert trainer(output, data, resume=True, **options).step == 3
+    # What was set aside is whole, and a run of its own can go on from it.
+    assert (aside / "log.jsonl").read_bytes() == log
+    assert [p.name for p in list_checkpoints(aside)] == ["step_00000004", "step_00000006"]
+    assert trainer(tmp_path / "other", data, resume=aside, **options).step == 6
+
+
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path, data: Path) -> None:
     train(tmp_path / "run", data, steps=3)
     checkpoint = tmp_path / "run/checkpoints/step_00000003"
