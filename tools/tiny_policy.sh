@@ -22,10 +22,12 @@ fi
 stage "3/6 joint training of the three experts, one E-Token per body: $run/joint"
 python3 -m selfalign_core.train --config config/training/tiny_policy.yaml --resume
 
+# The same seed, so that the bodies of the first stage are among them and keep their tokens; other episodes, so that what
+# this stage holds out is nothing that the first one trained on.
 if [ ! -d $run/many_demos ]; then
   stage "4/6 four times as many bodies: $run/many_demos"
   python3 -m selfalign_core.data.sim_demos --output $run/many_demos --bodies 1280 --episodes 8 --nominal-episodes 48 \
-    --frames 36 --seed 1 --jobs "$jobs"
+    --frames 36 --seed 1 --episodes-seed 2 --jobs "$jobs"
 fi
 
 stage "5/6 joint training goes on with all of them: $run/many"

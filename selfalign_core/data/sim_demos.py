@@ -130,7 +130,7 @@ def record(
     jobs: int = 1,
     progress: bool = False,
 ) -> None:
-    """Record the episodes of each body into the dataset directory ``output``."""
+    """Record the episodes of each body, drawn from ``seed``, into the dataset directory ``output``."""
     with DatasetWriter(
         output,
         cameras=config.cameras,
@@ -193,7 +193,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Record demonstrations and play on simulated bodies.")
     parser.add_argument("--output", required=True, help="dataset directory to make")
     parser.add_argument("--bodies", type=int, default=64, help="number of bodies; the first is the nominal one")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=1, help="of the bodies, and of their episodes")
+    parser.add_argument("--episodes-seed", type=int, help="of the episodes: other recordings of the same bodies")
     parser.add_argument("--episodes", type=int, default=defaults.episodes, help="per body")
     parser.add_argument("--nominal-episodes", type=int, help="of the nominal body, if not as many as of the others")
     parser.add_argument("--frames", type=int, default=defaults.frames, help="control steps per episode")
@@ -220,7 +221,9 @@ def _run(args: argparse.Namespace) -> None:
         frames=args.frames,
         play=args.play,
     )
-    record(args.output, sample_bodies(args.bodies, args.seed, config), args.seed, config, jobs=args.jobs, progress=True)
+    bodies = sample_bodies(args.bodies, args.seed, config)
+    seed = args.seed if args.episodes_seed is None else args.episodes_seed
+    record(args.output, bodies, seed, config, jobs=args.jobs, progress=True)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,16 @@ def test_bodies_can_be_rebuilt_from_the_dataset(tmp_path):
     assert bodies == sample_bodies(2, 3, DemoConfig(image_size=(16, 16), episodes=2, frames=20))
 
 
+def test_another_seed_of_the_episodes_gives_other_recordings_of_the_same_bodies(tmp_path):
+    for name, more in (("a", []), ("b", ["--episodes-seed", "4"])):
+        assert main(["--output", str(tmp_path / name), *ARGUMENTS, *more]) == 0
+    a, b = (TransitionDataset(tmp_path / name) for name in ("a", "b"))
+    assert a.meta.embodiments == b.meta.embodiments and a.meta.sources == b.meta.sources
+    for one in a.meta.episodes:
+        for other in b.meta.episodes:
+            assert not np.array_equal(a.states[one.start : one.stop], b.states[other.start : other.stop])
+
+
 def test_a_refused_argument_writes_nothing(tmp_path, capsys):
     assert main(["--output", str(tmp_path / "demos"), *ARGUMENTS, "--play", "1.5"]) == 2
     assert "DemoConfig.play: found 1.5" in capsys.readouterr().err

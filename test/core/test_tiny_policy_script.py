@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from selfalign_core.data import sim_demos
+
 SCRIPT = Path(__file__).parents[2] / "tools" / "tiny_policy.sh"
-# Stands in for python3: notes its module, makes what --output and --json name, and fails in the module of FAIL.
+# Stands in for python3: notes module and arguments, makes what --output and --json name, fails in the module of FAIL.
 PYTHON = """#!/bin/bash
 module=$2
 echo "$module" >> calls.txt
+echo "$*" >> arguments.txt
 [ "$module" = "${FAIL:-}" ] && exit 3
 while [ $# -gt 0 ]; do
   [ "$1" = --output ] && mkdir -p "$2"
@@ -47,6 +50,14 @@ def test_a_first_run_goes_through_all_stages_and_says_where_the_policy_is(folder
     code, calls, output = run(folder)
     assert (code, calls) == (0, [DEMOS, PRETRAIN, TRAIN, DEMOS, TRAIN, EVALUATE])
     assert "runs/tiny_policy/many/policy" in output and "policies/tiny_reach" in output
+
+
+def test_both_stages_have_the_same_bodies_and_no_recording_in_common(folder: Path) -> None:
+    run(folder)
+    lines = [line.split()[2:] for line in (folder / "arguments.txt").read_text().splitlines() if DEMOS in line]
+    first, second = (sim_demos._parser().parse_args(line) for line in lines)
+    assert (first.seed, first.families) == (second.seed, second.families) and first.bodies < second.bodies
+    assert second.episodes_seed not in (None, first.seed, first.episodes_seed)
 
 
 def test_what_is_there_is_not_made_again(folder: Path) -> None:
