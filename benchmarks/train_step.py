@@ -9,6 +9,9 @@ left out of what rests in memory. At the tiny size with a vision tower that is t
 features cached, and as the shipped policy is trained. At full size the layers are recomputed in the backward pass and
 the model is bfloat16.
 
+Beside it, how long a step with all losses waits for its batch when the loader reads the dataset ahead, as in training.
+The dataset is small and in memory; for another one: ``python -m selfalign_core.data.loader DATASET --step-ms MS``.
+
 Exit status: 0 if the limits are kept, 1 if not, 2 on bad arguments.
 """
 
@@ -20,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +47,7 @@ MEMORY_LIMIT = 1.4
 """Of a step with the alignment expert, relative to one without."""
 
 KINDS = ("action", "all")
+PREFETCH = 4  # batches, as in training
 JOINTS = 7
 
 
@@ -147,6 +152,19 @@ class Bench:
                     found[kind].append(time.perf_counter() - begin)
         return found
 
+    def waits(self, steps: int) -> dict[str, float]:
+        """Mean and longest seconds that ``steps`` steps wait for their batch, after those that were read ahead."""
+        trainer = self.trainer
+        trainer.encoder = self._encoders["all"]
+        waited = []
+        with closing(trainer.loader.batches(prefetch=PREFETCH, as_torch=False)) as batches:
+            for _ in range(PREFETCH + steps):
+                begin = time.perf_counter()
+                batch = next(batches)
+                waited.append(time.perf_counter() - begin)
+                trainer.train_step(batch)
+        return {"wait_s": statistics.mean(waited[PREFETCH:]), "longest_wait_s": max(waited[PREFETCH:])}
+
     def step_bytes(self, kind: str) -> int:
         """Peak of what a step holds beyond what rests between steps: activations, gradients, temporaries."""
         return peak_bytes(lambda: self.step(kind), self.device)
@@ -207,7 +225,7 @@ def measure(setting: Setting, *, steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         bench = Bench(setting, Path(directory))
         times = bench.times(steps)
-        figures: dict[str, Any] = {"setting": asdict(setting), "steps": steps}
+        figures: dict[str, Any] = {"setting": asdict(setting), "steps": steps, "loader": bench.waits(steps)}
         for kind in KINDS:
             step, resting = bench.step_bytes(kind), bench.resting_bytes(kind)
             figures[kind] = {
@@ -248,7 +266,7 @@ def _run(options: argparse.Namespace) -> int:
     limits = {"time": TIME_LIMIT, "memory": MEMORY_LIMIT}
     write_json(options.json, record("train_step", limits=limits, met=met, results=results))
     print_table(
-        ["training step", "action only", "all losses", "time", "memory", "of it the step's own", "kept"],
+        ["training step", "action only", "all losses", "time", "memory", "of it the step's own", "kept", "data wait"],
         [_row(result) for result in results],
     )
     print(f"limits: {TIME_LIMIT} × the time, {MEMORY_LIMIT} × the memory: {'kept' if met else 'NOT kept'}")
@@ -259,7 +277,7 @@ def _row(result: dict[str, Any]) -> list[str]:
     kinds = [f"{1e3 * result[k]['step_s']:.0f} ms, {result[k]['memory_mib']:.0f} MiB" for k in KINDS]
     ratios = [f"{result['ratio'][key]:.2f} ×" for key in ("step_s", "memory_mib", "step_mib")]
     kept = ("yes" if result["met"] else "NO") if result["setting"]["limited"] else "no limit"
-    return [result["setting"]["name"], *kinds, *ratios, kept]
+    return [result["setting"]["name"], *kinds, *ratios, kept, f"{1e3 * result['loader']['wait_s']:.2f} ms"]
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from benchmarks import ablations, handover, held_out, train_step
 from benchmarks.report import interval, print_table, write_json
 from benchmarks.scores import Scorer, draw, halves
 from selfalign_core.data.dataset import TransitionDataset
+from selfalign_core.data.loader import Batch, Loader
 from selfalign_core.errors import ConfigError, InputError
 from selfalign_core.policy import Policy
 from selfalign_core.training.bank import MEAN_ROW
@@ -76,14 +78,29 @@ def test_a_step_above_a_limit_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     limited = True
 
     def measure(setting: train_step.Setting, steps: int) -> dict[str, Any]:
-        chosen = {"name": "x", "limited": limited}
-        return {"setting": chosen, "action": figures, "all": figures, "ratio": dict(figures), "met": False}
+        chosen = {"setting": {"name": "x", "limited": limited}, "loader": {"wait_s": 0.0}}
+        return {**chosen, "action": figures, "all": figures, "ratio": dict(figures), "met": False}
 
     monkeypatch.setattr(train_step, "measure", measure)
     assert train_step.main([]) == 1
     limited = False
     assert train_step.main([]) == 0
     assert train_step.main(["--steps", "0"]) == 2
+
+
+def test_a_loader_that_keeps_training_waiting_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = Loader.batches
+
+    def late(self: Loader, start: int = 0, **options: Any) -> Iterator[Batch]:
+        for batch in read(self, start, **options):
+            time.sleep(0.2)
+            yield batch
+
+    bench = train_step.Bench(train_step.Setting("tiny", "tiny", "cpu", 2), tmp_path)
+    fed = bench.waits(2)
+    assert 0 < fed["wait_s"] <= fed["longest_wait_s"]
+    monkeypatch.setattr(Loader, "batches", late)
+    assert bench.waits(2)["wait_s"] >= 0.2
 
 
 def test_the_full_size_path_runs() -> None:
