@@ -33,7 +33,12 @@ from selfalign_core.types import EToken
 
 E_TOKEN_PARAMETER = "peft_prefix_token"
 E_TOKEN_BANK = "peft_bank"
-"""(capacity, peft_num_tokens, width): tokens of the bodies trained on, beside the model's own tensors."""
+"""(capacity, peft_num_tokens, width): tokens of the bodies trained on, beside the model's own tensors.
+
+Rows without a key (``PolicyConfig.bank_keys``) are free. Mean, spread and principal directions of the others are not
+stored: they follow from the rows alone (``training.bank``) and are computed from them where they are read
+(``alignment.trusted``). The mean is also the ``peft_prefix_token`` of a policy written for no body in particular.
+"""
 OWN_E_TOKEN = ("peft_",)
 OWN_ALIGNMENT = ("alignment_", "next_obs_", "paligemma_with_expert.alignment_expert.")
 _PARTS = {"e_token": OWN_E_TOKEN, "alignment": (*OWN_ALIGNMENT, "peft_type_alignment", "peft_alignment_proj")}

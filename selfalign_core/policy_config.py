@@ -28,7 +28,8 @@ class PolicyConfig:
     ``padding_masked``: padded action dimensions were left out of the training loss (openpi trains them too).
     ``joints``: names of the joints of state and actions, in their order; empty if the data did not say.
     ``lerobot_epsilon``: of a policy whose numbers were normalised by LeRobot's rule (``transforms.Normalizer``).
-    ``bank_keys``: embodiment of each row of the checkpoint's E-Token bank; rows beyond them are free.
+    ``bank_keys``: embodiment of each row of the checkpoint's E-Token bank (``checkpoint.E_TOKEN_BANK``, which says what
+    is derived from it); rows beyond them are free.
     ``rtc_max_delay``: how many of a chunk's first actions the model learned to be given clean (training-time real-time
     chunking, arXiv 2512.05964); 0 if it was not trained for that.
     """

@@ -32,7 +32,10 @@ class Trusted:
 
     @classmethod
     def of(cls, policy: Policy) -> Trusted:
-        """Those of ``policy``; equal tokens once, under the bank's key if it has one."""
+        """Those of ``policy``; equal tokens once, under the bank's key if it has one.
+
+        A checkpoint has the bank's rows; mean, spread and :meth:`directions` are computed from them.
+        """
         deployed = torch.from_numpy(policy.e_token.data).to(policy.dim_mask.device)
         keys = policy.config.bank_keys
         bank = deployed[None][:0] if policy.bank is None else policy.bank[: len(keys)].detach().to(deployed).float()
