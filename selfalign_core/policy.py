@@ -61,6 +61,7 @@ class Policy:
         dt: float,
         trained: bool = True,
         bank: Tensor | None = None,
+        digest: str | None = None,
     ):
         if not 0 < dt < math.inf:
             raise ConfigError(f"dt: found {dt}, expected seconds > 0")
@@ -76,7 +77,8 @@ class Policy:
         """Whether :meth:`infer` samples on fused weights, or as the model itself does: same numbers within rounding.
         Guidance is always as the model does."""
         self._sampler = FastSampler(model)
-        self.digest = model_digest(model)
+        self.digest = model_digest(model) if digest is None else digest
+        """Of the weights as they are in the checkpoint, whatever they were cast to: who may exchange E-Tokens."""
         self._prompt = PromptTokenizer(tokenizer, max_len=config.model.max_token_len, pi05=config.model.pi05)
         self._state_norm = Normalizer(stats.get("state"), config.state_norm, config.lerobot_epsilon)
         self._action_norm = Normalizer(stats.get("actions"), config.action_norm, config.lerobot_epsilon)
@@ -100,18 +102,26 @@ class Policy:
 
     @classmethod
     @exclusive()
-    def load(cls, checkpoint: str, *, contract: RobotContract, device: str = "cpu") -> Policy:
+    def load(
+        cls, checkpoint: str, *, contract: RobotContract, device: str = "cpu", precision: str = "auto"
+    ) -> Policy:
         """The policy behind a ``checkpoint`` parameter, for the robot of ``contract``.
 
         ``""`` or ``"tiny"`` is the tiny model with seeded random weights (``trained`` is False); anything else is a
         checkpoint directory. One of openpi's or LeRobot's runs as it is: without E-Token, its cameras matched to the
         contract's by name.
 
+        Args:
+            precision: ``float32`` or ``bfloat16``; with ``auto`` bfloat16 on a GPU, elsewhere as in the file.
+
         Raises:
             CheckpointError, ConfigError: what is wrong with the files, or how they do not fit the contract.
         """
+        if precision not in ("auto", "float32", "bfloat16"):
+            raise ConfigError(f"precision: found {precision!r}, expected auto, float32 or bfloat16")
+        wanted = {"auto": "bfloat16" if torch.device(device).type == "cuda" else None}.get(precision, precision)
         if is_untrained(checkpoint):
-            return cls.untrained(contract, device=device)
+            return cls.untrained(contract, device=device, precision=wanted)
         path = Path(checkpoint)
         if not path.is_dir():
             raise CheckpointError(f"checkpoint: found no directory {path}, expected one, or '' for the tiny model")
@@ -119,13 +129,15 @@ class Policy:
             foreign = fit_to_robot(
                 read_foreign(path, embodiment=contract.embodiment), len(contract.joints), contract.camera_names
             )
-            return cls.from_checkpoint(path, dt=contract.dt, config=foreign.config, stats=foreign.stats, device=device)
-        policy = cls.from_checkpoint(path, device=device, dt=contract.dt)
+            return cls.from_checkpoint(
+                path, dt=contract.dt, config=foreign.config, stats=foreign.stats, device=device, precision=wanted
+            )
+        policy = cls.from_checkpoint(path, device=device, dt=contract.dt, precision=wanted)
         policy.check_contract(contract)
         return policy
 
     @classmethod
-    def untrained(cls, contract: RobotContract, *, device: str = "cpu") -> Policy:
+    def untrained(cls, contract: RobotContract, *, device: str = "cpu", precision: str | None = None) -> Policy:
         """The tiny model with random weights: real code paths, meaningless small motions around the pose it is in."""
         joints = contract.joints
         lower, upper = contract.lower.astype(np.float32), contract.upper.astype(np.float32)
@@ -145,8 +157,10 @@ class Policy:
             embodiment=contract.embodiment,
             joints=contract.joint_names,
         )
-        stats = {"state": state, "actions": actions}
-        return cls(model, config, word_tokenizer(TINY_WORDS), stats, dt=contract.dt, trained=False)
+        stats, digest = {"state": state, "actions": actions}, model_digest(model)
+        if precision is not None:
+            model.to_precision(precision)
+        return cls(model, config, word_tokenizer(TINY_WORDS), stats, dt=contract.dt, trained=False, digest=digest)
 
     @classmethod
     def from_checkpoint(
@@ -191,9 +205,11 @@ class Policy:
             stats = load_norm_stats(path / "norm_stats.json") if normalised else {}
         text = load_tokenizer(tokenizer or path)
         model = load_model(path, config.model, device=device, initialise=tuple(initialise))
+        digest = model_digest(model)
         if precision is not None:
             model.to_precision(precision)
-        return cls(model, config, text, stats, dt=dt, bank=read_bank(path) if config.bank_keys else None)
+        bank = read_bank(path) if config.bank_keys else None
+        return cls(model, config, text, stats, dt=dt, bank=bank, digest=digest)
 
     def save(self, path: str | Path) -> None:
         """Write a SelfAlign checkpoint directory: weights, config, statistics and tokenizer."""

@@ -183,7 +183,8 @@ class AlignerNode(ManagedNode):
         from selfalign_core.alignment import SelfAligner
         from selfalign_core.policy import Policy
 
-        policy = Policy.load(checkpoint, contract=self.contract, device=parameters["device"])
+        device, precision = parameters["device"], parameters["precision"]
+        policy = Policy.load(checkpoint, contract=self.contract, device=device, precision=precision)
         self._aligner = SelfAligner(
             policy,
             align_config(parameters),

@@ -210,7 +210,8 @@ class PolicyNode(ManagedNode):
         from selfalign_core.policy import Policy
 
         started = time.perf_counter()
-        policy = Policy.load(checkpoint, contract=self.contract, device=parameters["device"])
+        device, precision = parameters["device"], parameters["precision"]
+        policy = Policy.load(checkpoint, contract=self.contract, device=device, precision=precision)
         policy.fast = parameters["fast"]
         method = choose_method(parameters["chunk_handover"], policy.config.rtc_max_delay)
         # The first inference pays for lazy initialisation; the robot shall not wait for it.

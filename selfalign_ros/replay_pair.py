@@ -85,7 +85,10 @@ def _scores(report: Mapping[str, Any]) -> dict[str, Any]:
 
     parameters, bag = report["parameters"]["aligner"], Path(report["bag"])
     contract = RobotContract.from_yaml(config_file(parameters["contract"]))
-    policy = Policy.load(checkpoint_folder(parameters["checkpoint"]), contract=contract, device=parameters["device"])
+    policy = Policy.load(
+        checkpoint_folder(parameters["checkpoint"]),
+        contract=contract, device=parameters["device"], precision=parameters["precision"],
+    )  # fmt: skip
     scores: dict[str, Any] = {"spread": Trusted.of(policy).spread}
     before, after = (_token(report["e_tokens"][index], contract.embodiment) for index in (0, -1))
     try:

@@ -386,6 +386,17 @@ def test_bfloat16_runs_and_its_actions_are_close(policy: Policy, tmp_path: Path)
         Policy.from_checkpoint(tmp_path, dt=0.05, precision="float8")
 
 
+def test_a_policy_is_loaded_in_the_precision_asked_for_and_e_tokens_fit_either() -> None:
+    contract = RobotContract.from_yaml(CONTRACTS / "sim_reach.yaml")
+    for name in ("tiny", str(POLICIES / "tiny_reach")):
+        whole, half = (Policy.load(name, contract=contract, precision=p) for p in ("auto", "bfloat16"))
+        layers = [p.model.paligemma_with_expert.gemma_expert.model.layers[0] for p in (whole, half)]
+        assert [layer.mlp.up_proj.weight.dtype for layer in layers] == [torch.float32, torch.bfloat16]
+        half.check_e_token(whole.e_token)  # an aligner on a CPU, a policy on a GPU
+    with pytest.raises(ConfigError, match="precision: found 'float8', expected auto, float32 or bfloat16"):
+        Policy.load("tiny", contract=contract, precision="float8")
+
+
 def edit_config(path: Path, edit) -> None:
     values = json.loads((path / "config.json").read_text())
     edit(values)
