@@ -6,6 +6,7 @@ known token, ``refine`` improves a shadow of it, ``guard`` decides, ``watch`` no
 """
 
 from selfalign_core.alignment.config import AlignConfig
-from selfalign_core.alignment.machine import SelfAligner, StageReport, State
+from selfalign_core.alignment.machine import SelfAligner
+from selfalign_core.alignment.reports import StageReport, State
 
 __all__ = ["AlignConfig", "SelfAligner", "StageReport", "State"]

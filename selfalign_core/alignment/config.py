@@ -26,7 +26,8 @@ class Collect:
     goes on collecting, for ``attempts`` in a row, each judged by transitions that none before has seen and fitted on
     ``fit_count`` that are spread over the newest ``memory``: another way of moving is no reason to forget. Each joint's
     commanded change must spread by ``min_command`` and at least one joint must really move by ``min_motion`` (standard
-    deviations, rad or m). ``max_value`` is the largest normalised state or action that is believed.
+    deviations, rad or m) in what is fitted; in what it is judged by a joint must move, too. ``max_value`` is the
+    largest normalised state or action that is believed.
     """
 
     fit_count: int = 20
@@ -56,7 +57,8 @@ class Identify:
     """Successive elimination over the trusted tokens.
 
     All are scored on ``first_count`` transitions, the best quarter on twice as many others, and so on; ``finalists`` of
-    them on all fit transitions with ``draws`` noise draws of each.
+    them on all fit transitions with ``draws`` noise draws of each. ``budget_ms`` is for that, and as much again for
+    preparing transitions: for what the frozen model makes of them, before an attempt and before a test for drift.
     """
 
     first_count: int = 2
@@ -99,7 +101,8 @@ class Guard:
     gain is not worth a new token: it is real, but the actions do not get better by it. While the current token is
     unproven (see :mod:`machine`), no margin is asked for. ``draws``: common noise draws per transition.
     ``trust_radius``: farthest from the nearest trusted token, in spreads of the bank (root mean squares; 1 for a bank
-    of one). ``max_norm``: largest root mean square of a token vector; trusted tokens may be larger.
+    of one). ``max_norm``: largest root mean square of a token vector; trusted tokens may be larger. ``budget_ms`` is
+    for the test, and as much again for the losses that the report gives.
     """
 
     draws: int = 16
@@ -144,8 +147,9 @@ class AlignConfig:
 
     ``keep``: accepted tokens remembered for rollback. ``frame_cache_mib``: memory for what the frozen model made of
     frames, kept from round to round; 0 keeps nothing. ``policy_wait_ms``: how long alignment on a shared GPU waits for
-    one inference. A stage's ``budget_ms`` is wall time, None for no limit; with a limit, results depend on the
-    machine's speed.
+    one inference. A stage's ``budget_ms`` is wall time, None for no limit; the clock is looked at before every pass of
+    the model, and what a stage overran by is taken off the next one's. With a limit, results depend on the machine's
+    speed.
     """
 
     mode: Mode = "subspace"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from selfalign_core.types import TransitionBatch
 class Excitation:
     """Standard deviations over transitions, per joint in the robot's units: of the commanded and the real change.
 
-    ``missing``: in words, what is below the requirement; empty if the motion suffices.
+    Of the transitions that are fitted. ``missing``: in words, what is below the requirement; empty if all suffices.
     """
 
     joints: tuple[str, ...]
@@ -26,6 +27,13 @@ class Excitation:
     @property
     def enough(self) -> bool:
         return not self.missing
+
+
+def excitation_of(fit: TransitionBatch, guard: TransitionBatch, joints: Sequence[str], config: Collect) -> Excitation:
+    """That of ``fit``; of ``guard``, which shall only tell two tokens apart, is required that a joint moves."""
+    found, newer = measure_excitation(fit, joints, config), measure_excitation(guard, joints, config)
+    missing = _stillness(newer.motion, config)
+    return dataclasses.replace(found, missing=(*found.missing, *(f"of late {words}" for words in missing)))
 
 
 def measure_excitation(batch: TransitionBatch, joints: Sequence[str], config: Collect) -> Excitation:
@@ -46,6 +54,11 @@ def measure_excitation(batch: TransitionBatch, joints: Sequence[str], config: Co
         for name, spread in zip(names, command, strict=True)
         if spread < config.min_command
     ]
-    if motion.max(initial=0.0) < config.min_motion:
-        missing.append(f"no joint moved by more than {motion.max(initial=0.0):.3f}, expected {config.min_motion:.3f}")
+    missing += _stillness(motion.tolist(), config)
     return Excitation(names, tuple(command.tolist()), tuple(motion.tolist()), tuple(missing))
+
+
+def _stillness(motion: Sequence[float], config: Collect) -> list[str]:
+    """In words that no joint moved, if so."""
+    most = max(motion, default=0.0)
+    return [f"no joint moved by more than {most:.3f}, expected {config.min_motion:.3f}"] * (most < config.min_motion)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,13 @@ from selfalign_core.policy import Policy
 
 MAX_FRAMES = 4
 """Frames, or transitions with their prompts, of one pass: bounds the memory of a pass and the work of its layers."""
+
+Look = Callable[[], object]
+"""Called before every pass of the model; what it raises ends the work there."""
+
+
+def never() -> None:
+    """The :data:`Look` of work that nothing ends."""
 
 
 @dataclass(frozen=True)
@@ -73,25 +81,27 @@ class FrameCache:
         return sum(encoded.nbytes for encoded in self._kept.values())
 
     @torch.no_grad()
-    def encode(self, frames: np.ndarray, cameras: tuple[str, ...]) -> Encoded:
-        """``frames`` (N, cameras, H, W, 3) uint8 RGB, at least one."""
+    def encode(self, frames: np.ndarray, cameras: tuple[str, ...], look: Look = never) -> Encoded:
+        """``frames`` (N, cameras, H, W, 3) uint8 RGB, at least one. What was made before ``look`` raised is kept."""
         if self.limit_bytes <= 0:
             self._kept.clear()
-            return self._encode(frames, cameras)
+            return joined([self._encode(frames[rows], cameras, look) for rows in _passes(range(len(frames)))])
         keys = [self._key(frame, cameras) for frame in frames]
         new = {key: row for row, key in enumerate(keys) if key not in self._kept}
         self.misses += len(new)
         self.hits += len(keys) - len(new)
-        if new:
-            encoded = self._encode(frames[list(new.values())], cameras)
-            for row, key in enumerate(new):
-                self._kept[key] = encoded.select(torch.tensor([row], device=self._policy.dim_mask.device))
-        found = joined([self._kept[key] for key in keys])
-        for key in keys:
-            self._kept.move_to_end(key)
-        excess = self.nbytes - self.limit_bytes
-        while excess > 0:
-            excess -= self._kept.popitem(last=False)[1].nbytes
+        try:
+            for part in _passes(list(new)):
+                encoded = self._encode(frames[[new[key] for key in part]], cameras, look)
+                for row, key in enumerate(part):
+                    self._kept[key] = encoded.select(torch.tensor([row], device=self._policy.dim_mask.device))
+            found = joined([self._kept[key] for key in keys])
+            for key in keys:
+                self._kept.move_to_end(key)
+        finally:
+            excess = self.nbytes - self.limit_bytes
+            while excess > 0:
+                excess -= self._kept.popitem(last=False)[1].nbytes
         return found
 
     @staticmethod
@@ -100,11 +110,8 @@ class FrameCache:
         key.update(np.ascontiguousarray(frame))
         return key.digest()
 
-    def _encode(self, frames: np.ndarray, cameras: tuple[str, ...]) -> Encoded:
-        parts = [frames[i : i + MAX_FRAMES] for i in range(0, len(frames), MAX_FRAMES)]
-        return joined([self._encode_together(part, cameras) for part in parts])
-
-    def _encode_together(self, frames: np.ndarray, cameras: tuple[str, ...]) -> Encoded:
+    def _encode(self, frames: np.ndarray, cameras: tuple[str, ...], look: Look) -> Encoded:
+        look()
         policy, model = self._policy, self._policy.model
         features, masks = [], []
         for camera in policy.config.cameras:
@@ -118,3 +125,8 @@ class FrameCache:
         return Encoded(
             tuple(features), tuple(masks), model.images_only_prefix(features, masks) if images_only else None
         )
+
+
+def _passes(items: Sequence) -> list:
+    """``items`` in parts that go through the model together."""
+    return [items[i : i + MAX_FRAMES] for i in range(0, len(items), MAX_FRAMES)]

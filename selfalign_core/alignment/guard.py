@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selfalign_core.alignment.budget import Budget
+from selfalign_core.alignment.budget import Budget, OutOfTimeError
 from selfalign_core.alignment.config import Guard
 from selfalign_core.alignment.overlap import estimate
 from selfalign_core.alignment.scoring import Prepared, Scorer
@@ -53,7 +53,8 @@ def judge(
 ) -> Verdict:
     """Accept ``shadow`` (T, W) in place of ``current`` only if it is within bounds and surely better on ``data``.
 
-    ``spans`` (B, 2) ns: when each transition begins and ends. A spent budget means fewer noise draws, at least one.
+    ``spans`` (B, 2) ns: when each transition begins and ends. A spent budget means fewer noise draws; before the
+    first is done it is a refusal.
     """
     if torch.equal(shadow, current):
         return Verdict(False, "refused: nothing found that differs from the current token")
@@ -61,11 +62,14 @@ def judge(
         return Verdict(False, f"refused: {complaint}")
     noise = scorer.noise(data, config.draws, seed)
     both, losses, note = torch.stack([current, shadow]), [], ""
-    for draw in torch.randperm(config.draws, generator=torch.Generator().manual_seed(seed)).tolist():
-        if losses and (note := budget.spent()):
-            break
-        rows = torch.arange(draw * len(data), (draw + 1) * len(data), device=current.device)
-        losses.append(scorer.score(data, noise, both, rows))
+    try:
+        for draw in torch.randperm(config.draws, generator=torch.Generator().manual_seed(seed)).tolist():
+            rows = torch.arange(draw * len(data), (draw + 1) * len(data), device=current.device)
+            losses.append(scorer.score(data, noise, both, rows, budget.check))
+    except OutOfTimeError as why:
+        note = str(why)
+    if not losses:
+        return Verdict(False, f"refused: not judged, {note} before one of {config.draws} draws")
     before, after = torch.stack(losses).mean(0).double().cpu().numpy()
     difference = estimate(2 * (after - before) / (after + before), spans)
     upper = difference.upper(config.sigmas)

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from selfalign_core.alignment.budget import Budget
+from selfalign_core.alignment.budget import Budget, OutOfTimeError
 from selfalign_core.alignment.config import Identify
 from selfalign_core.alignment.scoring import Prepared, Scorer
 from selfalign_core.alignment.trusted import Trusted
 
 CURRENT = "current"
 _STEP_ROWS = 256
-"""Rows scored between two looks at the clock."""
+"""Rows that count together or, when the budget ends among them, not at all."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +54,15 @@ def identify(
     noise = scorer.noise(data, config.draws, seed)
     alive = torch.arange(len(names), device=current.device)
     totals, trials, evaluations, note = torch.zeros(len(names), device=current.device), 0, 0, ""
-    for keep, rows in _rounds(len(names), len(data), config):
-        if note := budget.spent():
-            break
-        alive = _best(totals, alive, keep)
-        for part in rows.to(current.device).split(max(1, _STEP_ROWS // len(alive))):
-            if trials and (note := budget.spent()):
-                break
-            losses = scorer.score(data, noise, tokens[alive], part)
-            totals[alive] += relative(losses).sum(1)
-            trials, evaluations = trials + len(part), evaluations + losses.numel()
+    try:
+        for keep, rows in _rounds(len(names), len(data), config):
+            alive = _best(totals, alive, keep)
+            for part in rows.to(current.device).split(max(1, _STEP_ROWS // len(alive))):
+                losses = scorer.score(data, noise, tokens[alive], part, budget.check)
+                totals[alive] += relative(losses).sum(1)
+                trials, evaluations = trials + len(part), evaluations + losses.numel()
+    except OutOfTimeError as why:
+        note = str(why)
     order = alive[totals[alive].argsort(stable=True)]
     scores = {names[row]: float(totals[row]) / max(trials, 1) for row in order.tolist()}
     best = names[int(order[0])]

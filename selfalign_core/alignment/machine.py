@@ -8,6 +8,8 @@
        │   └──────── accepted: the token is in use; or undecided ─────────┘ │
        │                                                                    │ refused
        └──────── drift, or align_now() ──────── WATCH ◀─────────────────────┘
+                                                  ▲
+                                   rollback(), reset()
 
 After an acceptance it tries to improve further, and while an attempt is undecided it tries again, a few times: each
 attempt fits on all evidence so far but is judged by transitions that none before has seen. After a refusal it rests
@@ -15,14 +17,15 @@ and watches. A refusal leaves a baseline for the drift test, which goes on besid
 jumped to is unproven until identification prefers it over all others on as much evidence as is remembered: it may have
 fitted little motion by chance, so that it fits worse elsewhere is no sign of a change, and no evidence is dropped. Any
 sure gain replaces it; for a proven one the guard asks for its margin.
+Who brings an earlier token back wants it kept: then, too, it rests, and what it sees first is the baseline.
 Evidence is never older than ``since_ns``: what came before the change that a drift betrays is not asked for again.
 The caller hands in transitions and the time, and publishes what is accepted. Knows neither ROS nor files.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import enum
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -32,19 +35,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selfalign_core.alignment.budget import Budget, Clock
+from selfalign_core.alignment.budget import Budget, Clock, OutOfTimeError, RoundClock
 from selfalign_core.alignment.config import AlignConfig, Collect
-from selfalign_core.alignment.excitation import Excitation, measure_excitation
+from selfalign_core.alignment.excitation import excitation_of
 from selfalign_core.alignment.frames import FrameCache
-from selfalign_core.alignment.guard import Verdict, judge
+from selfalign_core.alignment.guard import judge
 from selfalign_core.alignment.history import Accepted, History
-from selfalign_core.alignment.identify import Identification, identify
+from selfalign_core.alignment.identify import identify
 from selfalign_core.alignment.overlap import spans
-from selfalign_core.alignment.refine import Refinement, refine
-from selfalign_core.alignment.scoring import AlignLosses, Scorer
+from selfalign_core.alignment.refine import refine
+from selfalign_core.alignment.reports import Attempt, StageReport, State
+from selfalign_core.alignment.scoring import AlignLosses, Prepared, Scorer
 from selfalign_core.alignment.screen import screen
 from selfalign_core.alignment.trusted import Trusted
-from selfalign_core.alignment.watch import Drift, RunningLoss, changed_at, drift, references, running_loss
+from selfalign_core.alignment.watch import RunningLoss, changed_at, drift, references, running_loss
 from selfalign_core.device_turns import HandBack
 from selfalign_core.errors import InputError
 from selfalign_core.policy import Policy
@@ -52,65 +56,6 @@ from selfalign_core.types import EToken, TransitionBatch
 
 REPORT_DRAWS = 4
 """Noise draws behind each reported loss."""
-
-
-class State(enum.Enum):
-    """See the module."""
-
-    COLLECT = "collect"
-    WATCH = "watch"
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One pass of identify → refine → guard, with mean losses of the current token and of the shadow on both sets.
-
-    ``durations_ms``: wall time per stage.
-    """
-
-    identification: Identification
-    refinement: Refinement
-    verdict: Verdict
-    fit_count: int
-    guard_count: int
-    fit_before: AlignLosses
-    fit_after: AlignLosses
-    guard_before: AlignLosses
-    guard_after: AlignLosses
-    durations_ms: dict[str, float]
-
-    @property
-    def undecided(self) -> bool:
-        """Refused although the shadow looks better, or where another token fits the older transitions better."""
-        return not self.verdict.accepted and (self.verdict.mean < 0 or self.identification.margin > 0)
-
-    @property
-    def text(self) -> str:
-        found, steps = self.identification, self.refinement.steps
-        notes = "".join(f", {note}" for note in (found.note, self.refinement.note) if note)
-        return f"{self.verdict.reason}; started from {found.name!r}, {steps} steps{notes}"
-
-
-@dataclass(frozen=True)
-class StageReport:
-    """What one :meth:`SelfAligner.advance` did: ``text`` in words, the rest in numbers where there are any.
-
-    ``state``: after it. ``transitions``: usable ones at hand. ``left_out``: why others were not. ``token``: in use.
-    """
-
-    state: State
-    text: str
-    token: EToken
-    transitions: int = 0
-    left_out: tuple[str, ...] = ()
-    excitation: Excitation | None = None
-    attempt: Attempt | None = None
-    drift: Drift | None = None
-
-    @property
-    def accepted(self) -> bool:
-        """Whether ``token`` is new."""
-        return self.attempt is not None and self.attempt.verdict.accepted
 
 
 @dataclass(frozen=True)
@@ -157,7 +102,7 @@ class SelfAligner:
         self._scorer = Scorer(policy, _weights(config), prompt=prompt, frames=self._frames)
         self._trusted = Trusted.of(policy)
         self._references = references(self._trusted, config.watch.references)
-        self._seed, self._clock = seed, clock
+        self._seed, self._clock, self._now_ns = seed, clock, -(2**62)
         self.history = History(Accepted(policy.e_token, 0, math.nan), keep=config.keep)
         self._restart(-(2**62))
 
@@ -171,6 +116,10 @@ class SelfAligner:
     @property
     def state(self) -> State:
         return self._state
+
+    @property
+    def _doing(self) -> str:
+        return "collecting" if self._state is State.COLLECT else "watching"
 
     @property
     def since_ns(self) -> int:
@@ -224,6 +173,7 @@ class SelfAligner:
         self.policy.check_e_token(token)
         self.history = History(Accepted(token, stamp_ns, math.nan), keep=self.config.keep)
         self._restart(stamp_ns)
+        self._now_ns = stamp_ns
 
     def restore(self, history: History) -> None:
         """Go on from a history that was loaded from a file."""
@@ -232,17 +182,19 @@ class SelfAligner:
         self._restart(-(2**62))
 
     def rollback(self, stamp_ns: int) -> EToken:
-        """The accepted token before this one is in use again, under a new version; collection starts anew.
+        """The accepted token before this one is in use again, under a new version, until drift or :meth:`align_now`.
 
         Raises:
             InputError: there is none.
         """
         token = self.history.rollback(stamp_ns)
-        self._restart(stamp_ns)
+        self._rest(stamp_ns)
         return token
 
     def reset(self, stamp_ns: int) -> EToken:
-        """The policy's own token is in use again, under a new version; collection starts anew. Can be rolled back.
+        """The policy's own token is in use again, under a new version, until drift or :meth:`align_now`.
+
+        Can be rolled back.
 
         Raises:
             InputError: it is in use.
@@ -252,7 +204,7 @@ class SelfAligner:
         if np.array_equal(own, self.token.data):
             raise InputError("reset: found the policy's own token in use, expected another")
         token = self.history.accept(own, stamp_ns, math.nan)
-        self._restart(stamp_ns)
+        self._rest(stamp_ns)
         return token
 
     # ---------------------------------------------------------------- one step
@@ -260,8 +212,7 @@ class SelfAligner:
     def short_of(self, found: int, now_ns: int) -> StageReport:
         """What :meth:`advance` says to ``found`` transitions, fewer than ``needed``, without a look at them."""
         self._look_at_the_clock(now_ns)
-        doing = "collecting" if self._state is State.COLLECT else "watching"
-        return StageReport(self._state, f"{doing}: {found} of {self.needed} transitions", self.token, found)
+        return StageReport(self._state, f"{self._doing}: {found} of {self.needed} transitions", self.token, found)
 
     def advance(
         self, batch: TransitionBatch, now_ns: int, *, should_stop: Callable[[], bool] | None = None
@@ -271,26 +222,29 @@ class SelfAligner:
         Args:
             batch: the newest transitions since ``since_ns``, about ``wanted`` of them; fewer if there are not so many.
             now_ns: the robot's time.
-            should_stop: asked now and then; True ends the stage as its budget does.
+            should_stop: asked before every pass of the model; True ends the stage as its budget does.
 
         Raises:
             InputError: the transitions do not fit the policy or hold NaN; nothing is changed.
         """
         self._scorer.check(batch)
         self._look_at_the_clock(now_ns)
-        evidence = self._evidence(batch)
-        if self._state is State.COLLECT:
-            return self._collect(evidence, now_ns, should_stop)
-        return self._watch(evidence, now_ns, should_stop)
+        evidence, clock = self._evidence(batch), RoundClock(self._clock, should_stop)
+        try:
+            if self._state is State.COLLECT:
+                return self._collect(evidence, now_ns, clock)
+            return self._watch(evidence, now_ns, clock)
+        except OutOfTimeError as why:
+            return self._report(evidence, f"{self._doing}: {why}")
 
-    def _collect(self, evidence: _Evidence, now_ns: int, should_stop: Callable[[], bool] | None) -> StageReport:
+    def _collect(self, evidence: _Evidence, now_ns: int, clock: RoundClock) -> StageReport:
         config = self.config.collect
         found = len(evidence.batch)
         if found < config.count:
             return self._report(evidence, f"collecting: {found} of {config.count} transitions")
         newest = evidence.newest(self.config.watch.count)
         if self._baseline is not None and self._is_new(newest):
-            changed = self._compare(newest, now_ns, should_stop)
+            changed = self._compare(newest, now_ns, clock)
             if changed.drift.fired:
                 return changed
         fit, guard = _split(evidence.spans, config)
@@ -299,13 +253,13 @@ class SelfAligner:
         lasted = self._steps(evidence.spans[-1, 0] - evidence.spans[0, 0])
         evidence = evidence.select(np.concatenate([fit, guard]))
         fit, guard = np.split(np.arange(len(evidence.batch)), [len(fit)])
-        excitation = measure_excitation(evidence.batch, self._joints, config)
+        excitation = excitation_of(evidence.batch.select(fit), evidence.batch.select(guard), self._joints, config)
         if not excitation.enough:
             return self._report(evidence, f"waiting for motion: {'; '.join(excitation.missing)}", excitation=excitation)
         unseen = int((evidence.spans[guard, 0] >= self._judged_ns).sum())
         if unseen < config.guard_count:
             return self._report(evidence, f"collecting: {unseen} of {config.guard_count} new transitions to judge by")
-        attempt, shadow = self._attempt(evidence, fit, guard, now_ns, should_stop)
+        attempt, shadow, guard_data = self._attempt(evidence, fit, guard, now_ns, clock)
         accepted, jumps = attempt.verdict.accepted, attempt.identification.margin > 0
         if accepted:
             self.history.accept(shadow.cpu().numpy(), now_ns, attempt.verdict.after)
@@ -319,12 +273,13 @@ class SelfAligner:
         rests = not accepted and self._undecided in (0, config.attempts)
         self._baseline = None
         if rests or not (accepted or self._unproven):
-            self._baseline = self._running_loss(evidence.select(guard), now_ns, should_stop)
+            with contextlib.suppress(OutOfTimeError):  # then the first that is watched is the baseline
+                self._baseline = self._running_loss(guard_data, evidence.spans[guard], now_ns, clock)
         if rests:
             self._state, self._undecided = State.WATCH, 0
         return self._report(evidence, attempt.text, excitation=excitation, attempt=attempt)
 
-    def _watch(self, evidence: _Evidence, now_ns: int, should_stop: Callable[[], bool] | None) -> StageReport:
+    def _watch(self, evidence: _Evidence, now_ns: int, clock: RoundClock) -> StageReport:
         config = self.config.watch
         evidence = evidence.newest(config.count)
         found = len(evidence.batch)
@@ -332,7 +287,10 @@ class SelfAligner:
             return self._report(evidence, f"watching: {found} of {config.count} transitions")
         if not self._is_new(evidence):
             return self._report(evidence, "watching: nothing new")
-        return self._compare(evidence, now_ns, should_stop)
+        if self._baseline is None:
+            self._baseline = self._newest_loss(evidence, now_ns, clock)
+            return self._report(evidence, f"watching: these {found} transitions are the baseline")
+        return self._compare(evidence, now_ns, clock)
 
     def _is_new(self, evidence: _Evidence) -> bool:
         """Whether ``evidence`` holds something that was not tested for drift before; from now on it was."""
@@ -340,13 +298,13 @@ class SelfAligner:
         new, self._watched_ns = newest_ns > self._watched_ns, newest_ns
         return new
 
-    def _compare(self, evidence: _Evidence, now_ns: int, should_stop: Callable[[], bool] | None) -> StageReport:
+    def _compare(self, evidence: _Evidence, now_ns: int, clock: RoundClock) -> StageReport:
         """Test ``evidence`` for drift against the baseline; with drift collect anew, from the change on.
 
         The baseline is the best that was seen: evidence that is surely better takes its place.
         """
         assert self._baseline is not None
-        running = self._running_loss(evidence, now_ns, should_stop)
+        running = self._newest_loss(evidence, now_ns, clock)
         result = drift(self._baseline, running, self.config.watch)
         if result.fired:
             self._restart(changed_at(self._baseline, running, evidence.spans))
@@ -358,58 +316,91 @@ class SelfAligner:
     # ---------------------------------------------------------------- the stages of an attempt
 
     def _attempt(
-        self,
-        evidence: _Evidence,
-        fit: np.ndarray,
-        guard: np.ndarray,
-        now_ns: int,
-        should_stop: Callable[[], bool] | None,
-    ) -> tuple[Attempt, Tensor]:
-        """One attempt on the rows ``fit`` and ``guard`` of the evidence, and its shadow (T, W). Changes nothing."""
+        self, evidence: _Evidence, fit: np.ndarray, guard: np.ndarray, now_ns: int, clock: RoundClock
+    ) -> tuple[Attempt, Tensor, Prepared]:
+        """One attempt on the rows ``fit`` and ``guard`` of the evidence, its shadow (T, W), and the data of ``guard``.
+
+        Changes nothing.
+        """
         config, scorer, trusted = self.config, self._scorer, self._trusted
-        prepared = scorer.prepare(evidence.batch)
-        fit_data, guard_data = prepared.select(self._rows(fit)), prepared.select(self._rows(guard))
         current, durations = self._tensor(self.token), {}
-
-        def budget(limit_ms: float | None) -> Budget:
-            return Budget(limit_ms, self._clock, should_stop)
-
-        clock = budget(config.identify.budget_ms)
+        prepared, durations["prepare"] = self._prepare(evidence, clock)
+        fit_data, guard_data = prepared.select(self._rows(fit)), prepared.select(self._rows(guard))
+        budget = clock.stage(config.identify.budget_ms)
         found = identify(
-            scorer, fit_data, current, trusted, config.identify, seed=self._stage_seed(now_ns, 0), budget=clock
+            scorer, fit_data, current, trusted, config.identify, seed=self._stage_seed(now_ns, 0), budget=budget
         )
-        durations["identify"] = clock.elapsed_ms()
-        clock = budget(config.refine.budget_ms)
-        refined = refine(scorer, fit_data, found.token, trusted, config, seed=self._stage_seed(now_ns, 1), budget=clock)
-        durations["refine"] = clock.elapsed_ms()
-        clock = budget(config.guard.budget_ms)
+        durations["identify"] = budget.elapsed_ms()
+        budget = clock.stage(config.refine.budget_ms)
+        refined = refine(
+            scorer, fit_data, found.token, trusted, config, seed=self._stage_seed(now_ns, 1), budget=budget
+        )
+        durations["refine"] = budget.elapsed_ms()
+        budget = clock.stage(config.guard.budget_ms)
         limits = dataclasses.replace(config.guard, margin=0.0) if self._unproven else config.guard
         verdict = judge(
             scorer, guard_data, evidence.spans[guard], current, refined.token, trusted, limits,
-            seed=self._stage_seed(now_ns, 2), budget=clock,
+            seed=self._stage_seed(now_ns, 2), budget=budget,
         )  # fmt: skip
-        durations["guard"] = clock.elapsed_ms()
-        seed = self._stage_seed(now_ns, 3)
+        durations["guard"] = budget.elapsed_ms()
+        budget = clock.stage(config.guard.budget_ms)
         losses = [
-            scorer.summary(data, token, REPORT_DRAWS, seed)
+            self._mean_losses(data, token, now_ns, budget)
             for data in (fit_data, guard_data)
             for token in (current, refined.token)
         ]
+        durations["report"] = budget.elapsed_ms()
         attempt = Attempt(found, refined, verdict, len(fit), len(guard), *losses, durations_ms=durations)
-        return attempt, refined.token
+        return attempt, refined.token, guard_data
 
-    def _running_loss(self, evidence: _Evidence, now_ns: int, should_stop: Callable[[], bool] | None) -> RunningLoss:
-        budget = Budget(self.config.watch.budget_ms, self._clock, should_stop)
+    def _mean_losses(self, data: Prepared, token: Tensor, now_ns: int, budget: Budget) -> AlignLosses:
+        try:
+            return self._scorer.summary(data, token, REPORT_DRAWS, self._stage_seed(now_ns, 3), budget.check)
+        except OutOfTimeError:
+            return AlignLosses(math.nan, math.nan, math.nan, math.nan)
+
+    def _prepare(self, evidence: _Evidence, clock: RoundClock) -> tuple[Prepared, float]:
+        """What the frozen model makes of ``evidence``, and the time [ms] it took. The frame cache keeps what was made
+        before it had to stop.
+
+        Raises:
+            OutOfTimeError: it had to stop.
+        """
+        budget = clock.stage(self.config.identify.budget_ms)
+        try:
+            return self._scorer.prepare(evidence.batch, budget.check), budget.elapsed_ms()
+        except OutOfTimeError as why:
+            raise OutOfTimeError(f"{why} while preparing {len(evidence.batch)} transitions") from None
+
+    def _newest_loss(self, evidence: _Evidence, now_ns: int, clock: RoundClock) -> RunningLoss:
+        prepared, _ = self._prepare(evidence, clock)
+        return self._running_loss(prepared, evidence.spans, now_ns, clock)
+
+    def _running_loss(self, data: Prepared, spans: np.ndarray, now_ns: int, clock: RoundClock) -> RunningLoss:
+        """Of the token in use on ``data`` at ``spans`` (B, 2) ns.
+
+        Raises:
+            OutOfTimeError: it had to stop before it had any.
+        """
         return running_loss(
-            self._scorer, self._scorer.prepare(evidence.batch), evidence.spans, self._tensor(self.token),
-            self._references, self.config.watch, seed=self._stage_seed(now_ns, 4), budget=budget,
+            self._scorer, data, spans, self._tensor(self.token), self._references, self.config.watch,
+            seed=self._stage_seed(now_ns, 4), budget=clock.stage(self.config.watch.budget_ms),
         )  # fmt: skip
 
     # ---------------------------------------------------------------- small things
 
     def _look_at_the_clock(self, now_ns: int) -> None:
-        if now_ns < self._watched_ns:  # time jumped back: a new run or a replay from its start
+        """What the caller said before is what ``now_ns`` is compared with: transitions bear the stamps of the robot's
+        own clock, which may be ahead.
+        """
+        if now_ns < self._now_ns:  # time jumped back: a new run or a replay from its start
             self._restart(now_ns)
+        self._now_ns = now_ns
+
+    def _rest(self, since_ns: int) -> None:
+        """Watch from ``since_ns`` on, for a change from what is seen first."""
+        self._restart(since_ns)
+        self._state, self._now_ns = State.WATCH, since_ns
 
     def _restart(self, since_ns: int) -> None:
         """Collect from ``since_ns`` on."""

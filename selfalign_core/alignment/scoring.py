@@ -1,7 +1,8 @@
 """The self-supervised losses of many tokens on the same transitions, under common noise.
 
 What does not depend on the token (vision features, the prefix's keys and values, targets) is computed once, in
-:meth:`Scorer.prepare`. Knows nothing of stages, thresholds or budgets.
+:meth:`Scorer.prepare`. Knows nothing of stages, thresholds or budgets: a ``look`` is called before every pass of the
+model, and what it raises ends the work.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selfalign_core.alignment.frames import MAX_FRAMES, Encoded, FrameCache
+from selfalign_core.alignment.frames import MAX_FRAMES, Encoded, FrameCache, Look, never
 from selfalign_core.errors import ConfigError, InputError
 from selfalign_core.model import flow_matching as flow
 from selfalign_core.model.gemma import PrefixCache
@@ -99,12 +100,12 @@ class Scorer:
                 raise InputError(f"transitions.{field}: found NaN or infinity, expected finite numbers")
 
     @torch.no_grad()
-    def prepare(self, batch: TransitionBatch) -> Prepared:
+    def prepare(self, batch: TransitionBatch, look: Look = never) -> Prepared:
         """Vision features of each frame once, and the prefix of each transition."""
         policy, model = self.policy, self.policy.model
         device = policy.dim_mask.device
         obs, nxt = (torch.from_numpy(index).to(device) for index in (batch.obs_index, batch.next_index))
-        frames = self._frames.encode(batch.frames, batch.cameras)
+        frames = self._frames.encode(batch.frames, batch.cameras, look)
         state = batch.frame_states[batch.obs_index]
         transitions = Transitions(
             state=policy.state_to_model(state),
@@ -113,11 +114,12 @@ class Scorer:
             next_obs_masks=model.next_observation_masks([m[nxt] for m in frames.masks]),
         )
         seen = frames.select(obs)
-        return Prepared(seen.prefix or self._full_prefix(seen, state), transitions)
+        return Prepared(seen.prefix or self._full_prefix(seen, state, look), transitions)
 
-    def _full_prefix(self, frames: Encoded, state: np.ndarray) -> PrefixCache:
+    def _full_prefix(self, frames: Encoded, state: np.ndarray, look: Look) -> PrefixCache:
         policy, parts = self.policy, []
         for rows in torch.arange(len(state)).split(MAX_FRAMES):
+            look()
             seen, states = frames.select(rows.to(policy.dim_mask.device)), state[rows]
             prompts = [policy.tokenize(self._prompt, s) for s in states]
             tokens, token_masks = (torch.cat(values) for values in zip(*prompts, strict=True))
@@ -157,23 +159,27 @@ class Scorer:
         return losses.weighted(*self._weights)
 
     @torch.inference_mode()
-    def score(self, data: Prepared, noise: AlignmentNoise, tokens: Tensor, rows: Tensor) -> Tensor:
+    def score(self, data: Prepared, noise: AlignmentNoise, tokens: Tensor, rows: Tensor, look: Look = never) -> Tensor:
         """(C, R) weighted losses of ``tokens`` (C, T, W), each at the same ``rows`` (R,) of ``noise``."""
-        count = len(tokens)
-        which, row = torch.arange(count * len(rows), device=rows.device).split(_MAX_ROWS), rows.repeat_interleave(count)
-        parts = [self.weighted(self.losses(data, noise, tokens[part % count], row[part])) for part in which]
+        count, parts = len(tokens), []
+        row = rows.repeat_interleave(count)
+        for part in torch.arange(count * len(rows), device=rows.device).split(_MAX_ROWS):
+            look()
+            parts.append(self.weighted(self.losses(data, noise, tokens[part % count], row[part])))
         return torch.cat(parts).reshape(len(rows), count).T.clone()
 
     @torch.inference_mode()
-    def samples(self, data: Prepared, token: Tensor, draws: int, seed: int) -> SampleLosses:
+    def samples(self, data: Prepared, token: Tensor, draws: int, seed: int, look: Look = never) -> SampleLosses:
         """Losses (draws * len(data),) of ``token`` (T, W), in the order of the rows of :meth:`noise`."""
         noise = self.noise(data, draws, seed)
-        rows = torch.arange(len(noise.time), device=token.device).split(_MAX_ROWS)
-        parts = [self.losses(data, noise, token, part) for part in rows]
+        parts = []
+        for part in torch.arange(len(noise.time), device=token.device).split(_MAX_ROWS):
+            look()
+            parts.append(self.losses(data, noise, token, part))
         return SampleLosses(*(torch.cat(values) for values in zip(*(vars(p).values() for p in parts), strict=True)))
 
-    def summary(self, data: Prepared, token: Tensor, draws: int, seed: int) -> AlignLosses:
+    def summary(self, data: Prepared, token: Tensor, draws: int, seed: int, look: Look = never) -> AlignLosses:
         """Mean losses of ``token`` (T, W) over ``draws`` draws."""
-        losses = self.samples(data, token, draws, seed)
+        losses = self.samples(data, token, draws, seed, look)
         values = (losses.perception, losses.dynamics, losses.inverse_dynamics, self.weighted(losses))
         return AlignLosses(*(float(value.mean()) for value in values))

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selfalign_core.alignment.budget import Budget
+from selfalign_core.alignment.budget import Budget, OutOfTimeError
 from selfalign_core.alignment.config import Watch
 from selfalign_core.alignment.overlap import Estimate, estimate
 from selfalign_core.alignment.scoring import Prepared, Scorer
@@ -64,15 +64,21 @@ def running_loss(
 ) -> RunningLoss:
     """The running loss of ``token`` (T, W) on ``data``, against the mean loss of ``others`` (R, T, W) if there are any.
 
-    ``spans`` (B, 2) ns: when each transition begins and ends. A spent budget means fewer draws, at least one.
+    ``spans`` (B, 2) ns: when each transition begins and ends. A spent budget means fewer draws.
+
+    Raises:
+        OutOfTimeError: not one.
     """
     noise = scorer.noise(data, config.draws, seed)
     tokens, totals = torch.cat([token[None], others]), 0.0
     for draw in range(config.draws):
-        if draw and budget.spent():
-            break
         rows = torch.arange(draw * len(data), (draw + 1) * len(data), device=token.device)
-        totals = totals + scorer.score(data, noise, tokens, rows).double()
+        try:
+            totals = totals + scorer.score(data, noise, tokens, rows, budget.check).double()
+        except OutOfTimeError:
+            if not draw:
+                raise
+            break
     plain = totals[0].log().cpu().numpy()
     typical = totals[1:].mean(0).log().cpu().numpy() if len(others) else 0.0
     return RunningLoss(estimate(plain, spans), estimate(plain - typical, spans), plain - typical)

@@ -100,7 +100,7 @@ def test_a_reset_brings_the_own_token_back_and_can_be_rolled_back(toy: Trained) 
     token = aligner.reset(robot.now_ns)
     assert token.data.tobytes() == toy.bank[0].tobytes()
     assert aligner.token is token and token.version == accepted.version + 1
-    assert (aligner.state, aligner.since_ns) == (State.COLLECT, robot.now_ns)
+    assert (aligner.state, aligner.since_ns) == (State.WATCH, robot.now_ns)
     again = aligner.rollback(robot.now_ns)
     assert again.data.tobytes() == accepted.data.tobytes() and again.version == token.version + 1
 

@@ -1,0 +1,74 @@
+"""What one round of the self-aligner did, in words and numbers."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from selfalign_core.alignment.excitation import Excitation
+from selfalign_core.alignment.guard import Verdict
+from selfalign_core.alignment.identify import Identification
+from selfalign_core.alignment.refine import Refinement
+from selfalign_core.alignment.scoring import AlignLosses
+from selfalign_core.alignment.watch import Drift
+from selfalign_core.types import EToken
+
+
+class State(enum.Enum):
+    """See :mod:`selfalign_core.alignment.machine`."""
+
+    COLLECT = "collect"
+    WATCH = "watch"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One pass of identify → refine → guard, with mean losses of the current token and of the shadow on both sets.
+
+    ``durations_ms``: wall time per stage: ``prepare`` (what does not depend on the token), ``identify``, ``refine``,
+    ``guard`` and ``report`` (the losses; one for which the time did not suffice is NaN).
+    """
+
+    identification: Identification
+    refinement: Refinement
+    verdict: Verdict
+    fit_count: int
+    guard_count: int
+    fit_before: AlignLosses
+    fit_after: AlignLosses
+    guard_before: AlignLosses
+    guard_after: AlignLosses
+    durations_ms: dict[str, float]
+
+    @property
+    def undecided(self) -> bool:
+        """Refused although the shadow looks better, or where another token fits the older transitions better."""
+        return not self.verdict.accepted and (self.verdict.mean < 0 or self.identification.margin > 0)
+
+    @property
+    def text(self) -> str:
+        found, steps = self.identification, self.refinement.steps
+        notes = "".join(f", {note}" for note in (found.note, self.refinement.note) if note)
+        return f"{self.verdict.reason}; started from {found.name!r}, {steps} steps{notes}"
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What one ``SelfAligner.advance`` did: ``text`` in words, the rest in numbers where there are any.
+
+    ``state``: after it. ``transitions``: usable ones at hand. ``left_out``: why others were not. ``token``: in use.
+    """
+
+    state: State
+    text: str
+    token: EToken
+    transitions: int = 0
+    left_out: tuple[str, ...] = ()
+    excitation: Excitation | None = None
+    attempt: Attempt | None = None
+    drift: Drift | None = None
+
+    @property
+    def accepted(self) -> bool:
+        """Whether ``token`` is new."""
+        return self.attempt is not None and self.attempt.verdict.accepted
