@@ -4,7 +4,7 @@
 
 Each run starts the bringup graph, changes the body of the simulated robot through its service and changes it back, and
 reads what the run report saw: when the body changed, which targets were reached, what the aligner did. A run takes
-two and a half minutes. Runs that are there are not made again.
+two and a half minutes. Runs that are there, of the same checkpoint, parameters and shift, are not made again.
 
 Exit status: 0 if the limits are kept, 1 if not, 2 on bad arguments.
 """
@@ -12,6 +12,7 @@ Exit status: 0 if the limits are kept, 1 if not, 2 on bad arguments.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -30,12 +31,15 @@ from rclpy.node import Node
 from std_msgs.msg import Bool
 
 from benchmarks.adaptation.shifts import BACK_S, BEFORE_S, RECOVERY_S, SHIFTED_S, SHIFTS, reached_share, recovery_s
-from benchmarks.adaptation.work import say
+from benchmarks.adaptation.work import Cache, policy_of, say
 from benchmarks.report import print_table, record, run_command, write_json
 from selfalign.srv import SetBody
 from selfalign_core.errors import ConfigError
+from selfalign_core.policy import Policy
 from selfalign_core.sim import BodyConfig
 from selfalign_ros.graph import BRINGUP
+from selfalign_ros.parameters import load_specs
+from selfalign_ros.resources import checkpoint_folder
 from selfalign_ros.supervisor import free_domain
 
 RECOVERED_SHARE = 0.9
@@ -71,6 +75,32 @@ class Shifter(Node):
 
     def _on_target(self, message: Bool) -> None:
         self.targets += 1
+
+
+def report_of(shift: str, seed: int, output: Path, checkpoint: str | None) -> dict[str, Any]:
+    """The run report, of a run that is kept under ``output`` if there is one of the same inputs, else of a new one.
+
+    Raises:
+        SelfAlignError: no such checkpoint, or see :func:`run_once`.
+    """
+    name = f"{shift}-{seed}"
+    inputs = {
+        "model": _model(checkpoint).digest,
+        "body": SHIFTS[shift].to_dict(),
+        "seed": seed,
+        "seconds": [BEFORE_S, SHIFTED_S, BACK_S],
+        "parameters": {
+            kind: {spec.name: spec.default for spec in load_specs(kind).values()} | PARAMETERS.get(kind, {})
+            for kind in ("policy", "buffer", "aligner", "robot_sim")
+        },
+    }
+    make = functools.partial(run_once, shift, seed, output / f"{name}.json", checkpoint)
+    return Cache(output / "kept").get(name, inputs, make)
+
+
+def _model(checkpoint: str | None) -> Policy:
+    """That of ``checkpoint``, by default of the parameter."""
+    return policy_of(checkpoint_folder(checkpoint or str(load_specs("policy")["checkpoint"].default)))
 
 
 def run_once(shift: str, seed: int, report: Path, checkpoint: str | None) -> dict[str, Any]:
@@ -149,8 +179,7 @@ def _run(options: argparse.Namespace) -> int:
     rclpy.init(args=[])
     try:
         for shift, seed in itertools.product(options.shifts, range(options.seed, options.seed + options.runs)):
-            path = output / f"{shift}-{seed}.json"
-            report = json.loads(path.read_text()) if path.is_file() else run_once(shift, seed, path, options.checkpoint)
+            report = report_of(shift, seed, output, options.checkpoint)
             runs.append({"shift": shift, "seed": seed, **figures_of(report)})
             say(f"{shift}, seed {seed}: recovered in {_times([runs[-1]])}")
     finally:
@@ -175,7 +204,10 @@ def _run(options: argparse.Namespace) -> int:
         ],
         rows,
     )  # fmt: skip
-    write_json(output / "in_graph.json", record("in_graph", parameters=PARAMETERS, kept=bool(kept), runs=runs))
+    model = _model(options.checkpoint).digest
+    write_json(
+        output / "in_graph.json", record("in_graph", model=model, parameters=PARAMETERS, kept=bool(kept), runs=runs)
+    )
     return 0 if kept else 1
 
 
