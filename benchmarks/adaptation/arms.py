@@ -47,6 +47,8 @@ LABELS = {
 class Found:
     """A token (T, W) and what it took: transitions used, seconds of robot time, seconds of one core.
 
+    ``transitions``: of the aligner those of its largest attempt, fitted on and judged by; another attempt may have used
+    others of the ``robot_s`` until the last one, so that all of them together may be more.
     ``accepted``: None for an arm that asks no guard. ``text``: what the arm has to say.
     """
 
