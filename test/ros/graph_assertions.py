@@ -22,9 +22,10 @@ QUICK_ALIGNER = {
     "guard_sigmas": 0.0,
     "guard_margin": 0.0,
     "watch_count": 4,
+    **{f"{stage}_budget_ms": 300_000.0 for stage in ("identify", "refine", "guard", "watch")},
 }
-"""Few transitions, however little the robot moves, and few steps; no giving way to others, and a guard that lets about
-every second token pass: what is tested is the graph, not the result."""
+"""Few transitions, however little the robot moves, and few steps; no giving way to others, no end for want of time on a
+busy machine, and a guard that lets about every second token pass: what is tested is the graph, not the result."""
 
 
 def write_quick_parameters(folder: Path) -> Path:
