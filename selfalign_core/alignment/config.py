@@ -98,11 +98,11 @@ class Guard:
     """A shadow passes if the paired relative difference on newer transitions, mean + ``sigmas`` stderr, < -``margin``.
 
     With few independent transitions it takes more than that, see :meth:`overlap.Estimate.upper`. ``margin``: a smaller
-    gain is not worth a new token: it is real, but the actions do not get better by it. While the current token is
-    unproven (see :mod:`machine`), no margin is asked for. ``draws``: common noise draws per transition.
-    ``trust_radius``: farthest from the nearest trusted token, in spreads of the bank (root mean squares; 1 for a bank
-    of one). ``max_norm``: largest root mean square of a token vector; trusted tokens may be larger. ``budget_ms`` is
-    for the test, and as much again for the losses that the report gives.
+    gain is not worth a new token: it is real, but the actions do not get better by it. None is asked for while the
+    current token is unproven, twice as much where no other known token fits better (see :mod:`machine`). ``draws``:
+    common noise draws per transition. ``trust_radius``: farthest from the nearest trusted token, in spreads of the bank
+    (root mean squares; 1 for a bank of one). ``max_norm``: largest root mean square of a token vector; trusted tokens
+    may be larger. ``budget_ms`` is for the test, and as much again for the losses that the report gives.
     """
 
     draws: int = 16

@@ -16,7 +16,8 @@ attempt fits on all evidence so far but is judged by transitions that none befor
 and watches. A refusal leaves a baseline for the drift test, which goes on beside further attempts. But a token that was
 jumped to is unproven until identification prefers it over all others on as much evidence as is remembered: it may have
 fitted little motion by chance, so that it fits worse elsewhere is no sign of a change, and no evidence is dropped. Any
-sure gain replaces it; for a proven one the guard asks for its margin.
+sure gain replaces it. For a proven one the guard asks for its margin, and for twice that where no other token of the
+bank fits better: the body is most likely the one that it was, and what refinement gains there is mostly chance.
 Who brings an earlier token back wants it kept: then, too, it rests, and what it sees first is the baseline.
 Evidence is never older than ``since_ns``: what came before the change that a drift betrays is not asked for again.
 The caller hands in transitions and the time, and publishes what is accepted. Knows neither ROS nor files.
@@ -36,12 +37,12 @@ import torch
 from torch import Tensor
 
 from selfalign_core.alignment.budget import Budget, Clock, OutOfTimeError, RoundClock
-from selfalign_core.alignment.config import AlignConfig, Collect
+from selfalign_core.alignment.config import AlignConfig, Collect, Guard
 from selfalign_core.alignment.excitation import excitation_of
 from selfalign_core.alignment.frames import FrameCache
 from selfalign_core.alignment.guard import judge
 from selfalign_core.alignment.history import Accepted, History
-from selfalign_core.alignment.identify import identify
+from selfalign_core.alignment.identify import Identification, identify
 from selfalign_core.alignment.overlap import spans
 from selfalign_core.alignment.refine import refine
 from selfalign_core.alignment.reports import Attempt, StageReport, State
@@ -337,9 +338,8 @@ class SelfAligner:
         )
         durations["refine"] = budget.elapsed_ms()
         budget = clock.stage(config.guard.budget_ms)
-        limits = dataclasses.replace(config.guard, margin=0.0) if self._unproven else config.guard
         verdict = judge(
-            scorer, guard_data, evidence.spans[guard], current, refined.token, trusted, limits,
+            scorer, guard_data, evidence.spans[guard], current, refined.token, trusted, self._limits(found),
             seed=self._stage_seed(now_ns, 2), budget=budget,
         )  # fmt: skip
         durations["guard"] = budget.elapsed_ms()
@@ -352,6 +352,12 @@ class SelfAligner:
         durations["report"] = budget.elapsed_ms()
         attempt = Attempt(found, refined, verdict, len(fit), len(guard), *losses, durations_ms=durations)
         return attempt, refined.token, guard_data
+
+    def _limits(self, found: Identification) -> Guard:
+        """The guard's, its margin as the module says."""
+        same_body = found.margin == 0 and len(self._trusted.names) > 1
+        factor = 0 if self._unproven else 2 if same_body else 1
+        return dataclasses.replace(self.config.guard, margin=factor * self.config.guard.margin)
 
     def _mean_losses(self, data: Prepared, token: Tensor, now_ns: int, budget: Budget) -> AlignLosses:
         try:

@@ -72,6 +72,10 @@ def test_a_robot_that_is_right_already_stays_so(toy: Trained) -> None:
         aligner, robot = aligner_of(toy, deployed=row), Robot(BODIES[row], seed=3 + row)
         tried = attempts(live(aligner, robot, 30))
         assert tried and not any(report.accepted for report in tried)
+        # No other body fits better, so refinement alone would have to gain much.
+        margin = aligner.config.guard.margin
+        assert all("started from 'current'" in report.text for report in tried)
+        assert all(f"expected < {-2 * margin:.0%};" in report.text for report in tried)
         assert aligner.state is State.WATCH
         assert aligner.token.data.tobytes() == toy.bank[row].tobytes()
         assert aligner.token.version == 0
