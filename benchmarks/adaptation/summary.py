@@ -162,6 +162,12 @@ def targets(figures: dict[str, Any]) -> list[dict[str, Any]]:
         found += [
             _target("already right: success falls by at most 1 point", right["success_change"]["mean"], -0.01, _above),
             _target("already right: runs that end worse, at most", right["harmed_success"]["mean"], 0.02, _below),
+            _target(
+                "already right: runs that end worse by action error, at most",
+                right["harmed_action_error"]["mean"],
+                0.02,
+                _below,
+            ),
         ]
     for row in figures.get("shifts", []):
         if row["aligned"]:
