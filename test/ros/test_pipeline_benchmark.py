@@ -15,5 +15,6 @@ def test_every_part_of_the_way_is_timed(tmp_path: Path, monkeypatch) -> None:
     found = json.loads(file.read_text())
     assert found["commands"] >= 10
     assert set(found["milliseconds"]) >= set(pipeline.PARTS)
+    assert 0.1 < found["processor_s_to_first_command"] < 1000
     for part in ("arrival", "prepare", "model", "finish", "return"):
         assert found["milliseconds"][part]["p50"] > 0, part
