@@ -146,10 +146,10 @@ class AlignConfig:
     """The self-aligner's settings: ``mode``, the three losses' weights and a section per stage.
 
     ``keep``: accepted tokens remembered for rollback. ``frame_cache_mib``: memory for what the frozen model made of
-    frames, kept from round to round; 0 keeps nothing. ``policy_wait_ms``: how long alignment on a shared GPU waits for
-    one inference. A stage's ``budget_ms`` is wall time, None for no limit; the clock is looked at before every pass of
-    the model, and what a stage overran by is taken off the next one's. With a limit, results depend on the machine's
-    speed.
+    frames, kept from round to round, of no more frames than the transitions remembered have; 0 keeps nothing.
+    ``policy_wait_ms``: how long alignment on a shared GPU waits for one inference. A stage's ``budget_ms`` is wall
+    time, None for no limit; the clock is looked at before every pass of the model, and what a stage overran by is taken
+    off the next one's. With a limit, results depend on the machine's speed.
     """
 
     mode: Mode = "subspace"

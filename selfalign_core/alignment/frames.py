@@ -65,12 +65,12 @@ def joined(parts: list[Encoded]) -> Encoded:
 
 
 class FrameCache:
-    """Encodes frames for ``policy``'s frozen model and keeps at most ``limit_bytes``; the least recently used leave
-    first. Owned by one thread.
+    """Encodes frames for ``policy``'s frozen model and keeps at most ``limit_bytes`` and ``limit_frames``; the least
+    recently used leave first. Owned by one thread.
     """
 
-    def __init__(self, policy: Policy, limit_bytes: int = 0):
-        self.limit_bytes = limit_bytes
+    def __init__(self, policy: Policy, limit_bytes: int = 0, limit_frames: int | None = None):
+        self.limit_bytes, self.limit_frames = limit_bytes, limit_frames
         self._policy = policy
         self._kept: OrderedDict[bytes, Encoded] = OrderedDict()
         self.hits = self.misses = 0
@@ -100,7 +100,7 @@ class FrameCache:
                 self._kept.move_to_end(key)
         finally:
             excess = self.nbytes - self.limit_bytes
-            while excess > 0:
+            while excess > 0 or (self.limit_frames is not None and len(self._kept) > self.limit_frames):
                 excess -= self._kept.popitem(last=False)[1].nbytes
         return found
 

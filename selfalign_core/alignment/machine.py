@@ -99,7 +99,7 @@ class SelfAligner:
         self.policy, self.config, self._prompt = policy, config, prompt
         self._joints = tuple(joints) or tuple(f"joint {i}" for i in range(policy.state_dim))
         self._hand_back = HandBack(policy.model, policy.turns, config.policy_wait_ms)
-        self._frames = FrameCache(policy, config.frame_cache_mib * 2**20)
+        self._frames = FrameCache(policy, *_frame_limits(config))
         self._scorer = Scorer(policy, _weights(config), prompt=prompt, frames=self._frames)
         self._trusted = Trusted.of(policy)
         self._references = references(self._trusted, config.watch.references)
@@ -154,7 +154,7 @@ class SelfAligner:
     def configure(self, config: AlignConfig) -> None:
         """Go on with other settings. With other weights no loss compares with an earlier one: it collects anew."""
         old, self.config = self.config, config
-        self._frames.limit_bytes = config.frame_cache_mib * 2**20
+        self._frames.limit_bytes, self._frames.limit_frames = _frame_limits(config)
         self._hand_back.limit_ms = config.policy_wait_ms
         if (_weights(old), old.watch.references) != (_weights(config), config.watch.references):
             self._scorer = Scorer(self.policy, _weights(config), prompt=self._prompt, frames=self._frames)
@@ -444,6 +444,12 @@ class SelfAligner:
 
 def _weights(config: AlignConfig) -> tuple[float, float, float]:
     return config.lambda_perc, config.lambda_dyn, config.lambda_inv
+
+
+def _frame_limits(config: AlignConfig) -> tuple[int, int]:
+    """Bytes, and frames: the two of every transition that may be looked at again."""
+    transitions = config.collect.memory + config.collect.guard_count + config.watch.count
+    return config.frame_cache_mib * 2**20, 2 * transitions
 
 
 def _split(spans: np.ndarray, config: Collect) -> tuple[np.ndarray, np.ndarray]:

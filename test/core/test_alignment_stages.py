@@ -586,6 +586,9 @@ def test_frames_seen_before_are_not_encoded_again(prefix: str) -> None:
     other = dataclasses.replace(first, frames=255 - first.frames)
     kept.prepare(other)
     assert frames.misses == 14
+    frames.limit_frames = 5
+    kept.prepare(other)
+    assert frames.nbytes == 5 * frames.encode(other.frames[:1], other.cameras).nbytes
     frames.limit_bytes = frames.nbytes // 2
     kept.prepare(other)
     assert 0 < frames.nbytes <= frames.limit_bytes
