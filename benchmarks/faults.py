@@ -65,6 +65,8 @@ SETTLE_S = 0.6
 """How long the arm may swing after its last command."""
 GAP_S = 0.3
 """Without joint states for that long the simulated robot was stopped."""
+LAG_S = 0.15
+"""How long a servo that goes on may speed up towards the set-point it lagged behind."""
 SLACK_S = 0.1
 _STARTED = re.compile(r"\[([\w-]+)-\d+\]: process started with pid \[(\d+)\]")
 
@@ -94,16 +96,18 @@ class Judge:
         """Stamps and speeds of motion while no command was in force, nor had been a moment before.
 
         A command is in force until its last point is due, or until the next hold is sent.
-        A simulation that was stopped goes on with the momentum it had: after a gap in its reports, braking is no motion
-        of its own. Any gain in speed is.
+        A simulation that was stopped goes on with the momentum it had, and its servos close the gap to their set-points:
+        after a gap in its reports, braking is no motion of its own. Any later gain in speed is.
         """
         holds = np.sort([c.sent_ns for c in self.commands if not c.moves])
         ends = {c: min([c.end_ns, *holds[np.searchsorted(holds, c.sent_ns) :][:1]]) for c in self.commands if c.moves}
         spans = np.array([[c.sent_ns, end + SETTLE_S * 1e9] for c, end in ends.items()]).reshape(-1, 2)
         unasked: list[tuple[int, float]] = []
-        last_ns, last_speed, braking = 0, 0.0, False
+        last_ns, last_speed, resumed_ns, braking = 0, 0.0, 0, False
         for stamp_ns, speed in self.motion:
-            braking = stamp_ns - last_ns > GAP_S * 1e9 or (braking and speed <= last_speed)
+            if stamp_ns - last_ns > GAP_S * 1e9:
+                resumed_ns, braking = stamp_ns, True
+            braking = braking and (speed <= last_speed or stamp_ns - resumed_ns <= LAG_S * 1e9)
             in_force = ((spans[:, 0] - SLACK_S * 1e9 <= stamp_ns) & (stamp_ns <= spans[:, 1])).any()
             if speed > STILL_RAD_S and not in_force and not braking:
                 unasked.append((stamp_ns, speed))
