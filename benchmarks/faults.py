@@ -96,8 +96,8 @@ class Judge:
         """Stamps and speeds of motion while no command was in force, nor had been a moment before.
 
         A command is in force until its last point is due, or until the next hold is sent.
-        A simulation that was stopped goes on with the momentum it had, and its servos close the gap to their set-points:
-        after a gap in its reports, braking is no motion of its own. Any later gain in speed is.
+        A simulation that was stopped goes on with the momentum it had, and its servos lag behind their set-points.
+        After a gap in its reports, braking is no motion of its own. Any later gain in speed is.
         """
         holds = np.sort([c.sent_ns for c in self.commands if not c.moves])
         ends = {c: min([c.end_ns, *holds[np.searchsorted(holds, c.sent_ns) :][:1]]) for c in self.commands if c.moves}
