@@ -6,6 +6,7 @@ The node lives in the test process and its clock, worker and publisher are playe
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,6 +45,9 @@ class Stage:
         self.node._stop.clear()
         self.node.close()
         self.node.destroy_node()
+        # Its lifecycle interfaces are the state machine's, which goes with the object: no later test may see them.
+        self.node = None
+        gc.collect()
 
     def joints(self, stamp_ns: int, position: float = 0.0) -> None:
         from selfalign_ros.conversions import joint_state_message
