@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,9 +37,12 @@ def nodes(probe) -> Iterator[dict]:
 
     nodes = {"policy": PolicyNode(), "aligner": AlignerNode()}
     yield nodes
-    for node in nodes.values():
+    for name in list(nodes):
+        node = nodes.pop(name)
         node.close()
         node.destroy_node()
+    del node
+    gc.collect()  # what they offer as managed nodes goes with the objects: no later test may see it
 
 
 def save(path: Path, token: EToken) -> None:
