@@ -136,11 +136,8 @@ def hold_message(names: Sequence[str], position: np.ndarray, dt_ns: int) -> Join
     Its header.stamp is 0, "as soon as it arrives": a controller refuses a trajectory that ends in the past, and a hold
     that is late, or whose reader's clock is ahead, has to stop the robot all the same.
     """
-    message = JointTrajectory(joint_names=list(names))
-    point = JointTrajectoryPoint(positions=position.tolist())
-    point.time_from_start.sec, point.time_from_start.nanosec = divmod(dt_ns, NS_PER_S)
-    message.points.append(point)
-    return message
+    path = CommandPath(np.array([0, dt_ns], np.int64), np.stack([position, position]))
+    return trajectory_message(names, path, 0)
 
 
 @dataclass(frozen=True)
