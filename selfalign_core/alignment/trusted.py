@@ -42,11 +42,12 @@ class Trusted:
         named = dict(zip(keys, bank, strict=True)) | {DEPLOYED: deployed}
         if len(bank) > 1:
             named[MEAN] = bank_mean(bank)
-        first = {token.cpu().numpy().tobytes(): name for name, token in reversed(named.items())}
-        names = set(first.values())
-        once = {name: token for name, token in named.items() if name in names}
+        once: dict[bytes, tuple[str, Tensor]] = {}
+        for name, token in named.items():
+            once.setdefault(token.cpu().numpy().tobytes(), (name, token))
+        names, tokens = zip(*once.values(), strict=True)
         spread = bank_spread(bank) if len(bank) > 1 else 0.0
-        return cls(torch.stack(list(once.values())), tuple(once), bank, spread or 1.0)
+        return cls(torch.stack(tokens), names, bank, spread or 1.0)
 
     def directions(self, count: int) -> tuple[Tensor, Tensor]:
         """Up to ``count`` principal directions (k, T * W) of the bank and its standard deviations (k,) along them."""
