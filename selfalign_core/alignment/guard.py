@@ -3,6 +3,10 @@
 Both tokens meet the same transitions with the same noise, so only what the token changes is left in the difference.
 The difference counts relative to the two losses' mean: one transition on which everything is large decides nothing, and
 a shift that is worth much in a few and something in all of them is not lost in their unequal sizes.
+
+Of the three losses, inverse dynamics asks what the action expert asks: which actions lead from here to there. Its gain
+must be sure by itself. A token that only predicts the looks of what will be seen better is worth nothing to the robot,
+and most that were let in for that made its actions worse.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from torch import Tensor
 
 from selfalign_core.alignment.budget import Budget, OutOfTimeError
 from selfalign_core.alignment.config import Guard
-from selfalign_core.alignment.overlap import estimate
+from selfalign_core.alignment.overlap import Estimate, estimate
 from selfalign_core.alignment.scoring import Prepared, Scorer
 from selfalign_core.alignment.trusted import Trusted
 
@@ -26,8 +30,8 @@ class Verdict:
     """``reason`` in words; ``mean`` and ``stderr`` of the relative difference of the weighted losses, -2 to 2.
 
     Per transition ``2 (after - before) / (after + before)``, ``before`` of the current token and ``after`` of the
-    shadow, whose means over transitions are given too. ``effective_count``: of independent transitions, see
-    :mod:`selfalign_core.alignment.overlap`.
+    shadow, whose means over transitions are given too. ``looks_better``: every loss that was tested is lower in the
+    mean, surely or not. ``effective_count``: of independent transitions, see :mod:`selfalign_core.alignment.overlap`.
     """
 
     accepted: bool
@@ -36,6 +40,7 @@ class Verdict:
     stderr: float = math.inf
     before: float = math.nan
     after: float = math.nan
+    looks_better: bool = False
     effective_count: float = 0.0
 
 
@@ -53,8 +58,9 @@ def judge(
 ) -> Verdict:
     """Accept ``shadow`` (T, W) in place of ``current`` only if it is within bounds and surely better on ``data``.
 
-    ``spans`` (B, 2) ns: when each transition begins and ends. A spent budget means fewer noise draws; before the
-    first is done it is a refusal.
+    Better by the margin in the weighted losses, and in inverse dynamics, unless that has no weight. ``spans`` (B, 2)
+    ns: when each transition begins and ends. A spent budget means fewer noise draws; before the first is done it is a
+    refusal.
     """
     if torch.equal(shadow, current):
         return Verdict(False, "refused: nothing found that differs from the current token")
@@ -65,26 +71,56 @@ def judge(
     try:
         for draw in torch.randperm(config.draws, generator=torch.Generator().manual_seed(seed)).tolist():
             rows = torch.arange(draw * len(data), (draw + 1) * len(data), device=current.device)
-            losses.append(scorer.score(data, noise, both, rows, budget.check))
+            losses.append(scorer.each(data, noise, both, rows, budget.check))
     except OutOfTimeError as why:
         note = str(why)
     if not losses:
         return Verdict(False, f"refused: not judged, {note} before one of {config.draws} draws")
-    before, after = torch.stack(losses).mean(0).double().cpu().numpy()
-    difference = estimate(2 * (after - before) / (after + before), spans)
-    upper = difference.upper(config.sigmas)
-    accepted = math.isfinite(upper) and upper < -config.margin
-    words = f"loss {difference.mean:+.1%} ± {difference.stderr:.1%} (standard error), upper bound {upper:+.1%}"
-    limit = f"< {-config.margin:.0%}"
-    reason = f"accepted: {words} {limit}" if accepted else f"refused: {words}, expected {limit}"
+    before, after = _means([scorer.weighted(loss) for loss in losses])
+    difference = _relative(before, after, spans)
+    tests = [_Test("loss", difference, config.margin)]
+    if scorer.weights[2] > 0:
+        inverse = _relative(*_means([loss.inverse_dynamics for loss in losses]), spans)
+        tests.append(_Test("inverse dynamics", inverse, 0.0))
+    failed = [test for test in tests if not test.passed(config.sigmas)]
+    reason = "; ".join(test.words(config.sigmas) for test in failed or tests)
     if note:
         reason += f" ({note} after {len(losses)} of {config.draws} draws)"
     return Verdict(
-        accepted=accepted,
-        reason=reason,
+        accepted=not failed,
+        reason=f"{'refused' if failed else 'accepted'}: {reason}",
         mean=difference.mean,
         stderr=difference.stderr,
         before=float(before.mean()),
         after=float(after.mean()),
+        looks_better=all(test.difference.mean < 0 for test in tests),
         effective_count=difference.effective_count,
     )
+
+
+@dataclass(frozen=True)
+class _Test:
+    """Of a relative difference, which is to be surely below ``-margin``."""
+
+    name: str
+    difference: Estimate
+    margin: float
+
+    def passed(self, sigmas: float) -> bool:
+        upper = self.difference.upper(sigmas)
+        return math.isfinite(upper) and upper < -self.margin
+
+    def words(self, sigmas: float) -> str:
+        found, limit = self.difference, f"< {0 - self.margin:.0%}"
+        words = f"{self.name} {found.mean:+.1%} ± {found.stderr:.1%} (standard error), upper bound"
+        return f"{words} {found.upper(sigmas):+.1%}{' ' if self.passed(sigmas) else ', expected '}{limit}"
+
+
+def _means(draws: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """(B,) of the current token and (B,) of the shadow, from (2, B) per draw."""
+    before, after = torch.stack(draws).mean(0).double().cpu().numpy()
+    return before, after
+
+
+def _relative(before: np.ndarray, after: np.ndarray, spans: np.ndarray) -> Estimate:
+    return estimate(2 * (after - before) / (after + before), spans)

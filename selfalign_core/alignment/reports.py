@@ -43,7 +43,7 @@ class Attempt:
     @property
     def undecided(self) -> bool:
         """Refused although the shadow looks better, or where another token fits the older transitions better."""
-        return not self.verdict.accepted and (self.verdict.mean < 0 or self.identification.margin > 0)
+        return not self.verdict.accepted and (self.verdict.looks_better or self.identification.margin > 0)
 
     @property
     def text(self) -> str:

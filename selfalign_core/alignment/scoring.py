@@ -53,6 +53,7 @@ class Prepared:
 class Scorer:
     """Losses λ_p·L_perc + λ_d·L_dyn + λ_i·L_inv of E-Tokens for ``policy``'s model. Owned by one thread.
 
+    ``weights``: λ_p, λ_d, λ_i.
     ``prompt`` is read only with ``alignment_prefix="full"``. ``frames``: keeps what was made of frames; by default
     nothing is kept.
 
@@ -76,7 +77,7 @@ class Scorer:
         if config.alignment_prefix == "full" and not prompt:
             raise ConfigError("alignment: found no prompt, expected one (alignment_prefix is 'full')")
         self.policy = policy
-        self._weights = weights
+        self.weights = weights
         self._prompt = prompt
         self._frames = frames or FrameCache(policy)
 
@@ -156,27 +157,34 @@ class Scorer:
 
     def weighted(self, losses: SampleLosses) -> Tensor:
         """(R,) the weighted sum that alignment minimises."""
-        return losses.weighted(*self._weights)
+        return losses.weighted(*self.weights)
 
     @torch.inference_mode()
-    def score(self, data: Prepared, noise: AlignmentNoise, tokens: Tensor, rows: Tensor, look: Look = never) -> Tensor:
-        """(C, R) weighted losses of ``tokens`` (C, T, W), each at the same ``rows`` (R,) of ``noise``."""
+    def each(
+        self, data: Prepared, noise: AlignmentNoise, tokens: Tensor, rows: Tensor, look: Look = never
+    ) -> SampleLosses:
+        """The three losses, (C, R), of ``tokens`` (C, T, W), each at the same ``rows`` (R,) of ``noise``."""
         count, parts = len(tokens), []
         row = rows.repeat_interleave(count)
         for part in torch.arange(count * len(rows), device=rows.device).split(_MAX_ROWS):
             look()
-            parts.append(self.weighted(self.losses(data, noise, tokens[part % count], row[part])))
-        return torch.cat(parts).reshape(len(rows), count).T.clone()
+            parts.append(self.losses(data, noise, tokens[part % count], row[part]))
+        return SampleLosses(
+            *(
+                torch.cat(values).reshape(len(rows), count).T.clone()
+                for values in zip(*(vars(p).values() for p in parts), strict=True)
+            )
+        )
 
-    @torch.inference_mode()
+    def score(self, data: Prepared, noise: AlignmentNoise, tokens: Tensor, rows: Tensor, look: Look = never) -> Tensor:
+        """(C, R) their weighted sum."""
+        return self.weighted(self.each(data, noise, tokens, rows, look))
+
     def samples(self, data: Prepared, token: Tensor, draws: int, seed: int, look: Look = never) -> SampleLosses:
         """Losses (draws * len(data),) of ``token`` (T, W), in the order of the rows of :meth:`noise`."""
         noise = self.noise(data, draws, seed)
-        parts = []
-        for part in torch.arange(len(noise.time), device=token.device).split(_MAX_ROWS):
-            look()
-            parts.append(self.losses(data, noise, token, part))
-        return SampleLosses(*(torch.cat(values) for values in zip(*(vars(p).values() for p in parts), strict=True)))
+        losses = self.each(data, noise, token[None], torch.arange(len(noise.time), device=token.device), look)
+        return SampleLosses(*(values[0] for values in vars(losses).values()))
 
     def summary(self, data: Prepared, token: Tensor, draws: int, seed: int, look: Look = never) -> AlignLosses:
         """Mean losses of ``token`` (T, W) over ``draws`` draws."""

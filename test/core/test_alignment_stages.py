@@ -377,7 +377,43 @@ def test_a_gain_within_the_margin_is_not_worth_a_new_token(monkeypatch: pytest.M
             budget=no_limit(),
         )  # fmt: skip
         assert verdict.accepted is accepted, verdict.reason
-        assert f"< -{margin:.0%}" in verdict.reason
+        assert "loss -6.2% ± 0.0% (standard error), upper bound -6.2%" in verdict.reason
+        assert f"< {0 - margin:.0%}" in verdict.reason
+
+
+@pytest.mark.parametrize("gain, accepted", [(0.0, False), (-0.5, False), (0.5, True)])
+def test_what_predicts_the_looks_better_must_explain_the_motion_better_too(
+    monkeypatch: pytest.MonkeyPatch, gain: float, accepted: bool
+) -> None:
+    """Perception becomes half; inverse dynamics, the action expert's question, changes by ``gain``."""
+    policy = small_policy()
+    current = torch.from_numpy(policy.e_token.data)
+    base = float(current[0, 0])
+
+    def losses(_prefix, transitions, _noise, *, token, dim_mask):
+        moved = (token[:, 0, 0] - base) / 0.1  # 0 for the current token, 1 for the shadow
+        own = 0.02 * transitions.state[:, 0].tanh() * moved  # every transition has its own luck
+        return AlignmentLosses(10 - 5 * moved, torch.ones_like(moved), 1 - 0.1 * gain * moved + own)
+
+    monkeypatch.setattr(policy.model, "alignment_losses", losses)
+    shadow, batch = current.clone(), random_batch(policy, 16)
+    shadow[0, 0] += 0.1
+    times = np.arange(16)[:, None] * 10 + np.array([[0, 10]])
+
+    def verdict(weights: tuple[float, float, float]) -> Verdict:
+        scorer, trusted = Scorer(policy, weights), Trusted.of(policy)
+        data, config = scorer.prepare(batch), Guard(draws=1)
+        return judge(scorer, data, times, current, shadow, trusted, config, seed=0, budget=no_limit())
+
+    found = verdict((2.0, 0.3, 3.0))
+    assert found.accepted is accepted, found.reason
+    assert found.mean < -0.3
+    if gain:
+        assert found.looks_better is accepted
+    if not accepted:
+        assert found.reason.startswith("refused: inverse dynamics") and "expected < 0%" in found.reason
+    blind = verdict((2.0, 0.3, 0.0))  # whoever gives it no weight does not ask for it
+    assert blind.accepted, blind.reason
 
 
 def test_one_transition_cannot_convince_nor_many_at_one_time(toy: Trained) -> None:
