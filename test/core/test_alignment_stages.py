@@ -381,7 +381,7 @@ def test_a_gain_within_the_margin_is_not_worth_a_new_token(monkeypatch: pytest.M
         assert f"< {0 - margin:.0%}" in verdict.reason
 
 
-@pytest.mark.parametrize("gain, accepted", [(0.0, False), (-0.5, False), (0.5, True)])
+@pytest.mark.parametrize(("gain", "accepted"), [(0.0, False), (-0.5, False), (0.5, True)])
 def test_what_predicts_the_looks_better_must_explain_the_motion_better_too(
     monkeypatch: pytest.MonkeyPatch, gain: float, accepted: bool
 ) -> None:
