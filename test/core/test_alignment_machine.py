@@ -385,7 +385,7 @@ def test_after_a_rollback_a_change_of_the_body_is_followed(toy: Trained) -> None
     robot.body = BODIES[0]
     aligner.rollback(robot.now_ns)  # to the token of this body
     live(aligner, robot, 10)
-    robot.body = BODIES[6]
+    robot.body = BODIES[7]
     reports = live(aligner, robot, 20)
     assert sum(r.drift is not None and r.drift.fired for r in reports) == 1
     assert any(r.accepted for r in reports)
@@ -457,3 +457,15 @@ def test_watching_wants_few_transitions_and_says_when_there_is_nothing_new(toy: 
     assert aligner.wanted == 10
     live(aligner, robot, 3)
     assert advance(aligner, robot).text == "watching: nothing new"
+
+
+def test_a_body_that_only_looks_different_keeps_its_token(toy: Trained) -> None:
+    """Bodies 0 and 6 differ in what is seen, which is worth much in perception and nothing to the actions."""
+    other = {row: toy.loss(BODIES[6], toy.bank[row]) for row in (0, 6)}
+    assert other[6]["perception"] < 0.1 * other[0]["perception"]
+    assert other[6]["action"] == pytest.approx(other[0]["action"], abs=0.01)
+    aligner, robot = aligner_of(toy), Robot(BODIES[6])
+    tried = attempts(live(aligner, robot, 40))
+    assert tried and not any(report.accepted for report in tried)
+    assert all(report.attempt.verdict.mean < -0.2 for report in tried)
+    assert aligner.state is State.WATCH
