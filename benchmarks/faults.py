@@ -54,7 +54,7 @@ STOP_S = (0.3, 3.0)
 QUICK_TO_ACCEPT = {
     "align_frequency": 2.0, "collect_fit_count": 4, "collect_guard_count": 4, "collect_min_command": 0.0,
     "collect_min_motion": 0.0, "refine_steps": 2, "guard_draws": 2, "guard_sigmas": 0.0, "guard_margin": 0.0,
-    "niceness": 0,
+    "guard_inverse_margin": 0.0, "niceness": 0,
 }  # fmt: skip
 """Of the aligner: about every second token passes, so that there are some to be lost."""
 START_S = 180.0

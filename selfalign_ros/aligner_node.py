@@ -44,6 +44,7 @@ from selfalign_ros.worker import Outcome
 
 if TYPE_CHECKING:
     from selfalign_core.alignment import AlignConfig, SelfAligner, StageReport
+    from selfalign_core.alignment.motion import MotionWanted
 
 # How long a fresh aligner listens for the token in use before it starts from the checkpoint's own.
 _LISTEN_S = 2.0
@@ -106,7 +107,7 @@ class AlignerNode(ManagedNode):
         self._asked: tuple[int, int, int] | None = None
         self._known_ns = 0
         self._attempt_wanted = False  # by somebody who asked while a round ran
-        self._waiting_since_ns: int | None = None  # for an attempt
+        self._motion: MotionWanted  # once the aligner is loaded
         self._timer: Any = None
         self._kept = KeptFile(self.kept_path(".safetensors"))  # used in the worker only
 
@@ -148,7 +149,7 @@ class AlignerNode(ManagedNode):
     def deactivate(self) -> None:
         self._ready = False
         self._timer = None
-        self._waiting_since_ns = None
+        self._motion.reset()
         self._attempt_wanted = False
 
     def is_idle(self) -> bool:
@@ -181,6 +182,7 @@ class AlignerNode(ManagedNode):
         use_threads(parameters["torch_threads"])
         use_stream(parameters["device"], urgent=False)
         from selfalign_core.alignment import SelfAligner
+        from selfalign_core.alignment.motion import MotionWanted
         from selfalign_core.policy import Policy
 
         device, precision = parameters["device"], parameters["precision"]
@@ -192,6 +194,7 @@ class AlignerNode(ManagedNode):
             prompt=parameters["prompt"],
             seed=parameters["seed"],
         )
+        self._motion = MotionWanted()
         own = self._aligner.token
         self._aligner.use(EToken(own.data, own.version, self.contract.embodiment, own.model_digest), 0)
         self._restore(self._aligner, parameters["guard_max_norm"])
@@ -391,14 +394,10 @@ class AlignerNode(ManagedNode):
         self._ask_for_motion(report, now_ns)
 
     def _ask_for_motion(self, report: StageReport, now_ns: int) -> None:
-        """With ``auto_calibrate``: have the robot moved when its motion has not sufficed for too long."""
-        waits = report.excitation is not None and not report.excitation.enough
-        if not waits or self._waiting_since_ns is None or now_ns < self._waiting_since_ns:
-            self._waiting_since_ns = now_ns if waits else None
-        elif now_ns - self._waiting_since_ns > self.parameters["auto_calibrate_after"] * NS_PER_S:
-            self._waiting_since_ns = now_ns
-            if self.parameters["auto_calibrate"] and not self.lockstep and self._calibrate.service_is_ready():
-                self._calibrate.call_async(Trigger.Request()).add_done_callback(self._on_calibrate_answer)
+        """With ``auto_calibrate``: have the robot moved when it is time to."""
+        wanted = self._motion.after(report, now_ns, round(self.parameters["auto_calibrate_after"] * NS_PER_S))
+        if wanted and self.parameters["auto_calibrate"] and not self.lockstep and self._calibrate.service_is_ready():
+            self._calibrate.call_async(Trigger.Request()).add_done_callback(self._on_calibrate_answer)
 
     def _on_calibrate_answer(self, future: Future) -> None:
         self.get_logger().info(f"asked for motion ({self._last_text}): {future.result().message}")

@@ -30,7 +30,17 @@ import yaml
 from rclpy.node import Node
 from std_msgs.msg import Bool
 
-from benchmarks.adaptation.shifts import BACK_S, BEFORE_S, RECOVERY_S, SHIFTED_S, SHIFTS, reached_share, recovery_s
+from benchmarks.adaptation.long_run import PATIENCE_NS
+from benchmarks.adaptation.shifts import (
+    BACK_S,
+    BEFORE_S,
+    CALIBRATION,
+    RECOVERY_S,
+    SHIFTED_S,
+    SHIFTS,
+    reached_share,
+    recovery_s,
+)
 from benchmarks.adaptation.work import Cache, policy_of, say
 from benchmarks.report import print_table, record, run_command, write_json
 from selfalign.srv import SetBody
@@ -48,8 +58,12 @@ STARTUP_S = 120.0
 """Limit for the graph to make the robot reach for its first target, until it is over."""
 
 PARAMETERS = {
-    "aligner": {"auto_calibrate": True, "auto_calibrate_after": 5.0, "token_folder": ""},
-    "policy": {"calibrate_amplitude": 0.7, "calibrate_duration": 10.0, "token_folder": ""},
+    "aligner": {"auto_calibrate": True, "auto_calibrate_after": PATIENCE_NS / 1e9, "token_folder": ""},
+    "policy": {
+        "calibrate_amplitude": CALIBRATION.amplitude,
+        "calibrate_duration": CALIBRATION.duration_s,
+        "token_folder": "",
+    },
 }
 """A robot whose policy has lost its way hardly moves: let the aligner ask for the motion that it needs."""
 

@@ -1,11 +1,14 @@
 """A robot that works without a pause: one target after another, the aligner beside it, its body changing on the way.
 
+With ``calibration`` it moves as the aligner node has it moved (``auto_calibrate``), else by its work alone.
+
 The task is that of the simulator node: a target that was reached, or not within 8 s, is followed by another one.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +16,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.adaptation.lab import DT_NS, AlignerLoop, cameras_of, see
+from benchmarks.adaptation.settings import contract_for
 from selfalign_core.alignment import SelfAligner, StageReport
+from selfalign_core.alignment.calibration import CalibrationConfig, calibration_motion
+from selfalign_core.alignment.motion import MotionWanted
 from selfalign_core.evaluation.rollout import CONTROL_HZ
 from selfalign_core.policy import Policy
 from selfalign_core.sim import JOINTS, ArmSim, BodyConfig
@@ -23,6 +29,8 @@ _REPLAN_STEPS = 8
 _TARGET_STEPS = round(8 * CONTROL_HZ)
 _NEAR_M, _NEAR_STEPS = 0.03, 5
 _LOG_STEPS = 5
+PATIENCE_NS = 5 * 10**9
+"""Without motion that suffices, before the calibration motion is asked for."""
 
 
 @dataclass
@@ -56,12 +64,14 @@ class LongRun:
         *,
         aligner: SelfAligner | None = None,
         changes: Sequence[tuple[float, BodyConfig]] = (),
+        calibration: CalibrationConfig | None = None,
         after_report: Callable[[StageReport], None] | None = None,
     ):
         self._policy, self._seed, self._body = policy, seed, body
         self._changes = {round(second * CONTROL_HZ): other for second, other in changes}
         self._loop = None if aligner is None else AlignerLoop(policy, aligner)
         self._after_report = after_report
+        self._calibration, self._wanted, self._motion = calibration, MotionWanted(), deque[np.ndarray]()
         self._columns = [JOINTS.index(joint) for joint in JOINTS[: policy.action_dim]]
         self.log = Log()
 
@@ -101,12 +111,13 @@ class LongRun:
             named = dict(zip(cameras_of(policy), images, strict=True))
             observation = Observation(named, state, sim.prompt, step * DT_NS)
             self._chunk = policy.infer(observation, seed=self._seed).actions
+        setpoint = self._motion.popleft() if self._motion else self._chunk[place]
         action = self._hold.copy()
-        action[self._columns] = self._chunk[place]
+        action[self._columns] = setpoint
         if self._loop is not None:
-            report = self._loop.add(step * DT_NS, images, state, self._chunk[place])
+            report = self._loop.add(step * DT_NS, images, state, setpoint)
             if report is not None:
-                self._on_report(step, report)
+                self._on_report(step, report, setpoint)
         sim.command(action)
         sim.step(1 / CONTROL_HZ)
         self._near = self._near + 1 if sim.distance() < _NEAR_M else 0
@@ -114,11 +125,15 @@ class LongRun:
             self.log.distance.append(round(sim.distance(), 4))
             self.log.norm.append(round(float(np.sqrt(np.mean(np.square(policy.e_token.data)))), 4))
 
-    def _on_report(self, step: int, report: StageReport) -> None:
+    def _on_report(self, step: int, report: StageReport, setpoint: np.ndarray) -> None:
         if report.accepted:
             self._policy.set_e_token(report.token)
         if report.attempt is not None or (report.drift is not None and report.drift.fired):
             kind = "drift" if report.attempt is None else "accepted" if report.accepted else "refused"
             self.log.events.append({"time": step / CONTROL_HZ, "kind": kind, "text": report.text})
+        if self._wanted.after(report, step * DT_NS, PATIENCE_NS) and self._calibration and not self._motion:
+            contract = contract_for(JOINTS[: self._policy.action_dim])
+            start = np.clip(setpoint, contract.lower, contract.upper)
+            self._motion.extend(calibration_motion(contract, start, self._calibration, seed=step).astype(np.float32))
         if self._after_report is not None:
             self._after_report(report)

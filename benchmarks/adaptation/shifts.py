@@ -14,10 +14,14 @@ from benchmarks.adaptation.long_run import LongRun
 from benchmarks.adaptation.settings import Settings
 from benchmarks.adaptation.work import Cache, policy_of, run_tasks
 from selfalign_core.alignment import SelfAligner
+from selfalign_core.alignment.calibration import CalibrationConfig
 from selfalign_core.sim import JOINTS, BodyConfig, CameraBody
 
 BEFORE_S, SHIFTED_S, BACK_S = 30.0, 60.0, 60.0
 RECOVERY_S = 30.0
+CALIBRATION = CalibrationConfig(duration_s=10.0, amplitude=0.7)
+"""The motion that the aligner may ask for: wider than the default, for a robot that has lost its way."""
+
 _IN_A_ROW = 3
 """Targets begun after the shift and reached one after another: the robot has recovered."""
 
@@ -71,11 +75,14 @@ def run_shift(task: ShiftTask) -> dict[str, Any]:
         joints = JOINTS[: policy.action_dim]
         aligner = SelfAligner(policy, settings.align, joints=joints, seed=task.run) if task.aligned else None
         changes = [(BEFORE_S, shifted), (BEFORE_S + SHIFTED_S, _NOMINAL)]
-        run = LongRun(policy, _NOMINAL, settings.seed * 1000 + task.run, aligner=aligner, changes=changes)
+        run = LongRun(
+            policy, _NOMINAL, settings.seed * 1000 + task.run, aligner=aligner, changes=changes, calibration=CALIBRATION
+        )
         return run.run(BEFORE_S + SHIFTED_S + BACK_S).to_dict()
 
     names = ("seed", "align") if task.aligned else ("seed",)
-    inputs = {"model": policy.digest, "body": shifted.to_dict(), **settings.of(*names)}
+    motion = dataclasses.asdict(CALIBRATION) if task.aligned else None
+    inputs = {"model": policy.digest, "body": shifted.to_dict(), "calibration": motion, **settings.of(*names)}
     name = f"shifts/{task.shift}-{task.run:02d}-{'aligned' if task.aligned else 'unaligned'}"
     log = Cache(task.cache).get(name, inputs, make)
     return {"shift": task.shift, "run": task.run, "aligned": task.aligned, **log}

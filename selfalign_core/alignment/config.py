@@ -95,26 +95,29 @@ class Refine:
 
 @dataclass(frozen=True)
 class Guard:
-    """A shadow passes if the paired relative difference on newer transitions, mean + ``sigmas`` stderr, < -``margin``.
+    """A shadow passes if it is surely better on newer transitions, and explains their actions much better.
 
-    With few independent transitions it takes more than that, see :meth:`overlap.Estimate.upper`. ``margin``: a smaller
-    gain is not worth a new token: it is real, but the actions do not get better by it. None is asked for while the
-    current token is unproven, twice as much where no other known token fits better (see :mod:`machine`). ``draws``:
-    common noise draws per transition. ``trust_radius``: farthest from the nearest trusted token, in spreads of the bank
-    (root mean squares; 1 for a bank of one). ``max_norm``: largest root mean square of a token vector; trusted tokens
-    may be larger. ``budget_ms`` is for the test, and as much again for the losses that the report gives.
+    The paired relative difference of the weighted losses, mean + ``sigmas`` stderr, is to be < -``margin``; that of
+    inverse dynamics alone < -``inverse_margin`` in the mean, and < 0 at half as many ``sigmas``. With few independent
+    transitions it takes more than that, see :meth:`overlap.Estimate.upper`. The margins: a smaller gain is
+    not worth a new token: it is real, but the actions do not get better by it. None is asked for while the current
+    token is unproven, twice as much where no other known token fits better (see :mod:`machine`). ``draws``: common
+    noise draws per transition. ``trust_radius``: farthest from the nearest trusted token, in spreads of the bank (root
+    mean squares; 1 for a bank of one). ``max_norm``: largest root mean square of a token vector; trusted tokens may be
+    larger. ``budget_ms`` is for the test, and as much again for the losses that the report gives.
     """
 
     draws: int = 16
     sigmas: float = 2.0
     margin: float = 0.1
+    inverse_margin: float = 0.2
     trust_radius: float = 1.0
     max_norm: float = 4.0
     budget_ms: float | None = 5_000.0
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "draws")
-        _not_negative(self, "sigmas", "margin")
+        _not_negative(self, "sigmas", "margin", "inverse_margin")
         _positive(self, "trust_radius", "max_norm")
         _budget(self)
 

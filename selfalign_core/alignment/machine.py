@@ -16,7 +16,7 @@ attempt fits on all evidence so far but is judged by transitions that none befor
 and watches. A refusal leaves a baseline for the drift test, which goes on beside further attempts. But a token that was
 jumped to is unproven until identification prefers it over all others on as much evidence as is remembered: it may have
 fitted little motion by chance, so that it fits worse elsewhere is no sign of a change, and no evidence is dropped. Any
-sure gain replaces it. For a proven one the guard asks for its margin, and for twice that where no other token of the
+sure gain replaces it. For a proven one the guard asks for its margins, and for twice those where no other token of the
 bank fits better: the body is most likely the one that it was, and what refinement gains there is mostly chance.
 Who brings an earlier token back wants it kept: then, too, it rests, and what it sees first is the baseline.
 Evidence is never older than ``since_ns``: what came before the change that a drift betrays is not asked for again.
@@ -354,10 +354,13 @@ class SelfAligner:
         return attempt, refined.token, guard_data
 
     def _limits(self, found: Identification) -> Guard:
-        """The guard's, its margin as the module says."""
+        """The guard's, its margins as the module says."""
         same_body = found.margin == 0 and len(self._trusted.names) > 1
         factor = 0 if self._unproven else 2 if same_body else 1
-        return dataclasses.replace(self.config.guard, margin=factor * self.config.guard.margin)
+        guard = self.config.guard
+        return dataclasses.replace(
+            guard, margin=factor * guard.margin, inverse_margin=factor * guard.inverse_margin
+        )
 
     def _mean_losses(self, data: Prepared, token: Tensor, now_ns: int, budget: Budget) -> AlignLosses:
         try:

@@ -96,7 +96,7 @@ def test_two_joints_swapped_while_it_rests_in_few_transitions_are_no_drift(three
 
 # ---------------------------------------------------------------- anything at all
 
-LIMITS = Guard(draws=2, sigmas=0.0, margin=0.0, trust_radius=0.4, max_norm=1.5)
+LIMITS = Guard(draws=2, sigmas=0.0, margin=0.0, inverse_margin=0.0, trust_radius=0.4, max_norm=1.5)
 COUNT, FRAMES = 7, 9
 wide = st.floats(width=32, allow_subnormal=False)
 """NaN and infinities too."""

@@ -21,6 +21,7 @@ QUICK_ALIGNER = {
     "guard_draws": 2,
     "guard_sigmas": 0.0,
     "guard_margin": 0.0,
+    "guard_inverse_margin": 0.0,
     "watch_count": 4,
     **{f"{stage}_budget_ms": 300_000.0 for stage in ("identify", "refine", "guard", "watch")},
 }

@@ -1,0 +1,33 @@
+"""When a robot is to be moved for the aligner's sake. Who moves it, and whether, is the caller's to decide."""
+
+from __future__ import annotations
+
+from selfalign_core.alignment.reports import StageReport
+
+
+class MotionWanted:
+    """At once after a drift, and whenever natural motion has not sufficed for too long.
+
+    After a drift the policy moves a robot that it does not know, or hardly moves it; a calibration motion is both safer
+    and tells more.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget how long it has waited."""
+        self._waiting_since_ns: int | None = None
+
+    def after(self, report: StageReport, now_ns: int, patience_ns: int) -> bool:
+        """Whether to ask for motion after ``report``; ``patience_ns``: how long natural motion may not suffice."""
+        waits = report.excitation is not None and not report.excitation.enough
+        if report.drift is not None and report.drift.fired:
+            self.reset()
+            return True
+        if not waits or self._waiting_since_ns is None or now_ns < self._waiting_since_ns:
+            self._waiting_since_ns = now_ns if waits else None
+        elif now_ns - self._waiting_since_ns > patience_ns:
+            self._waiting_since_ns = now_ns
+            return True
+        return False
