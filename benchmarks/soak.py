@@ -57,6 +57,15 @@ class Listener(Node):
         before = [count for at, count in counts if at <= since]
         return counts[-1][1] - (before[-1] if before else 0) if counts else 0
 
+    def last_holds(self, since: float) -> list[dict[str, Any]]:
+        """Whenever ``holds`` had risen after ``since``: seconds after it, how many, and the last one's reason."""
+        rows, before = [], self.count("holds") - self.count("holds", since)
+        for at, values in self.values:
+            if at > since and (holds := int(values["holds"])) > before:
+                rows.append({"second": round(at - since, 1), "holds": holds - before, "last": values["last hold"]})
+                before = holds
+        return rows
+
     def _on_diagnostics(self, message: DiagnosticArray) -> None:
         for status in message.status:
             if status.name.endswith("policy: chunks"):
@@ -176,6 +185,7 @@ def _run(options: argparse.Namespace) -> int:
     finally:
         rclpy.try_shutdown()
     counts = {name: listener.count(name, begin + WARM_UP_S) for name in (*COUNTED, "chunks")}
+    holds = listener.last_holds(begin + WARM_UP_S)
     memory = {
         name: {**growth(samples, begin, end), "series": series(samples, begin)} for name, samples in soak.memory.items()
     }
@@ -187,7 +197,7 @@ def _run(options: argparse.Namespace) -> int:
         "stopped cleanly": soak.exit_code == 0,
     }
     figures = {"duration_s": end - begin, "warm_up_s": WARM_UP_S, "growth_limit_mib": GROWTH_LIMIT_MIB}
-    measured = {"after_warm_up": counts, "memory": memory, "restarts": restarts, "checks": checks}
+    measured = {"after_warm_up": counts, "holds": holds, "memory": memory, "restarts": restarts, "checks": checks}
     write_json(output / "soak.json", record("soak", **figures, **measured))
     keys = ("after_warm_up_mib", "end_mib", "growth_mib", "slope_mib_per_hour")
     rows = [
@@ -196,8 +206,10 @@ def _run(options: argparse.Namespace) -> int:
     ]
     print_table(["memory, MiB", "after 1 minute", "at the end", "growth", "slope per hour", "flat"], rows)
     print(f"after the first minute: {', '.join(f'{count} {name}' for name, count in counts.items())}")
-    for check, holds in checks.items():
-        print(f"{check}: {'yes' if holds else 'NO'}")
+    for row in holds:
+        print(f"{row['second']:.0f} s later: {row['holds']} holds, the last one: {row['last']}")
+    for check, kept in checks.items():
+        print(f"{check}: {'yes' if kept else 'NO'}")
     return 0 if all(checks.values()) else 1
 
 
