@@ -1,0 +1,55 @@
+"""When the aligner asks for the calibration motion."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from selfalign_core.alignment import StageReport, State
+from selfalign_core.alignment.excitation import Excitation
+from selfalign_core.alignment.motion import MotionWanted
+from selfalign_core.alignment.watch import Drift
+from selfalign_core.types import EToken
+
+SECOND = 10**9
+PATIENCE = 5 * SECOND
+TOKEN = EToken(np.zeros((1, 4), np.float32), 0, "arm", "digest")
+
+
+def report(missing: str | None = None, *, drift: bool | None = None) -> StageReport:
+    """Of a round that looked at motion unless ``missing`` is None, and for drift unless that is None."""
+    excitation = None if missing is None else Excitation(("elbow",), (0.1,), (0.1,), (missing,) if missing else ())
+    found = None if drift is None else Drift(4.0 if drift else 0.0, 2.0, drift)
+    return StageReport(State.COLLECT, "", TOKEN, excitation=excitation, drift=found)
+
+
+def test_motion_is_asked_for_when_it_has_not_sufficed_for_long_and_again_later() -> None:
+    wanted = MotionWanted()
+    asked = [second for second in range(14) if wanted.after(report("elbow"), second * SECOND, PATIENCE)]
+    assert asked == [6, 12]
+
+
+def test_motion_that_suffices_in_between_or_a_clock_set_back_starts_the_wait_anew() -> None:
+    for between in (report(""), report()):
+        wanted = MotionWanted()
+        assert not any(wanted.after(report("elbow"), second * SECOND, PATIENCE) for second in range(5))
+        assert not wanted.after(between, 5 * SECOND, PATIENCE)
+        assert not any(wanted.after(report("elbow"), second * SECOND, PATIENCE) for second in range(6, 12))
+        assert wanted.after(report("elbow"), 12 * SECOND, PATIENCE)
+    wanted = MotionWanted()
+    assert not wanted.after(report("elbow"), 100 * SECOND, PATIENCE)
+    assert not any(wanted.after(report("elbow"), second * SECOND, PATIENCE) for second in range(6))
+    assert wanted.after(report("elbow"), 6 * SECOND, PATIENCE)
+
+
+def test_after_a_drift_motion_is_asked_for_at_once() -> None:
+    wanted = MotionWanted()
+    assert not wanted.after(report(drift=False), 0, PATIENCE)
+    assert wanted.after(report(drift=True), SECOND, PATIENCE)
+    assert not wanted.after(report("elbow"), 2 * SECOND, PATIENCE)  # it is under way
+
+
+def test_forgetting_starts_the_wait_anew() -> None:
+    wanted = MotionWanted()
+    assert not wanted.after(report("elbow"), 0, PATIENCE)
+    wanted.reset()
+    assert not wanted.after(report("elbow"), 6 * SECOND, PATIENCE)
