@@ -38,7 +38,7 @@ class Log:
     """What happened; times in seconds from the start.
 
     ``distance`` [m] every quarter second. ``targets``: begin, end and whether it was reached. ``events``: what the
-    aligner did. ``norm`` of E (root mean square), every quarter second.
+    aligner did, and the calibration motions that it asked for. ``norm`` of E (root mean square), every quarter second.
     """
 
     distance: list[float] = field(default_factory=list)
@@ -132,8 +132,12 @@ class LongRun:
             kind = "drift" if report.attempt is None else "accepted" if report.accepted else "refused"
             self.log.events.append({"time": step / CONTROL_HZ, "kind": kind, "text": report.text})
         if self._wanted.after(report, step * DT_NS, PATIENCE_NS) and self._calibration and not self._motion:
-            contract = contract_for(JOINTS[: self._policy.action_dim])
-            start = np.clip(setpoint, contract.lower, contract.upper)
-            self._motion.extend(calibration_motion(contract, start, self._calibration, seed=step).astype(np.float32))
+            self._begin_calibration(step, setpoint, self._calibration)
         if self._after_report is not None:
             self._after_report(report)
+
+    def _begin_calibration(self, step: int, setpoint: np.ndarray, config: CalibrationConfig) -> None:
+        contract = contract_for(JOINTS[: self._policy.action_dim])
+        start = np.clip(setpoint, contract.lower, contract.upper)
+        self._motion.extend(calibration_motion(contract, start, config, seed=step).astype(np.float32))
+        self.log.events.append({"time": step / CONTROL_HZ, "kind": "calibration", "text": ""})

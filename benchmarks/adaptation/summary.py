@@ -46,7 +46,7 @@ def arm_figures(bodies: Bodies, arm: str) -> dict[str, Any]:
 
     ``success``, ``final_distance`` [m], ``action_error`` [rad], ``losses``: intervals over bodies; ``..._gain``: the
     same minus the unaligned arm's body by body. ``harmed_...``: share of bodies that do worse than unaligned by more
-    than one standard error.
+    than one standard error. ``over_nearest``: of the aligner, the same against the nearest entry's arm.
     """
     measured = [body["arms"][arm] for body in bodies]
     figures: dict[str, Any] = {"bodies": len(bodies), "success": success_interval([m["success"] for m in measured])}
@@ -61,6 +61,8 @@ def arm_figures(bodies: Bodies, arm: str) -> dict[str, Any]:
         figures["accepted"] = share([m["accepted"] for m in measured])
     if UNALIGNED in bodies[0]["arms"]:
         figures |= against(bodies, arm, UNALIGNED)
+    if arm == OURS and NEAREST in bodies[0]["arms"]:
+        figures["over_nearest"] = against(bodies, OURS, NEAREST)
     return figures
 
 

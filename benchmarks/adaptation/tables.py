@@ -18,6 +18,12 @@ def print_arms(rows: Sequence[dict[str, Any]]) -> None:
         group = [row for row in rows if (row["range"], row["family"]) == (range_, family)]
         print(f"\n{family}, {range_} the training range ({group[0]['bodies']} bodies)\n")
         print_table(_ARMS, [_arm_row(row) for row in group])
+        for row in group:
+            if over := row.get("over_nearest"):
+                print(
+                    f"{LABELS[row['arm']]} against nearest bank entry, body by body: success "
+                    f"{points(over['success_gain'])}, action error {radians(over['action_error_gain'])}"
+                )
 
 
 _ARMS = (
@@ -92,6 +98,12 @@ def percent(value: dict[str, float] | None) -> str:
         return "–"
     low, high = max(value["low"], 0.0), min(value["high"], 1.0)
     return f"{100 * value['mean']:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+def points(change: dict[str, float]) -> str:
+    """Of a share."""
+    mean, low, high = (100 * change[name] for name in ("mean", "low", "high"))
+    return f"{mean:+.0f} [{low:+.0f}, {high:+.0f}] points"
 
 
 def radians(value: dict[str, float]) -> str:

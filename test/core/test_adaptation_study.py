@@ -12,7 +12,7 @@ import torch
 import yaml
 from small_models import small_model
 
-from benchmarks.adaptation import own_policy, right, seeds, shifts, study, summary
+from benchmarks.adaptation import long_run, own_policy, right, seeds, shifts, study, summary
 from benchmarks.adaptation.__main__ import main
 from benchmarks.adaptation.arms import ARMS, EXPERT, FULL, MEAN, NEAREST, OURS, UNALIGNED, Found, find_token
 from benchmarks.adaptation.expert_fit import ExpertFit, fit_token
@@ -21,6 +21,8 @@ from benchmarks.adaptation.long_run import LongRun
 from benchmarks.adaptation.measure import Measure, close_environments
 from benchmarks.adaptation.settings import FAMILIES, Settings, contract_for, draw_body
 from benchmarks.adaptation.work import Cache, policy_of
+from selfalign_core.alignment import SelfAligner
+from selfalign_core.alignment.calibration import CalibrationConfig
 from selfalign_core.alignment.config import AlignConfig, Collect, Guard, Identify, Refine
 from selfalign_core.errors import ConfigError
 from selfalign_core.policy import Policy
@@ -218,6 +220,21 @@ def test_a_long_run_follows_its_targets_and_leaves_the_policy_as_it_was(lab) -> 
     np.testing.assert_array_equal(policy.e_token.data, own.data)
 
 
+def test_a_long_run_makes_the_calibration_motion_that_the_aligner_asks_for(lab, monkeypatch) -> None:
+    monkeypatch.setattr(long_run, "PATIENCE_NS", 10**9)
+    collect = dataclasses.replace(QUICK.collect, min_motion=9.0)  # no motion ever suffices
+    logs = []
+    for calibration in (None, CalibrationConfig(duration_s=5.0, amplitude=0.5)):
+        aligner = SelfAligner(lab.policy, dataclasses.replace(QUICK, collect=collect))
+        logs.append(LongRun(lab.policy, BodyConfig(), 3, aligner=aligner, calibration=calibration).run(6.0))
+    assert not logs[0].events
+    [asked] = logs[1].events
+    assert asked["kind"] == "calibration"
+    begin = int(asked["time"] * 4) + 1  # the distance is written down four times a second
+    assert logs[0].distance[:begin] == logs[1].distance[:begin]
+    assert logs[0].distance[begin:] != logs[1].distance[begin:]
+
+
 def test_a_robot_that_is_right_meets_every_opportunity(checkpoint, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(right, "EPISODES", 2)
     [run] = right.results(right.plan(checkpoint, str(tmp_path), 1, 2, SETTINGS), 1)
@@ -281,6 +298,10 @@ def test_targets_are_judged_on_the_figures() -> None:
     found = {one["target"].split(": ")[1]: one["met"] for one in summary.targets({"arms": rows})}
     assert len(found) == 5
     assert all(found.values())
+    [over] = [row["over_nearest"] for row in rows if row["arm"] == "ours"]
+    assert over["action_error_gain"]["low"] == pytest.approx(-0.1)  # the same on every body, however these differ
+    assert over["action_error_gain"]["high"] == pytest.approx(-0.1)
+    assert over["success_gain"]["mean"] == 0.5
     for body in bodies:
         body["arms"]["ours"] = {**body["arms"]["unaligned"]}
     found = {one["target"].split(": ")[1]: one["met"] for one in summary.targets({"arms": summary.arms_table(bodies)})}
