@@ -50,6 +50,7 @@ from selfalign_ros.inputs import Selection, SensorInputs
 from selfalign_ros.kept import KeptFile, StopLatch
 from selfalign_ros.managed_node import ManagedNode
 from selfalign_ros.node import run
+from selfalign_ros.publishers import Publishers
 from selfalign_ros.resources import STATE_FOLDER, checkpoint_folder
 from selfalign_ros.worker import Outcome
 
@@ -58,8 +59,6 @@ if TYPE_CHECKING:
 
 _INACTIVE = "inactive"
 _FIRST_CHUNK = "waiting for the first chunk"
-_LEASE_S = 40.0
-"""Longer than DDS takes to notice that a node was killed (20 s, announced every 3)."""
 _STANDSTILL_S = 1.0
 """Without a control step for so long of steady time, ROS time stands still."""
 
@@ -87,7 +86,6 @@ class PolicyNode(ManagedNode):
         self._token_version = 0
         self._token_refused_version = -1
         self._token_refusal = self._token_dispute = ""
-        self._token_publishers: dict[tuple[int, ...], float] = {}  # by endpoint: when it was first seen, steady time
 
         self._chunk: ActionChunk | None = None
         self._delay = DelayEstimate()
@@ -144,6 +142,7 @@ class PolicyNode(ManagedNode):
         self._token_subscription = self.create_subscription(
             ETokenMsg, "e_token", self._on_e_token, **qos.overridable(latched)
         )
+        self._token_publishers = Publishers(self, self._token_subscription.topic_name)
         self.create_subscription(String, "prompt", self._on_prompt, **qos.overridable(latched))
         self.counts_inputs(*(stream.topic for stream in self.inputs.streams), "e_token", "prompt")
         self._chunk_publisher = self.create_publisher(ActionChunkMsg, "action_chunk", **qos.overridable(qos.EVENTS))
@@ -160,7 +159,7 @@ class PolicyNode(ManagedNode):
                 message_type, contract.action.topic, **qos.overridable(qos.COMMAND)
             )
             self.create_service(Trigger, "~/calibrate", self._on_calibrate)
-            self.create_steady_timer(1.0, self._look_at_token_sources)
+            self.create_steady_timer(1.0, self._look_at_token_publishers)
 
     def _freeze_limits(self) -> FreezeLimits:
         return FreezeLimits(self.parameters["frozen_camera_after"], self.parameters["frozen_camera_motion"])
@@ -248,8 +247,8 @@ class PolicyNode(ManagedNode):
         return token
 
     def _on_e_token(self, message: ETokenMsg) -> None:
-        if not self.lockstep and len(self._token_sources()) > 1:
-            self._look_at_token_sources()
+        if not self.lockstep and len(self._token_publishers.names()) > 1:
+            self._look_at_token_publishers()
             return
         max_norm = self.parameters["guard_max_norm"]
 
@@ -281,30 +280,12 @@ class PolicyNode(ManagedNode):
 
         self.worker.submit(swap, swapped)
 
-    def _token_sources(self) -> list[str]:
-        """Full names of the nodes that publish on the E-Token topic; one that was killed counts for a while.
-
-        A name stands there once, however often its node was started again, and twice when two publishers of that name
-        have been there for longer than DDS remembers one that was killed.
-        """
-        publishers = self.get_publishers_info_by_topic(self._token_subscription.topic_name)
-        now_s = time.monotonic()
-        self._token_publishers = {
-            (gid := tuple(p.endpoint_gid)): self._token_publishers.get(gid, now_s) for p in publishers
-        }
-        settled: dict[str, int] = {}
-        for publisher in publishers:
-            name = f"{publisher.node_namespace.rstrip('/')}/{publisher.node_name}"
-            old = now_s - self._token_publishers[tuple(publisher.endpoint_gid)] > _LEASE_S
-            settled[name] = settled.get(name, 0) + old
-        return sorted(name for name, count in settled.items() for _ in range(max(1, count)))
-
-    def _look_at_token_sources(self) -> None:
+    def _look_at_token_publishers(self) -> None:
         """With two nodes on the E-Token topic nobody can tell whose token is meant: none is taken until one is left."""
-        sources = self._token_sources()
-        if len(sources) > 1:
+        names = self._token_publishers.names()
+        if len(names) > 1:
             self._token_dispute = (
-                f"{self._token_subscription.topic_name}: found {len(sources)} publishers, {', '.join(sources)}; "
+                f"{self._token_publishers.topic}: found {len(names)} publishers, {', '.join(names)}; "
                 "expected one, no E-Token is taken"
             )
             self._dispute.say(self._token_dispute)
