@@ -269,13 +269,17 @@ class PolicyNode(ManagedNode):
             return token
 
         def swapped(outcome: Outcome[EToken | None]) -> None:
-            if isinstance(outcome.error, InputError):
+            try:
+                token = outcome.result()
+            except InputError as error:
                 self._token_refused_version = int(message.version)
-                self._token_refusal = f"E-Token version {message.version} refused: {outcome.error}"
+                self._token_refusal = f"E-Token version {message.version} refused: {error}"
                 self.get_logger().error(self._token_refusal)
-            elif (token := outcome.result()) is not None:
-                self._token_version, self._token_refusal = token.version, ""
-                self._in_use_publisher.publish(e_token_message(token, message.header.stamp))
+            else:
+                self._token_refusal = ""
+                if token is not None:
+                    self._token_version = token.version
+                    self._in_use_publisher.publish(e_token_message(token, message.header.stamp))
             self.arrived("e_token")
 
         self.worker.submit(swap, swapped)
@@ -411,7 +415,7 @@ class PolicyNode(ManagedNode):
         """Why the robot may not move; "" if it may."""
         if not self.is_active:
             return _INACTIVE
-        return self._forbidden() or self.inputs.fault(now_ns)
+        return self._forbidden() or self._token_refusal or self.inputs.fault(now_ns)
 
     def _forbidden(self) -> str:
         """A person's word against motion; "" if there is none."""
@@ -519,6 +523,7 @@ class PolicyNode(ManagedNode):
         except OSError as error:
             response.message = f"still stopped: {error}"
             return response
+        self._token_refusal = ""
         response.success, response.message = True, self._why_not(self.now_ns()) or "moving"
         self.get_logger().warning(f"stop cleared: {response.message}")
         return response

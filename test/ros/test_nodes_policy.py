@@ -436,7 +436,7 @@ def wait_for_chunk_version(probe, version: int) -> None:
     ],
     ids=["digest", "length", "shape", "nan", "embodiment", "norm", "version"],
 )
-def test_bad_token_is_refused_by_name_and_chunks_keep_the_old_version(
+def test_a_bad_token_is_refused_by_name_and_the_robot_holds_until_a_good_one_comes(
     policy, probe, robot, tokens, changes, parts
 ) -> None:
     robot.behaviour = Behaviour()
@@ -450,8 +450,23 @@ def test_bad_token_is_refused_by_name_and_chunks_keep_the_old_version(
         setattr(token, name, value)
     tokens.publish(token)
     probe.wait_for_status(E_TOKEN, "refused", *parts)
+    assert_holding(probe, policy, f"E-Token version {token.version} refused", *parts)
+    assert probe.messages["policy/e_token_in_use"][-1].version == 5
+    tokens.publish(token_like(probe, 5))  # the one in use, said again
     wait_for_chunk_version(probe, 5)
-    assert probe.messages["action_chunk"][-1].e_token_version == 5
+    wait_until_moving(probe)
+
+
+def test_a_person_may_go_on_with_the_token_in_use_after_a_bad_one(policy, probe, robot, tokens) -> None:
+    robot.behaviour = Behaviour()
+    wait_until_moving(probe)
+    tokens.publish(token_like(probe, 6, model_digest="0123456789abcdef"))
+    assert_holding(probe, policy, "E-Token version 6 refused", "digest")
+    assert "refused" in enable(probe, True).message
+    assert "refused" in trigger(probe, "calibrate").message
+    assert trigger(probe, "clear_stop").message == "moving"
+    wait_for_chunk_version(probe, 5)
+    tokens.publish(token_like(probe, 5))  # the bad one would be the latched one
 
 
 def test_with_a_second_publisher_no_token_is_taken_and_both_are_named(policy, probe, robot, tokens) -> None:
