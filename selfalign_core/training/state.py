@@ -18,13 +18,16 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from selfalign_core.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from selfalign_core.training.parallel import Ranks
 
 FORMAT = "selfalign-training-1"
 INFO_NAME = "training.json"
@@ -57,6 +60,50 @@ def find_checkpoint(path: str | Path) -> Path | None:
         return path
     found = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
     return found[-1] if found else None
+
+
+def checkpoint_to_resume(run: Path, resume: bool | str | Path, ranks: Ranks) -> Path | None:
+    """The newest checkpoint of ``run`` with ``resume`` True, that of ``resume`` if it is a path; None to begin anew.
+
+    The first rank looks for it, and every rank has to see the same.
+
+    Raises:
+        ConfigError: ``resume`` is False, and ``run`` has checkpoints.
+        CheckpointError: ``resume`` is a path without one.
+        RankError: another rank raised one of these, or does not see the checkpoint.
+    """
+    base = run if isinstance(resume, bool) else Path(resume)
+    found = ranks.gather(lambda: _first_finds(base, resume) if ranks.first else None)[0]
+    if found is None:
+        return None
+    name, info = found
+    path = base / name
+
+    def check() -> None:
+        expect_shared(path / INFO_NAME, ranks.rank)
+        if read_info(path) != info:
+            raise not_shared(path, ranks.rank, "another checkpoint")
+
+    ranks.gather(check)
+    return path
+
+
+def _first_finds(base: Path, resume: bool | str | Path) -> tuple[str, dict[str, Any]] | None:
+    """Its path below ``base``, and what it says of itself."""
+    if isinstance(resume, bool):
+        existing = list_checkpoints(base / "checkpoints")
+        if existing and not resume:
+            raise ConfigError(
+                f"output: found checkpoints up to {existing[-1]}, expected a new directory, or --resume to go on"
+            )
+        if not existing:
+            return None
+        found = existing[-1]
+    else:
+        found = find_checkpoint(resume)
+        if found is None:
+            raise CheckpointError(f"{resume}: found no training checkpoint, expected one to resume from")
+    return os.path.relpath(found, base), read_info(found)
 
 
 def write_checkpoint(

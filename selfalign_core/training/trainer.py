@@ -7,7 +7,6 @@ the state before it, so a run that was killed and resumed repeats an uninterrupt
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -56,11 +55,7 @@ from selfalign_core.training.optim import (
 )
 from selfalign_core.training.parallel import Ranks, accumulating, copy_into, lost_rank, parallelise, peak_memory
 from selfalign_core.training.state import (
-    INFO_NAME,
-    expect_shared,
-    find_checkpoint,
-    list_checkpoints,
-    not_shared,
+    checkpoint_to_resume,
     point_to,
     read_info,
     read_tensors,
@@ -111,7 +106,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, ranks: Ranks, *, resume: bool | str | Path = False):
         self.config, self.ranks = config, ranks
         self.output = Path(config.output)
-        self._checkpoint = self._find_resume(resume)
+        self._checkpoint = checkpoint_to_resume(self.output, resume, ranks)
         share = ranks.world_size * config.accumulation
         if config.batch_size % share:
             raise ConfigError(
@@ -152,40 +147,6 @@ class Trainer:
             self.ranks.gather(lambda: self._restore(self._checkpoint))
 
     # ---------------------------------------------------------------- setting up
-
-    def _find_resume(self, resume: bool | str | Path) -> Path | None:
-        """The checkpoint that the first rank finds; every rank has to see the same."""
-        base = self.output if isinstance(resume, bool) else Path(resume)
-        found = self.ranks.gather(lambda: self._first_finds(base, resume) if self.ranks.first else None)[0]
-        if found is None:
-            return None
-        name, info = found
-        path = base / name
-
-        def check() -> None:
-            expect_shared(path / INFO_NAME, self.ranks.rank)
-            if read_info(path) != info:
-                raise not_shared(path, self.ranks.rank, "another checkpoint")
-
-        self.ranks.gather(check)
-        return path
-
-    def _first_finds(self, base: Path, resume: bool | str | Path) -> tuple[str, dict[str, Any]] | None:
-        """The checkpoint to resume from, below ``base``, and what it says of itself."""
-        if isinstance(resume, bool):
-            existing = list_checkpoints(self.output / "checkpoints")
-            if existing and not resume:
-                raise ConfigError(
-                    f"output: found checkpoints up to {existing[-1]}, expected a new directory, or --resume to go on"
-                )
-            if not existing:
-                return None
-            found = existing[-1]
-        else:
-            found = find_checkpoint(resume)
-            if found is None:
-                raise CheckpointError(f"{resume}: found no training checkpoint, expected one to resume from")
-        return os.path.relpath(found, base), read_info(found)
 
     def _load_model(self) -> tuple[Pi0, Any, tuple[tuple[str, ...], Tensor] | None]:
         """The model, the tokenizer of its checkpoint if any, and that checkpoint's bank (keys, weight) if any."""
