@@ -118,12 +118,11 @@ class _Test:
 
     @property
     def words(self) -> str:
-        found = self.difference
-        text = f"{self.name} {found.mean:+.1%} ± {found.stderr:.1%} (standard error), upper bound {self._upper:+.1%}"
-        if self.passed:
-            return text
-        least = f"< {-self.least:.0%}, upper bound " if self.least else ""
-        return f"{text}, expected {least}< {0 - self.margin:.0%}"
+        found, least = self.difference, f"< {-self.least:.0%}, upper bound " if self.least else ""
+        return (
+            f"{self.name} {found.mean:+.1%} ± {found.stderr:.1%} (standard error), upper bound {self._upper:+.1%}, "
+            f"expected {least}< {0 - self.margin:.0%}"
+        )
 
 
 def _means(draws: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:
