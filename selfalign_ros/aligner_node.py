@@ -244,9 +244,8 @@ class AlignerNode(ManagedNode):
                 self.get_logger().error(self._problem)
             elif (token := outcome.result()) is not None:
                 self.get_logger().info(f"continuing from E-Token version {token.version}")
-                if self._ready:  # what this node has published is behind it, and refused
-                    self._publish_token(token, self.now_ns())
                 self._token = token
+                self._ready = False  # what it has published is behind this, and refused: it begins again
             if self.is_active and not self._ready:
                 self._begin()
 
