@@ -123,21 +123,25 @@ def test_a_target_counts_as_reached_when_the_tip_stays_near(probe, robot) -> Non
     assert "targets reached)" in line
 
 
-def test_the_order_of_targets_depends_on_the_seed_alone(robot) -> None:
-    """By its log, which says it from the first one on; who listens to the prompt may have come too late for that."""
-    from selfalign_core.sim import ArmSim
+def test_the_order_of_targets_depends_on_the_seed_alone(probe, robot) -> None:
+    """The log says it from the first one on; who listens to the prompts may have come too late for the first ones."""
+    from selfalign_core.sim import ArmSim, prompt_for
 
+    heard = [message.data for message in probe.messages["prompt"]]
     over = re.findall(r"(?:reached|did not reach) the (\w+) cube in", robot.log)
     assert len(over) >= 3
     sim = ArmSim(seed=3)
     targets = [sim.target]
-    for number in range(1, len(over)):
+    for number in range(1, len(over) + 3):
         rng = np.random.default_rng([3, number])
         while sim.target == targets[-1]:  # never the same twice in a row
             sim.reset_targets(rng)
         targets.append(sim.target)
     sim.close()
-    assert [f"{colour} cube" for colour in over] == targets
+    assert [f"{colour} cube" for colour in over] == targets[: len(over)]
+    prompts = [prompt_for(target) for target in targets]
+    assert len(heard) >= 4
+    assert any(heard == prompts[missed : missed + len(heard)] for missed in range(3)), (heard, prompts)
 
 
 def set_body(probe, body: str):
