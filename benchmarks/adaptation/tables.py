@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.adaptation.arms import LABELS
+from benchmarks.adaptation.arms import LABELS, NEAREST
 from benchmarks.report import print_table
 
 
@@ -21,7 +21,7 @@ def print_arms(rows: Sequence[dict[str, Any]]) -> None:
         for row in group:
             if over := row.get("over_nearest"):
                 print(
-                    f"{LABELS[row['arm']]} against nearest bank entry, body by body: success "
+                    f"{LABELS[row['arm']]} against {LABELS[NEAREST]}, body by body: success "
                     f"{points(over['success_gain'])}, action error {radians(over['action_error_gain'])}"
                 )
 
