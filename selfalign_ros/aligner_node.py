@@ -199,6 +199,8 @@ class AlignerNode(ManagedNode):
         self._aligner.use(EToken(own.data, own.version, self.contract.embodiment, own.model_digest), 0)
         self._restore(self._aligner, parameters["guard_max_norm"])
         self.set_niceness()
+        self.say_progress("warming up")
+        self._aligner.warm_up(self.contract.home)
         return self._aligner.token
 
     def _restore(self, aligner: SelfAligner, max_norm: float) -> None:

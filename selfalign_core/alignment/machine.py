@@ -210,6 +210,39 @@ class SelfAligner:
 
     # ---------------------------------------------------------------- one step
 
+    def warm_up(self, pose: np.ndarray) -> None:
+        """Go through the passes of an attempt with made-up transitions of a robot that rests in ``pose`` (state_dim,).
+
+        What is initialised late is paid for, the frame cache is full, and if memory does not suffice it shows before
+        the robot moves. Budgets hold as in any attempt; nothing that comes out is kept.
+        """
+        policy, config = self.policy, self.config
+        cameras = tuple(camera for camera in policy.config.cameras if camera is not None)
+        count = _frame_limits(config)[1]
+        rest = pose.astype(np.float32)
+        batch = TransitionBatch(
+            cameras,
+            np.random.default_rng(0).integers(0, 256, (count, len(cameras), *policy.image_size, 3), np.uint8),
+            frame_states=np.tile(rest, (count, 1)),
+            frame_stamps=np.arange(count),
+            obs_index=np.arange(0, count, 2),
+            next_index=np.arange(1, count, 2),
+            actions=np.tile(rest[: policy.action_dim], (count // 2, policy.transition_horizon, 1)),
+        )
+        evidence, clock, current = _Evidence(batch, spans(batch)), RoundClock(self._clock), self._tensor(self.token)
+        fit, guard = _split(evidence.spans, config.collect)
+        one_step = dataclasses.replace(config, refine=dataclasses.replace(config.refine, steps=1))
+        with contextlib.suppress(OutOfTimeError):
+            data, _ = self._prepare(evidence, clock)
+            budget = clock.stage(config.refine.budget_ms)
+            fit_data = data.select(self._rows(fit))
+            shadow = refine(self._scorer, fit_data, current, self._trusted, one_step, seed=0, budget=budget).token
+            budget = clock.stage(config.guard.budget_ms)
+            guard_data, times = data.select(self._rows(guard)), evidence.spans[guard]
+            judge(
+                self._scorer, guard_data, times, current, shadow, self._trusted, config.guard, seed=0, budget=budget
+            )
+
     def short_of(self, found: int, now_ns: int) -> StageReport:
         """What :meth:`advance` says to ``found`` transitions, fewer than ``needed``, without a look at them."""
         self._look_at_the_clock(now_ns)

@@ -78,6 +78,27 @@ class Whole:
         return self._trusted.bounded(z, self._limits)
 
 
+class Adam:
+    """Adam of one tensor (arXiv 1412.6980), bit for bit that of ``torch.optim``, whose import is the compiler's, too:
+    seconds of a core and 80 MiB in a node that compiles nothing.
+    """
+
+    BETAS = (0.9, 0.999)
+    EPS = 1e-8
+
+    def __init__(self, start: Tensor):
+        self.value = start.clone()
+        self._mean, self._square, self._steps = torch.zeros_like(start), torch.zeros_like(start), 0
+
+    def step(self, gradient: Tensor, learning_rate: float) -> None:
+        """One step of :attr:`value`, in place."""
+        (beta_1, beta_2), self._steps = self.BETAS, self._steps + 1
+        self._mean.lerp_(gradient, 1 - beta_1)
+        self._square.mul_(beta_2).addcmul_(gradient, gradient, value=1 - beta_2)
+        scale = (self._square.sqrt() / math.sqrt(1 - beta_2**self._steps)).add_(self.EPS)
+        self.value.addcdiv_(self._mean, scale, value=-learning_rate / (1 - beta_1**self._steps))
+
+
 def refine(
     scorer: Scorer, data: Prepared, start: Tensor, trusted: Trusted, config: AlignConfig, *, seed: int, budget: Budget
 ) -> Refinement:
@@ -89,22 +110,19 @@ def refine(
     space = free(start, trusted, config)
     if not space.start.numel():
         return Refinement(start, 0, 0.0, "the bank's entries are all equal: no direction to go")
-    z = space.start.clone().requires_grad_(True)
-    optimiser = torch.optim.Adam([z], lr=settings.learning_rate)
+    adam = Adam(space.start)
     good, steps, gradient_norm, note = space.start, 0, 0.0, ""
     while steps < settings.steps and not (note := budget.spent()):
+        z = adam.value.clone().requires_grad_(True)
         loss = scorer.weighted(
             scorer.losses(data, scorer.noise(data, settings.draws, seed + steps), space.token(z))
         ).mean()
-        (z.grad,) = torch.autograd.grad(loss, [z])
-        gradient_norm = float(z.grad.norm())
+        (gradient,) = torch.autograd.grad(loss, [z])
+        gradient_norm = float(gradient.norm())
         if not math.isfinite(gradient_norm):
             note = f"gradient became {gradient_norm}"
             break
-        for group in optimiser.param_groups:
-            group["lr"] = settings.learning_rate * (1 - steps / settings.steps)
-        optimiser.step()
-        with torch.no_grad():
-            z.copy_(space.bounded(z))
-        good, steps = z.detach().clone(), steps + 1
+        adam.step(gradient, settings.learning_rate * (1 - steps / settings.steps))
+        adam.value = space.bounded(adam.value)
+        good, steps = adam.value.clone(), steps + 1
     return Refinement(space.token(good) if steps else start, steps, gradient_norm, note)

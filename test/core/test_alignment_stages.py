@@ -22,7 +22,7 @@ from selfalign_core.alignment.frames import FrameCache
 from selfalign_core.alignment.guard import Verdict, judge
 from selfalign_core.alignment.identify import identify
 from selfalign_core.alignment.overlap import Estimate, estimate, shared_time, spans
-from selfalign_core.alignment.refine import refine
+from selfalign_core.alignment.refine import Adam, refine
 from selfalign_core.alignment.scoring import Scorer
 from selfalign_core.alignment.screen import screen
 from selfalign_core.alignment.trusted import Trusted
@@ -222,6 +222,19 @@ def test_refinement_is_decided_by_the_seed_and_changes_nothing_else(toy: Trained
     for name, tensor in policy.model.state_dict().items():
         assert torch.equal(tensor, weights[name]), name
     assert all(parameter.grad is None for parameter in policy.model.parameters())
+
+
+def test_adam_is_that_of_torch_bit_for_bit() -> None:
+    draw = torch.Generator().manual_seed(0)
+    start, scales = torch.randn(7, generator=draw), 10.0 ** torch.arange(-9, 5, 2)
+    theirs = start.clone().requires_grad_(True)
+    adam, torchs = Adam(start), torch.optim.Adam([theirs])
+    for step in range(40):
+        theirs.grad = torch.randn(7, generator=draw) * scales
+        torchs.param_groups[0]["lr"] = 0.07 * (1 - step / 40)
+        torchs.step()
+        adam.step(theirs.grad, 0.07 * (1 - step / 40))
+        assert torch.equal(adam.value, theirs.detach()), step
 
 
 def test_a_spent_budget_ends_refinement_after_some_steps(toy: Trained) -> None:

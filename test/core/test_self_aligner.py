@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,6 +90,52 @@ def test_all_three_losses_and_the_actions_improve_on_a_body_never_seen(toy: Trai
     before, after = (toy.loss(body, token) for token in (toy.bank[wrong], aligner.token.data))
     for name in ("action", *PARTS, "total"):  # the actions, too, which no loss of alignment looks at
         assert after[name] < 0.9 * before[name], name
+
+
+# ---------------------------------------------------------------- warming up
+
+
+@pytest.mark.parametrize("options", [{}, {"peft_num_tokens": 3}], ids=str)
+def test_having_warmed_up_changes_no_attempt(options: dict) -> None:
+    policy = small_policy(**options)
+    batch = random_batch(policy, 9)
+    cold, warm = SelfAligner(policy, ANY), SelfAligner(policy, ANY)
+    warm.warm_up(np.zeros(policy.state_dim))
+    assert (warm.state, warm.since_ns, warm.token) == (cold.state, cold.since_ns, cold.token)
+    reports = [aligner.advance(batch, 10 * SECOND) for aligner in (cold, warm)]
+    assert reports[0].attempt is not None and reports[0].text == reports[1].text
+    np.testing.assert_array_equal(cold.token.data, warm.token.data)
+
+
+def test_a_warm_up_goes_through_a_pass_with_gradient_and_one_without_or_ends_with_its_budget() -> None:
+    policy, passes = small_policy(), []
+    losses = policy.model.alignment_losses
+    policy.model.alignment_losses = lambda *given, **named: (
+        passes.append(torch.is_grad_enabled()),
+        losses(*given, **named),
+    )[1]
+    SelfAligner(policy, ANY).warm_up(np.zeros(policy.state_dim))
+    assert set(passes) == {True, False}
+    passes.clear()
+    spent = dataclasses.replace(ANY, identify=dataclasses.replace(ANY.identify, budget_ms=1e-6))
+    SelfAligner(policy, spent).warm_up(np.zeros(policy.state_dim))
+    assert not passes
+
+
+def test_alignment_loads_no_compiler() -> None:
+    """It costs seconds of a core and 80 MiB, and the optimisers of torch load it."""
+    code = """
+import sys, numpy as np
+from small_models import small_policy
+from selfalign_core.alignment import AlignConfig, SelfAligner
+policy = small_policy()
+SelfAligner(policy, AlignConfig()).warm_up(np.zeros(policy.state_dim))
+print(*{"torch.optim", "torch._dynamo", "sympy"} & set(sys.modules))
+"""
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.split()) == (0, ["torch.optim"]), done.stderr
 
 
 # ---------------------------------------------------------------- orders
