@@ -361,7 +361,6 @@ class PolicyNode(ManagedNode):
             self._hold(f"inference failed: {outcome.error}")
             return
         inference = outcome.result()
-        self._publish_chunk(inference)
         now_ns = self.now_ns()
         if reason := self._why_not(now_ns):
             self._hold(reason)
@@ -373,6 +372,7 @@ class PolicyNode(ManagedNode):
                 f"late chunk: found its {len(inference.chunk.actions)} actions past when it was ready, "
                 f"{(now_ns - inference.chunk.stamp_ns) / NS_PER_S:.3f} s after its observation"
             )
+        self._publish_chunk(inference)  # the robot comes first
 
     def _publish_chunk(self, inference: Inference) -> None:
         self._last_inference = inference

@@ -22,14 +22,17 @@ from typing import Any, TextIO
 import pytest
 import yaml
 
+from selfalign_ros.supervisor import free_domain
+
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 120.0
 RESEND_S = 30.0
 
 
 def reserve_domain() -> TextIO:
-    """An open, locked file whose name ends in a ROS domain that no other test process uses."""
-    for domain in range(10, 100):
+    """An open, locked file whose name ends in a ROS domain that no other test process, and nothing else, uses."""
+    while True:
+        domain = free_domain()
         lock = (Path(tempfile.gettempdir()) / f"selfalign-test-domain-{domain}").open("w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -39,7 +42,6 @@ def reserve_domain() -> TextIO:
         os.environ["ROS_DOMAIN_ID"] = str(domain)
         os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
         return lock
-    raise RuntimeError("found every test domain from 10 to 99 in use")
 
 
 def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = TIMEOUT_S) -> Any:

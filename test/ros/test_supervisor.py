@@ -17,7 +17,7 @@ from graph_fixtures import GraphRun, is_alive
 from node_testing import wait_for
 
 from selfalign_ros.graph import GraphError, NodeProcess
-from selfalign_ros.supervisor import RespawnPolicy, check_domain
+from selfalign_ros.supervisor import RespawnPolicy, check_domain, free_domain
 
 # Nodes are small scripts here; what is tested is what happens to processes.
 RUNNER = """
@@ -238,17 +238,18 @@ def test_a_domain_that_is_none_is_refused(text: str) -> None:
 
 
 def test_a_domain_whose_ports_other_programs_hold_is_refused() -> None:
-    domain = 101
+    domain = free_domain()
     local = {"ROS_DOMAIN_ID": str(domain), "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"}
     sockets = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(31)]
     try:
         sockets[0].bind(("", 7400 + 250 * domain))
         for participant, held in enumerate(sockets[1:]):
             held.bind(("", 7410 + 250 * domain + 2 * participant))
-        with pytest.raises(GraphError, match=r"ROS_DOMAIN_ID 101: found 2 of its 32 discovery ports free .*expected 5"):
+        message = rf"ROS_DOMAIN_ID {domain}: found 2 of its 32 discovery ports free .*expected 5"
+        with pytest.raises(GraphError, match=message):
             check_domain(local, 5)
         check_domain(local, 2)
-        with pytest.raises(GraphError, match=r"discovery port 32650/udp taken by another program"):
+        with pytest.raises(GraphError, match=rf"discovery port {7400 + 250 * domain}/udp taken by another program"):
             check_domain(local | {"ROS_AUTOMATIC_DISCOVERY_RANGE": "SUBNET"}, 5)
     finally:
         for held in sockets:
