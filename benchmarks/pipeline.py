@@ -12,8 +12,8 @@ arrival  from the picture's stamp, taken before it is published, to the node's c
 wait     to the control step that starts an inference
 prepare  checks, decoding, resizing, tokens and normalisation, and the way to the node's worker thread
 model    sampling the actions
-finish   to the command's publication: units, limits, the way back from the worker thread
-return   to the robot's callback
+finish   until the command is published: units, limits, the way back from the worker thread
+return   publication, to the robot's callback
 ======== ==========================================================================================
 
 Exit status: 0 if the limit is kept, 1 if not, 2 on bad arguments.
@@ -77,8 +77,8 @@ class TimedPolicyNode(PolicyNode):
         sample = sampler.sample_actions
 
         def timed_publish(message: JointTrajectory) -> None:
-            publish(message)
             line = self._times | {"published": time.time_ns(), "stamp": to_ns(message.header.stamp)}
+            publish(message)
             line["processor_s"] = time.process_time()
             print(json.dumps(line), file=self._log, flush=True)
 
