@@ -14,7 +14,6 @@ import time
 import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -25,7 +24,6 @@ from std_srvs.srv import SetBool, Trigger
 from trajectory_msgs.msg import JointTrajectory
 
 from selfalign.msg import ActionChunk as ActionChunkMsg
-from selfalign.msg import EToken as ETokenMsg
 from selfalign.srv import Step
 from selfalign_core.chunking import DelayEstimate, Handover, choose_method
 from selfalign_core.commands import CommandLimiter, CommandPath, plan_path, step_in_force
@@ -37,8 +35,6 @@ from selfalign_ros.calibration import Calibration
 from selfalign_ros.conversions import (
     NS_PER_S,
     chunk_message,
-    e_token_from_message,
-    e_token_message,
     fill,
     hold_message,
     joint_state_message,
@@ -47,11 +43,12 @@ from selfalign_ros.conversions import (
 )
 from selfalign_ros.diagnostics import ERROR, OK, WARN, Complaint, Latency, Rate, Status
 from selfalign_ros.inputs import Selection, SensorInputs
-from selfalign_ros.kept import KeptFile, StopLatch
+from selfalign_ros.kept import StopLatch
 from selfalign_ros.managed_node import ManagedNode
 from selfalign_ros.node import run
-from selfalign_ros.publishers import Publishers
 from selfalign_ros.resources import STATE_FOLDER, checkpoint_folder
+from selfalign_ros.token_in_use import TOPIC as TOKEN_TOPIC
+from selfalign_ros.token_in_use import TokenInUse
 from selfalign_ros.worker import Outcome
 
 if TYPE_CHECKING:
@@ -82,10 +79,7 @@ class PolicyNode(ManagedNode):
         self._policy: Policy | None = None  # used in the worker only
         self._prompt: str = self.parameters["prompt"]
 
-        self._kept_token = KeptFile(self.kept_path("_in_use.safetensors"))  # used in the worker only
-        self._token_version = 0
-        self._token_refused_version = -1
-        self._token_refusal = self._token_dispute = ""
+        self._token = TokenInUse(self, lambda: self._policy)
 
         self._chunk: ActionChunk | None = None
         self._delay = DelayEstimate()
@@ -113,7 +107,6 @@ class PolicyNode(ManagedNode):
         self._last_inference: Inference | None = None
         self._complaint = Complaint(self.get_logger())
         self._failure = Complaint(self.get_logger(), is_error=True, grace_s=0.0)
-        self._dispute = Complaint(self.get_logger(), is_error=True, grace_s=0.0)
 
         if not self.lockstep:
             # There in every state: a stop can be asked for at any time.
@@ -130,8 +123,7 @@ class PolicyNode(ManagedNode):
         self.parameters_changed({"chunk_handover"})
         self.open_topics()
         if token is not None:
-            self._token_version = token.version
-            self._in_use_publisher.publish(e_token_message(token, self.get_clock().now().to_msg()))
+            self._token.announce(token, self.get_clock().now().to_msg())
 
     def open_topics(self) -> None:
         """Listen and offer what a configured node does."""
@@ -139,16 +131,10 @@ class PolicyNode(ManagedNode):
         sensor = qos.LOCKSTEP if self.lockstep else qos.SENSOR
         latched = qos.LOCKSTEP_LATCHED if self.lockstep else qos.LATCHED
         self.inputs = SensorInputs(self, contract, sensor, self.arrived, self._freeze_limits)
-        self._token_subscription = self.create_subscription(
-            ETokenMsg, "e_token", self._on_e_token, **qos.overridable(latched)
-        )
-        self._token_publishers = Publishers(self, self._token_subscription.topic_name)
+        self._token.open()
         self.create_subscription(String, "prompt", self._on_prompt, **qos.overridable(latched))
-        self.counts_inputs(*(stream.topic for stream in self.inputs.streams), "e_token", "prompt")
+        self.counts_inputs(*(stream.topic for stream in self.inputs.streams), TOKEN_TOPIC, "prompt")
         self._chunk_publisher = self.create_publisher(ActionChunkMsg, "action_chunk", **qos.overridable(qos.EVENTS))
-        self._in_use_publisher = self.create_publisher(
-            ETokenMsg, "policy/e_token_in_use", **qos.overridable(qos.LATCHED)
-        )
         if not self.lockstep:
             self._executed_publisher = self.create_publisher(
                 JointState, "executed_action", **qos.overridable(qos.EVENTS)
@@ -159,7 +145,6 @@ class PolicyNode(ManagedNode):
                 message_type, contract.action.topic, **qos.overridable(qos.COMMAND)
             )
             self.create_service(Trigger, "~/calibrate", self._on_calibrate)
-            self.create_steady_timer(1.0, self._look_at_token_publishers)
 
     def _freeze_limits(self) -> FreezeLimits:
         return FreezeLimits(self.parameters["frozen_camera_after"], self.parameters["frozen_camera_motion"])
@@ -181,7 +166,7 @@ class PolicyNode(ManagedNode):
 
     def cleanup(self) -> None:
         self._policy = self._rtc_max_delay = None
-        self._token_version, self._token_refused_version, self._token_refusal = 0, -1, ""
+        self._token.forget()
 
     def check_parameters(self, values: dict[str, Any]) -> str | None:
         if self._rtc_max_delay is not None:
@@ -220,88 +205,11 @@ class PolicyNode(ManagedNode):
         home = self.contract.home.astype(np.float32)
         for handover in (None, *Handover.rehearsal(method, home, policy.horizon, policy.config.rtc_max_delay)):
             policy.infer(Observation(blank, home, prompt, 0), handover=handover)
-        limit = parameters["guard_max_norm"]
-        if (kept := self._kept_token.read(lambda path: self._read_token(path, policy, limit))) is not None:
-            policy.set_e_token(kept)
-            self.get_logger().info(f"E-Token version {kept.version} loaded from {self._kept_token.path}")
-        elif self._kept_token.problem:
-            self.get_logger().error(self._kept_token.problem)
+        self._token.restore(policy, parameters["guard_max_norm"])
         self._policy, self._rtc_max_delay = policy, policy.config.rtc_max_delay
         kind = "" if policy.trained else " (untrained: random weights)"
         self.get_logger().info(f"model {policy.digest[:12]}{kind} ready in {time.perf_counter() - started:.1f} s")
         return policy.e_token
-
-    # --- E-Token ---
-
-    def _check_token(self, token: EToken, policy: Policy, max_norm: float) -> None:
-        if token.embodiment != self.contract.embodiment:
-            raise InputError(f"embodiment: found {token.embodiment!r}; expected {self.contract.embodiment!r}")
-        policy.check_e_token(token, max_norm=max_norm)
-
-    def _read_token(self, path: Path, policy: Policy, max_norm: float) -> EToken:
-        from selfalign_core.checkpoint import load_e_token
-
-        shape = (0, 0) if policy.e_token is None else policy.e_token.data.shape
-        token = load_e_token(path, model_digest=policy.digest, shape=shape)
-        self._check_token(token, policy, max_norm)
-        return token
-
-    def _on_e_token(self, message: ETokenMsg) -> None:
-        if not self.lockstep and len(self._token_publishers.names()) > 1:
-            self._look_at_token_publishers()
-            return
-        max_norm = self.parameters["guard_max_norm"]
-
-        def swap() -> EToken | None:
-            from selfalign_core.checkpoint import save_e_token
-
-            policy = self._policy
-            assert policy is not None
-            token = e_token_from_message(message)
-            current = policy.e_token
-            if current is not None and token.version <= current.version:
-                if token.version == current.version and np.array_equal(token.data, current.data):
-                    return None
-                raise InputError(f"version: found {token.version}; expected above {current.version}")
-            self._check_token(token, policy, max_norm)
-            policy.set_e_token(token)
-            self._kept_token.write(lambda path: save_e_token(path, token))
-            return token
-
-        def swapped(outcome: Outcome[EToken | None]) -> None:
-            try:
-                token = outcome.result()
-            except InputError as error:
-                self._token_refused_version = int(message.version)
-                self._token_refusal = f"E-Token version {message.version} refused: {error}"
-                self.get_logger().error(self._token_refusal)
-            else:
-                self._token_refusal = ""
-                if token is not None:
-                    self._token_version = token.version
-                    self._in_use_publisher.publish(e_token_message(token, message.header.stamp))
-            self.arrived("e_token")
-
-        self.worker.submit(swap, swapped)
-
-    def _look_at_token_publishers(self) -> None:
-        """With two nodes on the E-Token topic nobody can tell whose token is meant: none is taken until one is left."""
-        names = self._token_publishers.names()
-        if len(names) > 1:
-            self._token_dispute = (
-                f"{self._token_publishers.topic}: found {len(names)} publishers, {', '.join(names)}; "
-                "expected one, no E-Token is taken"
-            )
-            self._dispute.say(self._token_dispute)
-        elif self._token_dispute:
-            self._token_dispute = ""
-            self._dispute.say("")
-            # Subscribing anew brings the latched token of the one that is left.
-            qos_profile = self._token_subscription.qos_profile
-            self.destroy_subscription(self._token_subscription)
-            self._token_subscription = self.outlive_activity(
-                self.create_subscription(ETokenMsg, "e_token", self._on_e_token, qos_profile)
-            )
 
     def _on_prompt(self, message: String) -> None:
         self._prompt = message.data
@@ -415,7 +323,7 @@ class PolicyNode(ManagedNode):
         """Why the robot may not move; "" if it may."""
         if not self.is_active:
             return _INACTIVE
-        return self._forbidden() or self._token_refusal or self.inputs.fault(now_ns)
+        return self._forbidden() or self._token.refusal or self.inputs.fault(now_ns)
 
     def _forbidden(self) -> str:
         """A person's word against motion; "" if there is none."""
@@ -523,7 +431,7 @@ class PolicyNode(ManagedNode):
         except OSError as error:
             response.message = f"still stopped: {error}"
             return response
-        self._token_refusal = ""
+        self._token.forgive()
         response.success, response.message = True, self._why_not(self.now_ns()) or "moving"
         self.get_logger().warning(f"stop cleared: {response.message}")
         return response
@@ -590,9 +498,9 @@ class PolicyNode(ManagedNode):
     async def step(self, request: Step.Request) -> bool:
         now_ns = to_ns(request.stamp)
         wanted = int(request.e_token_version)
-        await self.until(lambda: self._token_version >= wanted or self._token_refused_version >= wanted > 0)
-        if self._token_version < wanted:
-            raise InputError(self._token_refusal)
+        await self.until(lambda: self._token.version >= wanted or self._token.refused_version >= wanted > 0)
+        if self._token.version < wanted:
+            raise InputError(self._token.refusal)
         if self._due_ns is not None and now_ns < self._due_ns:
             return False
         if reason := self.inputs.fault(now_ns):
@@ -642,9 +550,7 @@ class PolicyNode(ManagedNode):
             level = ERROR
             text = f"found no control step for {idle_s:.0f} s; expected ROS time to go on (of /clock, if simulated)"
         yield Status("chunks", level, text, values)
-        problem = self._token_dispute or self._token_refusal or self._kept_token.problem
-        in_use = f"version {self._token_version} in use"
-        yield Status("e_token", WARN if problem else OK, problem or in_use, {"version": self._token_version})
+        yield self._token.status()
 
 
 def main(args: list[str] | None = None) -> NoReturn:

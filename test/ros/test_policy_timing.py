@@ -233,16 +233,16 @@ def test_two_token_publishers_of_one_name_are_two_once_neither_can_be_a_killed_o
     began = time.monotonic()
     now = [began]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    assert stage.node._token_publishers.names() == ["/aligner"]
+    assert stage.node._token.publishers.names() == ["/aligner"]
     now[0] += 100.0
     found = [publisher(1), publisher(2)]  # killed and started again
-    assert stage.node._token_publishers.names() == ["/aligner"]
+    assert stage.node._token.publishers.names() == ["/aligner"]
     now[0] += 30.0
-    assert stage.node._token_publishers.names() == ["/aligner"]
+    assert stage.node._token.publishers.names() == ["/aligner"]
     now[0] += 30.0  # a killed one is forgotten by now
-    assert stage.node._token_publishers.names() == ["/aligner", "/aligner"]
-    stage.node._look_at_token_publishers()
-    assert "found 2 publishers, /aligner, /aligner; expected one" in stage.node._token_dispute
+    assert stage.node._token.publishers.names() == ["/aligner", "/aligner"]
+    stage.node._token.look_at_publishers()
+    assert "found 2 publishers, /aligner, /aligner; expected one" in stage.node._token.dispute
 
 
 def test_a_joint_state_from_before_a_gap_is_not_taken_for_where_the_robot_is(stage: Stage) -> None:
