@@ -21,12 +21,17 @@ from typing import Any
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState
 from rclpy.callback_groups import ReentrantCallbackGroup
+from rclpy.event_handler import PublisherEventCallbacks, SubscriptionEventCallbacks
 from rclpy.lifecycle import LifecycleNodeMixin, TransitionCallbackReturn
+from rclpy.publisher import Publisher
+from rclpy.subscription import Subscription
 
 from selfalign_ros.diagnostics import ERROR, OK, WARN, Status, gpu_memory, incompatible_peers, torch_with_gpu
 from selfalign_ros.node import SelfAlignNode
 from selfalign_ros.resources import state_folder
 
+_NO_PUBLISHER_EVENTS = PublisherEventCallbacks(use_default_callbacks=False)
+_NO_SUBSCRIPTION_EVENTS = SubscriptionEventCallbacks(use_default_callbacks=False)
 _LEVELS = {"active": OK, "finalized": ERROR}
 
 
@@ -58,6 +63,18 @@ class ManagedNode(LifecycleNodeMixin, SelfAlignNode):
             Transition.TRANSITION_INACTIVE_SHUTDOWN: self._shutdown,
             Transition.TRANSITION_ACTIVE_SHUTDOWN: self._shutdown,
         }
+
+    def create_publisher(self, *args: Any, **kwargs: Any) -> Publisher:
+        """As in any node, without rclpy's own handlers of its events: they only log what diagnostics say of the peers,
+        and each is looked at in every turn of the executor (a fifth of what the policy node takes of a core).
+        """
+        kwargs.setdefault("event_callbacks", _NO_PUBLISHER_EVENTS)
+        return super().create_publisher(*args, **kwargs)
+
+    def create_subscription(self, *args: Any, **kwargs: Any) -> Subscription:
+        """As in any node, with those events alone that are asked for; see :meth:`create_publisher`."""
+        kwargs.setdefault("event_callbacks", _NO_SUBSCRIPTION_EVENTS)
+        return super().create_subscription(*args, **kwargs)
 
     # --- to be filled in ---
 
