@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,15 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from selfalign_core.checkpoint import load_model, write_atomically
-from selfalign_core.config import ModelConfig
+from selfalign_core.checkpoint import write_atomically
 from selfalign_core.data.dataset import TransitionDataset
 from selfalign_core.data.loader import Batch, Loader
 from selfalign_core.errors import CheckpointError, ConfigError, SelfAlignError
-from selfalign_core.foreign_checkpoints import read_foreign
 from selfalign_core.model.gemma import GemmaStack
 from selfalign_core.model.pi0 import Losses, Pi0
-from selfalign_core.policy import TINY_WORDS, Policy
-from selfalign_core.policy_config import PolicyConfig, is_foreign
-from selfalign_core.tokenizer import load_tokenizer, word_tokenizer
+from selfalign_core.policy import Policy
 from selfalign_core.training import lora
-from selfalign_core.training.bank import MEAN_ROW, SHARED_KEY, TokenBank, bank_mean, bank_spread
+from selfalign_core.training.bank import MEAN_ROW, TokenBank, bank_mean, bank_spread
 from selfalign_core.training.config import TrainConfig
 from selfalign_core.training.inputs import (
     Encoder,
@@ -54,6 +50,7 @@ from selfalign_core.training.optim import (
     set_lr,
 )
 from selfalign_core.training.parallel import Ranks, accumulating, copy_into, lost_rank, parallelise, peak_memory
+from selfalign_core.training.start import Start
 from selfalign_core.training.state import (
     checkpoint_to_resume,
     point_to,
@@ -115,11 +112,12 @@ class Trainer:
             )
         self.dataset = TransitionDataset(config.data.path)
         train, held = self.dataset.split(config.data.holdout, by=config.data.holdout_by, seed=config.seed)
-        model, tokenizer, start_bank = self._load_model()
+        start = Start.of(config, self.dataset)
+        model, self.policy_config = start.model, start.policy_config
+        self.tokenizer, self.stats = start.tokenizer, start.stats
         self.alignment = config.losses == "all" and model.config.alignment_expert is not None
-        self.policy_config, self.tokenizer, self.stats = self._policy_parts(model.config, tokenizer)
         check_fits(self.policy_config, self.dataset)
-        bank = self._make_bank(model, train, start_bank)
+        bank = start.new_bank(config, self.dataset, train)
         dims = torch.arange(model.config.action_dim) < self.policy_config.action_dim
         self.joint = JointModel(model.train(), bank, dims).to(ranks.device)
         self._freeze()
@@ -147,89 +145,6 @@ class Trainer:
             self.ranks.gather(lambda: self._restore(self._checkpoint))
 
     # ---------------------------------------------------------------- setting up
-
-    def _load_model(self) -> tuple[Pi0, Any, tuple[tuple[str, ...], Tensor] | None]:
-        """The model, the tokenizer of its checkpoint if any, and that checkpoint's bank (keys, weight) if any."""
-        section = self.config.model
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.seed)
-            if section.init is None:
-                return Pi0(section.build()), None, None
-            path = Path(section.init)
-            changes = section.changes
-            if is_foreign(path):
-                config = read_foreign(path).config.model
-                model = load_model(
-                    path, config.replace(**changes), initialise=section.initialise, seed=self.config.seed
-                ).float()
-                return model, load_tokenizer(self.config.data.tokenizer or path), None
-            policy = Policy.from_checkpoint(path, dt=self.dataset.meta.dt_ns / 1e9, initialise=section.initialise)
-            if changes:
-                config = ModelConfig.from_dict({**policy.config.model.to_dict(), **changes})
-                without = () if config.use_peft_prefix_token else ("e_token",)
-                without += () if config.alignment_expert is not None else ("alignment",)
-                policy.model = load_model(
-                    path, config, initialise=section.initialise, leave_out=without, seed=self.config.seed
-                )
-            model = policy.model.float().requires_grad_(True)
-            model.paligemma_with_expert.gemma_expert.lm_head.requires_grad_(False)
-            bank = None if policy.bank is None else (policy.config.bank_keys, policy.bank)
-            return model, policy.tokenizer, bank
-
-    def _policy_parts(self, model: ModelConfig, tokenizer: Any) -> tuple[PolicyConfig, Any, dict]:
-        meta, data = self.dataset.meta, self.config.data
-        if data.tokenizer is not None:
-            tokenizer = load_tokenizer(data.tokenizer)
-        elif tokenizer is None:
-            if model.pi05:
-                raise ConfigError("data.tokenizer: found none, expected one (π0.5 writes the state into the prompt)")
-            words = {word for prompt in meta.prompts for word in prompt.lower().replace("_", " ").split()}
-            tokenizer = word_tokenizer([*TINY_WORDS, *sorted(words - set(TINY_WORDS))])
-        size = tokenizer.get_vocab_size()
-        if size > model.vocab_size:
-            raise ConfigError(f"model.changes.vocab_size: found {model.vocab_size}, expected {size} (the tokenizer's)")
-        config = PolicyConfig(
-            model=model.replace(peft_lr=self.config.optim.token_lr),
-            cameras=meta.cameras,
-            state_dim=meta.state_dim,
-            action_dim=meta.action_dim,
-            state_norm=data.state_norm,
-            action_norm=data.action_norm,
-            delta_mask=meta.delta_mask,
-            padding_masked=True,
-            joints=meta.joint_names if meta.state_dim == meta.action_dim else (),
-            rtc_max_delay=self.config.rtc_max_delay,
-        )
-        normalised = {data.state_norm, data.action_norm} != {"identity"}
-        return config, tokenizer, self.dataset.norm_stats if normalised else {}
-
-    def _make_bank(
-        self, model: Pi0, episodes: np.ndarray, start: tuple[tuple[str, ...], Tensor] | None
-    ) -> TokenBank | None:
-        section, config = self.config.bank, model.config
-        if not config.use_peft_prefix_token:
-            return None
-        keys: Sequence[str] = (SHARED_KEY,)
-        if section.mode == "embodiment":
-            used = np.unique(self.dataset.embodiment_of[episodes])
-            keys = [self.dataset.meta.embodiments[i] for i in used]
-        bank = TokenBank(
-            keys,
-            tokens=config.peft_num_tokens,
-            width=config.action_expert.width,
-            capacity=section.capacity,
-            init_std=section.init_std,
-            seed=self.config.seed,
-        )
-        if section.deploy is not None and section.deploy not in bank.keys:
-            raise ConfigError(f"bank.deploy: found {section.deploy!r}, expected one of the bank's keys: {bank.keys}")
-        if start is not None:  # bodies that the checkpoint knows keep their tokens, new ones start from its mean
-            known, weight = start
-            mean = bank_mean(weight[: len(known)])
-            with torch.no_grad():
-                for row, key in enumerate(keys):
-                    bank.weight[row] = weight[known.index(key)] if key in known else mean
-        return bank
 
     def _row_of(self, bank: TokenBank | None) -> list[int]:
         names = self.dataset.meta.embodiments

@@ -1,0 +1,140 @@
+"""What a training starts from: the model of a checkpoint or a new one, its tokenizer and statistics, and a token bank.
+
+Nothing here depends on ranks, precision or steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selfalign_core.checkpoint import load_model
+from selfalign_core.config import ModelConfig
+from selfalign_core.data.dataset import TransitionDataset
+from selfalign_core.errors import ConfigError
+from selfalign_core.foreign_checkpoints import read_foreign
+from selfalign_core.model.pi0 import Pi0
+from selfalign_core.policy import TINY_WORDS, Policy
+from selfalign_core.policy_config import PolicyConfig, is_foreign
+from selfalign_core.tokenizer import load_tokenizer, word_tokenizer
+from selfalign_core.training.bank import SHARED_KEY, TokenBank, bank_mean
+from selfalign_core.training.config import TrainConfig
+
+KnownBank = tuple[tuple[str, ...], Tensor]
+"""A checkpoint's keys and their tokens (entries, T, W)."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """The float32 ``model`` to train and what a policy is beside it; ``known``: the checkpoint's bank if it has one."""
+
+    model: Pi0
+    policy_config: PolicyConfig
+    tokenizer: Any
+    stats: Mapping[str, Any]
+    known: KnownBank | None
+
+    @classmethod
+    def of(cls, config: TrainConfig, dataset: TransitionDataset) -> Start:
+        """Raises ``ConfigError`` or ``CheckpointError`` if ``config``, its checkpoint and ``dataset`` do not fit."""
+        model, tokenizer, known = _model(config, dataset.meta.dt_ns / 1e9)
+        tokenizer = _tokenizer(config, dataset, model.config, tokenizer)
+        policy_config = _policy_config(config, dataset, model.config)
+        normalised = {config.data.state_norm, config.data.action_norm} != {"identity"}
+        return cls(model, policy_config, tokenizer, dataset.norm_stats if normalised else {}, known)
+
+    def new_bank(self, config: TrainConfig, dataset: TransitionDataset, episodes: np.ndarray) -> TokenBank | None:
+        """A token for every embodiment in ``episodes``, or one for all; None if the model has no E-Token.
+
+        Raises:
+            ConfigError: the key to deploy is not among them.
+        """
+        section, model = config.bank, self.model.config
+        if not model.use_peft_prefix_token:
+            return None
+        keys: Sequence[str] = (SHARED_KEY,)
+        if section.mode == "embodiment":
+            used = np.unique(dataset.embodiment_of[episodes])
+            keys = [dataset.meta.embodiments[i] for i in used]
+        bank = TokenBank(
+            keys,
+            tokens=model.peft_num_tokens,
+            width=model.action_expert.width,
+            capacity=section.capacity,
+            init_std=section.init_std,
+            seed=config.seed,
+        )
+        if section.deploy is not None and section.deploy not in bank.keys:
+            raise ConfigError(f"bank.deploy: found {section.deploy!r}, expected one of the bank's keys: {bank.keys}")
+        if self.known is not None:  # bodies that the checkpoint knows keep their tokens, new ones start from its mean
+            known, weight = self.known
+            mean = bank_mean(weight[: len(known)])
+            with torch.no_grad():
+                for row, key in enumerate(keys):
+                    bank.weight[row] = weight[known.index(key)] if key in known else mean
+        return bank
+
+
+def _model(config: TrainConfig, dt: float) -> tuple[Pi0, Any, KnownBank | None]:
+    """The model, and the tokenizer and bank of its checkpoint if it has them."""
+    section = config.model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        if section.init is None:
+            return Pi0(section.build()), None, None
+        path = Path(section.init)
+        changes = section.changes
+        if is_foreign(path):
+            known = read_foreign(path).config.model
+            model = load_model(path, known.replace(**changes), initialise=section.initialise, seed=config.seed).float()
+            return model, load_tokenizer(config.data.tokenizer or path), None
+        policy = Policy.from_checkpoint(path, dt=dt, initialise=section.initialise)
+        if changes:
+            changed = ModelConfig.from_dict({**policy.config.model.to_dict(), **changes})
+            without = () if changed.use_peft_prefix_token else ("e_token",)
+            without += () if changed.alignment_expert is not None else ("alignment",)
+            policy.model = load_model(
+                path, changed, initialise=section.initialise, leave_out=without, seed=config.seed
+            )
+        model = policy.model.float().requires_grad_(True)
+        model.paligemma_with_expert.gemma_expert.lm_head.requires_grad_(False)
+        bank = None if policy.bank is None else (policy.config.bank_keys, policy.bank)
+        return model, policy.tokenizer, bank
+
+
+def _tokenizer(config: TrainConfig, dataset: TransitionDataset, model: ModelConfig, of_checkpoint: Any) -> Any:
+    """The configured one, else the checkpoint's, else one of the words in the dataset's prompts."""
+    tokenizer = of_checkpoint
+    if config.data.tokenizer is not None:
+        tokenizer = load_tokenizer(config.data.tokenizer)
+    elif tokenizer is None:
+        if model.pi05:
+            raise ConfigError("data.tokenizer: found none, expected one (π0.5 writes the state into the prompt)")
+        words = {word for prompt in dataset.meta.prompts for word in prompt.lower().replace("_", " ").split()}
+        tokenizer = word_tokenizer([*TINY_WORDS, *sorted(words - set(TINY_WORDS))])
+    size = tokenizer.get_vocab_size()
+    if size > model.vocab_size:
+        raise ConfigError(f"model.changes.vocab_size: found {model.vocab_size}, expected {size} (the tokenizer's)")
+    return tokenizer
+
+
+def _policy_config(config: TrainConfig, dataset: TransitionDataset, model: ModelConfig) -> PolicyConfig:
+    meta, data = dataset.meta, config.data
+    return PolicyConfig(
+        model=model.replace(peft_lr=config.optim.token_lr),
+        cameras=meta.cameras,
+        state_dim=meta.state_dim,
+        action_dim=meta.action_dim,
+        state_norm=data.state_norm,
+        action_norm=data.action_norm,
+        delta_mask=meta.delta_mask,
+        padding_masked=True,
+        joints=meta.joint_names if meta.state_dim == meta.action_dim else (),
+        rtc_max_delay=config.rtc_max_delay,
+    )
