@@ -73,12 +73,16 @@ _STARTED = re.compile(r"\[([\w-]+)-\d+\]: process started with pid \[(\d+)\]")
 
 @dataclass(frozen=True)
 class Command:
-    """One trajectory on its way to the robot; times in ns. ``moves``: False for one that says to hold."""
+    """One trajectory on its way to the robot; times in ns."""
 
     sent_ns: int
     observed_ns: int  # stamp of the observation it was made from; 0 for a hold, which has none
     end_ns: int  # of its last point
-    moves: bool
+
+    @property
+    def moves(self) -> bool:
+        """False for one that says to hold."""
+        return self.observed_ns > 0
 
 
 @dataclass
@@ -139,7 +143,7 @@ class Listener(Node):
         stamp_ns, last, sent_ns = to_ns(message.header.stamp), message.points[-1], info["source_timestamp"]
         # An order to hold has no observation behind it: it counts from when it arrives.
         end_ns = (stamp_ns or sent_ns) + to_ns(last.time_from_start)
-        self.judge.commands.append(Command(sent_ns, stamp_ns, end_ns, moves=stamp_ns > 0))
+        self.judge.commands.append(Command(sent_ns, stamp_ns, end_ns))
 
     def _on_joints(self, message: JointState) -> None:
         speed = dict(zip(message.name, message.velocity, strict=False))
