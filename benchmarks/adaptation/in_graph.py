@@ -5,6 +5,7 @@
 Each run starts the bringup graph, changes the body of the simulated robot through its service and changes it back, and
 reads what the run report saw: when the body changed, which targets were reached, what the aligner did. A run takes
 two and a half minutes. Runs that are there, of the same checkpoint, parameters and shift, are not made again.
+``--control`` runs have an aligner that only looks on; no limit is for them.
 
 Exit status: 0 if the limits are kept, 1 if not, 2 on bad arguments.
 """
@@ -91,24 +92,30 @@ class Shifter(Node):
         self.targets += 1
 
 
-def report_of(shift: str, seed: int, output: Path, checkpoint: str | None) -> dict[str, Any]:
+def parameters_of(aligned: bool) -> dict[str, dict[str, Any]]:
+    """Those of the nodes that are not as by default; without alignment if not ``aligned``."""
+    return PARAMETERS | {"aligner": PARAMETERS["aligner"] | ({} if aligned else {"enable": False})}
+
+
+def report_of(shift: str, seed: int, output: Path, checkpoint: str | None, *, aligned: bool = True) -> dict[str, Any]:
     """The run report, of a run that is kept under ``output`` if there is one of the same inputs, else of a new one.
 
     Raises:
         SelfAlignError: no such checkpoint, or see :func:`run_once`.
     """
-    name = f"{shift}-{seed}"
+    name = f"{shift}-{seed}" if aligned else f"{shift}-{seed}-control"
+    parameters = parameters_of(aligned)
     inputs = {
         "model": _model(checkpoint).digest,
         "body": SHIFTS[shift].to_dict(),
         "seed": seed,
         "seconds": [BEFORE_S, SHIFTED_S, BACK_S],
         "parameters": {
-            kind: {spec.name: spec.default for spec in load_specs(kind).values()} | PARAMETERS.get(kind, {})
+            kind: {spec.name: spec.default for spec in load_specs(kind).values()} | parameters.get(kind, {})
             for kind in ("policy", "buffer", "aligner", "robot_sim")
         },
     }
-    make = functools.partial(run_once, shift, seed, output / f"{name}.json", checkpoint)
+    make = functools.partial(run_once, shift, seed, output / f"{name}.json", checkpoint, parameters)
     return Cache(output / "kept").get(name, inputs, make)
 
 
@@ -117,15 +124,17 @@ def _model(checkpoint: str | None) -> Policy:
     return policy_of(checkpoint_folder(checkpoint or str(load_specs("policy")["checkpoint"].default)))
 
 
-def run_once(shift: str, seed: int, report: Path, checkpoint: str | None) -> dict[str, Any]:
-    """One run of the graph; the run report as plain data.
+def run_once(
+    shift: str, seed: int, report: Path, checkpoint: str | None, settings: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """One run of the graph with the nodes' ``settings``; the run report as plain data.
 
     Raises:
         ConfigError: the graph ended early, or made no report.
     """
     report.parent.mkdir(parents=True, exist_ok=True)
     parameters = report.with_suffix(".yaml")
-    seeded = {"robot_sim": {"seed": seed}, **PARAMETERS}
+    seeded = {"robot_sim": {"seed": seed}, **settings}
     parameters.write_text(yaml.safe_dump({name: {"ros__parameters": values} for name, values in seeded.items()}))
     command = [sys.executable, "-m", "selfalign_ros.bringup", f"report:={report}", f"params_file:={parameters}"]
     if checkpoint is not None:
@@ -185,26 +194,31 @@ def figures_of(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run(options: argparse.Namespace) -> int:
-    if options.runs < 1:
-        raise ConfigError(f"--runs: found {options.runs}, expected at least 1")
+    if options.runs < 1 or options.control < 0:
+        raise ConfigError(
+            f"--runs, --control: found {options.runs}, {options.control}, expected at least 1 and at least 0"
+        )
     output, runs = Path(options.output), []
     os.environ.setdefault("ROS_DOMAIN_ID", str(free_domain()))
     os.environ.update(BRINGUP({}).environment)
     rclpy.init(args=[])
     try:
-        for shift, seed in itertools.product(options.shifts, range(options.seed, options.seed + options.runs)):
-            report = report_of(shift, seed, output, options.checkpoint)
-            runs.append({"shift": shift, "seed": seed, **figures_of(report)})
-            say(f"{shift}, seed {seed}: recovered in {_times([runs[-1]])}")
+        for shift, aligned in itertools.product(options.shifts, (True, False)):
+            for seed in range(options.seed, options.seed + (options.runs if aligned else options.control)):
+                report = report_of(shift, seed, output, options.checkpoint, aligned=aligned)
+                runs.append({"shift": shift, "seed": seed, "aligned": aligned, **figures_of(report)})
+                say(f"{_name(shift, aligned)}, seed {seed}: recovered in {_times([runs[-1]])}")
     finally:
         rclpy.try_shutdown()
     rows, kept = [], True
-    for shift in options.shifts:
-        group = [run for run in runs if run["shift"] == shift]
-        row = [shift]
+    for shift, aligned in itertools.product(options.shifts, (True, False)):
+        group = [run for run in runs if (run["shift"], run["aligned"]) == (shift, aligned)]
+        if not group:
+            continue
+        row = [_name(shift, aligned)]
         for name in ("shift", "back"):
             recovered = [run[f"recovery_{name}_s"] <= RECOVERY_S for run in group]
-            kept &= np.mean(recovered) >= RECOVERED_SHARE
+            kept &= not aligned or np.mean(recovered) >= RECOVERED_SHARE
             row += [f"{sum(recovered)} of {len(group)}"]
         for name in ("before", "shifted", "back"):
             row.append(f"{100 * np.nanmean([run[f'reached_{name}'] for run in group]):.0f} %")
@@ -225,6 +239,10 @@ def _run(options: argparse.Namespace) -> int:
     return 0 if kept else 1
 
 
+def _name(shift: str, aligned: bool) -> str:
+    return shift if aligned else f"{shift}, not aligned"
+
+
 def _times(runs: Sequence[dict[str, Any]]) -> str:
     """Of the shift and of the shift back."""
     found = [run[f"recovery_{name}_s"] for run in runs for name in ("shift", "back")]
@@ -238,6 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", required=True, help="folder for the run reports, their pictures and in_graph.json")
     parser.add_argument("--shifts", nargs="+", choices=list(SHIFTS), default=list(SHIFTS))
     parser.add_argument("--runs", type=int, default=10, help="of each shift")
+    parser.add_argument("--control", type=int, default=0, help="runs of each shift that are not aligned")
     parser.add_argument("--seed", type=int, default=0, help="of the first run's targets")
     parser.add_argument("--checkpoint", help="checkpoint directory, by default that of the parameter")
     return run_command(lambda: _run(parser.parse_args(arguments)))

@@ -13,12 +13,12 @@ from benchmarks.adaptation import in_graph
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
-    """The runs that were made: shift, seed and checkpoint. Each checkpoint is a model of its own."""
+    """The runs that were made: shift, seed, checkpoint. Each checkpoint is a model of its own."""
     runs: list[tuple] = []
 
-    def run_once(shift: str, seed: int, report: Path, checkpoint: str | None) -> dict[str, Any]:
+    def run_once(shift: str, seed: int, report: Path, checkpoint: str | None, settings: dict) -> dict[str, Any]:
         runs.append((shift, seed, checkpoint))
-        return {"number": len(runs), "file": report.name}
+        return {"number": len(runs), "file": report.name, "enable": settings["aligner"].get("enable", True)}
 
     monkeypatch.setattr(in_graph, "run_once", run_once)
     monkeypatch.setattr(in_graph, "_model", lambda checkpoint: SimpleNamespace(digest=f"digest of {checkpoint}"))
@@ -41,6 +41,13 @@ def test_a_run_is_made_again_if_anything_that_decides_it_is_another(
     assert [number(checkpoint="other"), number(checkpoint="other")] == [5, 5]
     monkeypatch.setitem(in_graph.SHIFTS, "servo", in_graph.SHIFTS["payload"])
     assert number(checkpoint="other") == 6
+
+
+def test_a_control_is_a_run_of_its_own_whose_aligner_only_looks_on(made: list[tuple], tmp_path: Path) -> None:
+    aligned, control = (in_graph.report_of("servo", 0, tmp_path, None, aligned=aligned) for aligned in (True, False))
+    assert (aligned["file"], aligned["enable"]) == ("servo-0.json", True)
+    assert (control["file"], control["enable"]) == ("servo-0-control.json", False)
+    assert len(made) == 2 and "enable" not in in_graph.PARAMETERS["aligner"]
 
 
 def test_the_model_is_that_of_the_parameter_if_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
