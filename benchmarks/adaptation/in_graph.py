@@ -5,7 +5,7 @@
 Each run starts the bringup graph, changes the body of the simulated robot through its service and changes it back, and
 reads what the run report saw: when the body changed, which targets were reached, what the aligner did. A run takes
 two and a half minutes. Runs that are there, of the same checkpoint, parameters and shift, are not made again.
-``--control`` runs have an aligner that only looks on; no limit is for them.
+``--control`` runs have a disabled aligner; no limit is for them.
 
 Exit status: 0 if the limits are kept, 1 if not, 2 on bad arguments.
 """
@@ -256,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", required=True, help="folder for the run reports, their pictures and in_graph.json")
     parser.add_argument("--shifts", nargs="+", choices=list(SHIFTS), default=list(SHIFTS))
     parser.add_argument("--runs", type=int, default=10, help="of each shift")
-    parser.add_argument("--control", type=int, default=0, help="runs of each shift that are not aligned")
+    parser.add_argument("--control", type=int, default=0, help="runs of each shift with a disabled aligner")
     parser.add_argument("--seed", type=int, default=0, help="of the first run's targets")
     parser.add_argument("--checkpoint", help="checkpoint directory, by default that of the parameter")
     return run_command(lambda: _run(parser.parse_args(arguments)))

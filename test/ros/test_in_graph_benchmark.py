@@ -43,7 +43,7 @@ def test_a_run_is_made_again_if_anything_that_decides_it_is_another(
     assert number(checkpoint="other") == 6
 
 
-def test_a_control_is_a_run_of_its_own_whose_aligner_only_looks_on(made: list[tuple], tmp_path: Path) -> None:
+def test_a_control_is_a_run_of_its_own_with_a_disabled_aligner(made: list[tuple], tmp_path: Path) -> None:
     aligned, control = (in_graph.report_of("servo", 0, tmp_path, None, aligned=aligned) for aligned in (True, False))
     assert (aligned["file"], aligned["enable"]) == ("servo-0.json", True)
     assert (control["file"], control["enable"]) == ("servo-0-control.json", False)
