@@ -56,13 +56,11 @@ def judge(
     *,
     seed: int,
     budget: Budget,
-    known: bool = False,
 ) -> Verdict:
     """Accept ``shadow`` (T, W) in place of ``current`` only if it is within bounds and surely better on ``data``.
 
-    ``spans`` (B, 2) ns: when each transition begins and ends. Inverse dynamics is not looked at if it has no weight, or
-    the shadow is ``known``: the robot has worked with it. A spent budget means fewer noise draws; before the first is
-    done it is a refusal.
+    ``spans`` (B, 2) ns: when each transition begins and ends. Inverse dynamics is not looked at if it has no weight. A
+    spent budget means fewer noise draws; before the first is done it is a refusal.
     """
     if torch.equal(shadow, current):
         return Verdict(False, "refused: nothing found that differs from the current token")
@@ -81,7 +79,7 @@ def judge(
     before, after = _means([scorer.weighted(loss) for loss in losses])
     difference = _relative(before, after, spans)
     tests = [_Test("loss", difference, 0.0, config.sigmas, config.margin)]
-    if scorer.weights[2] > 0 and not known:
+    if scorer.weights[2] > 0:
         inverse = _relative(*_means([loss.inverse_dynamics for loss in losses]), spans)
         tests.append(_Test("inverse dynamics", inverse, config.inverse_margin, config.sigmas / 2, 0.0))
     failed = [test for test in tests if not test.passed]

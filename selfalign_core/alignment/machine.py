@@ -18,8 +18,6 @@ jumped to is unproven until identification prefers it over all others on as much
 fitted little motion by chance, so that it fits worse elsewhere is no sign of a change, and no evidence is dropped. Any
 sure gain replaces it. For a proven one the guard asks for its margins, and for twice those where no other token of the
 bank fits better: the body is most likely the one that it was, and what refinement gains there is mostly chance.
-A robot that changes back is common: where another body fits, one that was in use before goes first (:mod:`earlier`). It
-was proven then, and inverse dynamics, which tells looks from actions in what is new, is not asked.
 Who brings an earlier token back wants it kept: then, too, it rests, and what it sees first is the baseline.
 Evidence is never older than ``since_ns``: what came before the change that a drift betrays is not asked for again.
 The caller hands in transitions and the time, and publishes what is accepted. Knows neither ROS nor files.
@@ -40,14 +38,13 @@ from torch import Tensor
 
 from selfalign_core.alignment.budget import Budget, Clock, OutOfTimeError, RoundClock
 from selfalign_core.alignment.config import AlignConfig, Collect, Guard
-from selfalign_core.alignment.earlier import earlier_that_fits
 from selfalign_core.alignment.excitation import excitation_of
 from selfalign_core.alignment.frames import FrameCache
 from selfalign_core.alignment.guard import judge
 from selfalign_core.alignment.history import Accepted, History
 from selfalign_core.alignment.identify import Identification, identify
 from selfalign_core.alignment.overlap import spans
-from selfalign_core.alignment.refine import Refinement, refine
+from selfalign_core.alignment.refine import refine
 from selfalign_core.alignment.reports import Attempt, StageReport, State
 from selfalign_core.alignment.scoring import AlignLosses, Prepared, Scorer
 from selfalign_core.alignment.screen import screen
@@ -301,7 +298,7 @@ class SelfAligner:
         if accepted:
             self.history.accept(shadow.cpu().numpy(), now_ns, attempt.verdict.after)
         if accepted and jumps:
-            self._unproven = not attempt.returned
+            self._unproven = True
         elif not jumps and lasted >= 0.9 * config.stride * config.memory:
             self._unproven = False
         again = not accepted and (attempt.undecided or self._unproven)
@@ -367,17 +364,16 @@ class SelfAligner:
         found = identify(
             scorer, fit_data, current, trusted, config.identify, seed=self._stage_seed(now_ns, 0), budget=budget
         )
-        back = self._back(found, fit_data, guard_data, evidence.spans[guard], now_ns, budget)
         durations["identify"] = budget.elapsed_ms()
         budget = clock.stage(config.refine.budget_ms)
-        refined = back or refine(
+        refined = refine(
             scorer, fit_data, found.token, trusted, config, seed=self._stage_seed(now_ns, 1), budget=budget
         )
         durations["refine"] = budget.elapsed_ms()
         budget = clock.stage(config.guard.budget_ms)
         verdict = judge(
             scorer, guard_data, evidence.spans[guard], current, refined.token, trusted, self._limits(found),
-            seed=self._stage_seed(now_ns, 2), budget=budget, known=back is not None,
+            seed=self._stage_seed(now_ns, 2), budget=budget,
         )  # fmt: skip
         durations["guard"] = budget.elapsed_ms()
         budget = clock.stage(config.guard.budget_ms)
@@ -387,26 +383,8 @@ class SelfAligner:
             for token in (current, refined.token)
         ]
         durations["report"] = budget.elapsed_ms()
-        counts, returned = (len(fit), len(guard)), back is not None
-        attempt = Attempt(found, refined, verdict, *counts, *losses, durations_ms=durations, returned=returned)
+        attempt = Attempt(found, refined, verdict, len(fit), len(guard), *losses, durations_ms=durations)
         return attempt, refined.token, guard_data
-
-    def _back(
-        self, found: Identification, fit: Prepared, guard: Prepared, spans: np.ndarray, now_ns: int, budget: Budget
-    ) -> Refinement | None:
-        """An earlier token of the history as it was, if another body fits and it is one that this robot had before."""
-        if found.margin == 0:
-            return None
-        entries, config = self.history.entries[:-1], self.config
-        which = earlier_that_fits(
-            self._scorer, fit, guard, spans, self._tensor(self.token), found.token,
-            [self._tensor(entry.token) for entry in entries], config.guard,
-            draws=config.identify.draws, seed=self._stage_seed(now_ns, 5), budget=budget,
-        )  # fmt: skip
-        if which is None:
-            return None
-        token = entries[which].token
-        return Refinement(self._tensor(token), 0, 0.0, f"back to the token of version {token.version}")
 
     def _limits(self, found: Identification) -> Guard:
         """The guard's, its margins as the module says."""

@@ -26,8 +26,7 @@ class Attempt:
     """One pass of identify → refine → guard, with mean losses of the current token and of the shadow on both sets.
 
     ``durations_ms``: wall time per stage: ``prepare`` (what does not depend on the token), ``identify``, ``refine``,
-    ``guard`` and ``report`` (the losses; one for which the time did not suffice is NaN). ``returned``: the shadow is an
-    earlier token as it was.
+    ``guard`` and ``report`` (the losses; one for which the time did not suffice is NaN).
     """
 
     identification: Identification
@@ -40,7 +39,6 @@ class Attempt:
     guard_before: AlignLosses
     guard_after: AlignLosses
     durations_ms: dict[str, float]
-    returned: bool = False
 
     @property
     def undecided(self) -> bool:

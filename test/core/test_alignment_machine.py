@@ -99,35 +99,6 @@ def test_a_change_of_the_body_and_the_change_back_are_followed(toy: Trained) -> 
         assert action_loss(toy, aligner, robot) < own + 0.05
 
 
-def test_back_at_an_earlier_body_the_token_that_was_in_use_there_is_so_again_bit_for_bit(toy: Trained) -> None:
-    aligner, robot = aligner_of(toy), Robot(BODIES[0])
-    live(aligner, robot, 30)
-    own = aligner.token.data.tobytes()
-    robot.body = BODIES[5]
-    live(aligner, robot, 30)
-    aligned = aligner.token
-    assert aligned.data.tobytes() != own
-    for body, version, data in ((BODIES[0], 0, own), (BODIES[5], aligned.version, aligned.data.tobytes())):
-        before, robot.body = aligner.token.version, body
-        accepted = [report for report in attempts(live(aligner, robot, 30)) if report.accepted]
-        first = accepted[0]
-        assert first.token.data.tobytes() == data, first.text
-        assert f"0 steps, back to the token of version {version}" in first.text and first.attempt.returned
-        assert "inverse dynamics" not in first.text
-        assert first.token.version == before + 1  # versions only grow
-        assert len(accepted) == 1 and aligner.state is State.WATCH  # it was proven before
-
-
-def test_a_third_body_is_not_taken_for_an_earlier_one(toy: Trained) -> None:
-    aligner, robot = aligner_of(toy), Robot(BODIES[0])
-    live(aligner, robot, 30)
-    for row in (5, 2):
-        robot.body = BODIES[row]
-        first = attempts(live(aligner, robot, 30))[0]
-        assert first.accepted and first.attempt.identification.name == f"body {row}"
-        assert "back to" not in first.text and first.attempt.refinement.steps > 0
-
-
 def test_soon_after_a_change_it_makes_do_with_transitions_that_lie_nearer(toy: Trained) -> None:
     config = dataclasses.replace(CONFIG, collect=Collect(fit_count=16, guard_count=4, stride=8, min_stride=3))
     aligner, dt_ns = aligner_of(toy, config), round(1e9 * aligner_of(toy).policy.dt)
