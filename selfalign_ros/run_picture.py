@@ -62,6 +62,7 @@ def _draw_losses(axis: Any, attempts: Mapping[str, Any]) -> None:
         axis.plot(attempts["t"], attempts[f"guard_after.{loss}"], ":x", ms=5, color=colour)
     axis.plot([], [], "-o", color="0.4", ms=4, label="current token")
     axis.plot([], [], ":x", color="0.4", ms=5, label="shadow token")
+    axis.set_yscale("log")
     axis.set_ylabel("loss on the guard's\ntransitions")
 
 
@@ -78,6 +79,8 @@ def _draw_verdicts(axis: Any, attempts: Mapping[str, Any], rounds: Mapping[str, 
         times, rise = np.array(rounds["t"], float)[tested], 100 * (factors[tested] - 1)
         axis.plot(times, rise, ".", ms=4, color="C1", label="loss against baseline (watch)")
     axis.axhline(0.0, color="0.4", lw=0.8)
+    axis.set_yscale("symlog", linthresh=50.0)  # a drift is many times as large as what decides an attempt
+    axis.set_yticks([-100, 0, 100, 1000], ["−100", "0", "100", "1000"])
     axis.set_ylabel("shadow − current\n[% of loss, ± 2 s.e.]")
 
 
