@@ -128,7 +128,7 @@ class Listener(Node):
         self.versions: list[int] = []
         self.statuses: dict[str, tuple[float, str]] = {}
         self._joints = contract.joint_names
-        self.create_subscription(JointTrajectory, contract.action.topic, self._on_command, 100)
+        self.create_subscription(JointTrajectory, contract.action.topic, self._on_command, qos.LATCHED)
         self.create_subscription(JointState, contract.joint_state_topic, self._on_joints, qos.SENSOR)
         self.create_subscription(ActionChunk, "action_chunk", self._on_chunk, qos.EVENTS)
         self.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 100)
@@ -273,7 +273,10 @@ def _run(options: argparse.Namespace) -> int:
     remove_orphaned_segments()
     output.mkdir(parents=True, exist_ok=True)
     parameters = output / "parameters.yaml"
-    parameters.write_text(yaml.safe_dump({"/**/aligner": {"ros__parameters": QUICK_TO_ACCEPT}}))
+    # The robot may know a policy that was just started before the judge does: the judge gets its last command, too.
+    latched = {f"qos_overrides./{contract.action.topic}.publisher.durability": "transient_local"}
+    settings = {"/**/aligner": {"ros__parameters": QUICK_TO_ACCEPT}, "/**/policy": {"ros__parameters": latched}}
+    parameters.write_text(yaml.safe_dump(settings))
     rclpy.init(args=[])
     graph = Graph(output / "graph.log", [f"params_file:={parameters}", *options.arguments])
     try:
