@@ -28,6 +28,7 @@ import rclpy
 import yaml
 from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.node import Node
+from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import JointState
 from trajectory_msgs.msg import JointTrajectory
 
@@ -57,6 +58,9 @@ QUICK_TO_ACCEPT = {
     "guard_inverse_margin": 0.0, "niceness": 0,
 }  # fmt: skip
 """Of the aligner: about every second token passes, so that there are some to be lost."""
+LATE_TOO = QoSProfile(
+    depth=100, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL
+)
 START_S = 180.0
 RECOVERY_S = 90.0
 STILL_RAD_S = 0.2
@@ -128,7 +132,7 @@ class Listener(Node):
         self.versions: list[int] = []
         self.statuses: dict[str, tuple[float, str]] = {}
         self._joints = contract.joint_names
-        self.create_subscription(JointTrajectory, contract.action.topic, self._on_command, qos.LATCHED)
+        self.create_subscription(JointTrajectory, contract.action.topic, self._on_command, LATE_TOO)
         self.create_subscription(JointState, contract.joint_state_topic, self._on_joints, qos.SENSOR)
         self.create_subscription(ActionChunk, "action_chunk", self._on_chunk, qos.EVENTS)
         self.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 100)
@@ -273,8 +277,9 @@ def _run(options: argparse.Namespace) -> int:
     remove_orphaned_segments()
     output.mkdir(parents=True, exist_ok=True)
     parameters = output / "parameters.yaml"
-    # The robot may know a policy that was just started before the judge does: the judge gets its last command, too.
-    latched = {f"qos_overrides./{contract.action.topic}.publisher.durability": "transient_local"}
+    # The robot may know a policy that was just started before the judge does: what it has commanded by then is kept.
+    name = f"qos_overrides./{contract.action.topic}.publisher"
+    latched = {f"{name}.durability": "transient_local", f"{name}.depth": LATE_TOO.depth}
     settings = {"/**/aligner": {"ros__parameters": QUICK_TO_ACCEPT}, "/**/policy": {"ros__parameters": latched}}
     parameters.write_text(yaml.safe_dump(settings))
     rclpy.init(args=[])
