@@ -124,15 +124,15 @@ class Judge:
 
 
 class Listener(Node):
-    """Everything that is judged."""
+    """Everything that is judged; ``commands``: how the robot's commands are listened to."""
 
-    def __init__(self, contract: RobotContract) -> None:
+    def __init__(self, contract: RobotContract, commands: QoSProfile | int = 100) -> None:
         super().__init__("faults")
         self.judge = Judge()
         self.versions: list[int] = []
         self.statuses: dict[str, tuple[float, str]] = {}
         self._joints = contract.joint_names
-        self.create_subscription(JointTrajectory, contract.action.topic, self._on_command, LATE_TOO)
+        self.create_subscription(JointTrajectory, contract.action.topic, self._on_command, commands)
         self.create_subscription(JointState, contract.joint_state_topic, self._on_joints, qos.SENSOR)
         self.create_subscription(ActionChunk, "action_chunk", self._on_chunk, qos.EVENTS)
         self.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 100)
@@ -285,7 +285,7 @@ def _run(options: argparse.Namespace) -> int:
     rclpy.init(args=[])
     graph = Graph(output / "graph.log", [f"params_file:={parameters}", *options.arguments])
     try:
-        listener = Listener(contract)
+        listener = Listener(contract, LATE_TOO)
         injection = Injection(graph, listener, seed=options.seed, gap_s=tuple(options.gap))
         begin = time.monotonic()
         if lacking := wait_until_all_work(injection, listener, begin, START_S):
