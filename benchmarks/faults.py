@@ -61,6 +61,7 @@ QUICK_TO_ACCEPT = {
 LATE_TOO = QoSProfile(
     depth=100, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL
 )
+"""Of commands: what was sent before the judge knew the publisher reaches it all the same."""
 START_S = 180.0
 RECOVERY_S = 90.0
 STILL_RAD_S = 0.2

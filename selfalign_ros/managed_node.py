@@ -66,7 +66,7 @@ class ManagedNode(LifecycleNodeMixin, SelfAlignNode):
 
     def create_publisher(self, *args: Any, **kwargs: Any) -> Publisher:
         """As in any node, without rclpy's own handlers of its events: they only log what diagnostics say of the peers,
-        and each is looked at in every turn of the executor (a fifth of what the policy node takes of a core).
+        and each is looked at in every turn of the executor.
         """
         kwargs.setdefault("event_callbacks", _NO_PUBLISHER_EVENTS)
         return super().create_publisher(*args, **kwargs)

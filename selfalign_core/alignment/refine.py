@@ -79,8 +79,8 @@ class Whole:
 
 
 class Adam:
-    """Adam of one tensor (arXiv 1412.6980), bit for bit that of ``torch.optim``, whose import is the compiler's, too:
-    seconds of a core and 80 MiB in a node that compiles nothing.
+    """Adam of one tensor (arXiv 1412.6980), bit for bit that of ``torch.optim``, which would load torch's compiler in a
+    node that compiles nothing.
     """
 
     BETAS = (0.9, 0.999)

@@ -123,7 +123,7 @@ def test_a_warm_up_goes_through_a_pass_with_gradient_and_one_without_or_ends_wit
 
 
 def test_alignment_loads_no_compiler() -> None:
-    """It costs seconds of a core and 80 MiB, and the optimisers of torch load it."""
+    """The optimisers of torch do, at their first use."""
     code = """
 import sys, numpy as np
 from small_models import small_policy
