@@ -124,6 +124,7 @@ class AlignerNode(ManagedNode):
         )
         self._client = self.create_client(SampleTransitions, "buffer/sample_transitions")
         self._calibrate = self.create_client(Trigger, "policy/calibrate")
+        self._end_calibration = self.create_client(Trigger, "policy/end_calibration")
         # Groups of their own: these callbacks wait, and others must run meanwhile.
         self._timer_group = MutuallyExclusiveCallbackGroup()
         for name, callback in (
@@ -377,12 +378,11 @@ class AlignerNode(ManagedNode):
         self._rounds += 1
         self._round_latency.add(done.duration_s)
         self._last_text = report.text
-        if report.attempt is not None:
-            self._accepted += report.accepted
-            self._refused += not report.accepted
-            self.get_logger().info(report.text)
-        if report.drift is not None and report.drift.fired:
-            self._drifts += 1
+        drifted = report.drift is not None and report.drift.fired
+        self._accepted += report.accepted
+        self._refused += report.attempt is not None and not report.accepted
+        self._drifts += drifted
+        if report.accepted or report.attempt is not None or drifted:
             self.get_logger().info(report.text)
         if report.accepted:
             self._publish_token(report.token, stamp_ns)
@@ -394,13 +394,19 @@ class AlignerNode(ManagedNode):
             duration_s=done.duration_s,
         )
         self._report_publisher.publish(message)
-        self._ask_for_motion(report, now_ns)
+        self._see_to_motion(report, now_ns)
 
-    def _ask_for_motion(self, report: StageReport, now_ns: int) -> None:
-        """With ``auto_calibrate``: have the robot moved when it is time to."""
+    def _see_to_motion(self, report: StageReport, now_ns: int) -> None:
+        """With ``auto_calibrate``: have the robot moved when it is time to, and no longer than it takes."""
+        from selfalign_core.alignment.motion import has_served
+
         wanted = self._motion.after(report, now_ns, round(self.parameters["auto_calibrate_after"] * NS_PER_S))
-        if wanted and self.parameters["auto_calibrate"] and not self.lockstep and self._calibrate.service_is_ready():
+        if not self.parameters["auto_calibrate"] or self.lockstep:
+            return
+        if wanted and self._calibrate.service_is_ready():
             self._calibrate.call_async(Trigger.Request()).add_done_callback(self._on_calibrate_answer)
+        elif has_served(report) and self._end_calibration.service_is_ready():
+            self._end_calibration.call_async(Trigger.Request())
 
     def _on_calibrate_answer(self, future: Future) -> None:
         self.get_logger().info(f"asked for motion ({self._last_text}): {future.result().message}")

@@ -6,6 +6,7 @@ In pieces, so that a robot whose policy node dies stops within two of them inste
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -24,13 +25,30 @@ class Calibration:
 
     @classmethod
     def plan(
-        cls, contract: RobotContract, start: np.ndarray, now_ns: int, *, duration_s: float, amplitude: float, seed: int
+        cls,
+        contract: RobotContract,
+        start: np.ndarray,
+        now_ns: int,
+        *,
+        around: Literal["here", "home"],
+        duration_s: float,
+        amplitude: float,
+        seed: int,
     ) -> Calibration:
-        """The motion around ``start`` (joints,), beginning now. Raises ``InputError`` if that is outside the limits."""
+        """The motion from ``start`` (joints,), beginning now, around it or the robot's home.
+
+        Raises:
+            InputError: one of the two is outside the limits.
+        """
         from selfalign_core.alignment.calibration import CalibrationConfig, calibration_motion
 
         config = CalibrationConfig(duration_s=duration_s, amplitude=amplitude)
-        return cls(contract, calibration_motion(contract, start, config, seed=seed), now_ns)
+        middle = contract.home if around == "home" else start
+        return cls(contract, calibration_motion(contract, start, config, around=middle, seed=seed), now_ns)
+
+    @property
+    def duration_s(self) -> float:
+        return len(self.positions) * self.contract.dt_ns / NS_PER_S
 
     @property
     def end_ns(self) -> int:

@@ -251,6 +251,9 @@ def report_message(
     if (drift := report.drift) is not None:
         message.drift_tested, message.drift = True, drift.fired
         message.drift_z, message.drift_factor = drift.z, drift.factor
+    if (returned := report.returned) is not None:
+        message.returned = True
+        message.difference_mean, message.difference_stderr = returned.mean, returned.stderr
     if (attempt := report.attempt) is not None:
         message.attempted, message.accepted = True, report.accepted
         message.start, message.steps = attempt.identification.name, attempt.refinement.steps

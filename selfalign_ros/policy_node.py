@@ -5,7 +5,8 @@ in force by its time stamp, or by holding and saying why. Inference runs in the 
 chunk is executed. The E-Token changes only between two inferences, because both are jobs of that one
 worker.
 
-``~/calibrate`` puts a short motion of all joints in place of the policy's chunks; it takes the same way to the robot.
+``~/calibrate`` puts a short motion of all joints in place of the policy's chunks, until it is over or
+``~/end_calibration`` ends it; it takes the same way to the robot.
 """
 
 from __future__ import annotations
@@ -145,6 +146,7 @@ class PolicyNode(ManagedNode):
                 message_type, contract.action.topic, **qos.overridable(qos.COMMAND)
             )
             self.create_service(Trigger, "~/calibrate", self._on_calibrate)
+            self.create_service(Trigger, "~/end_calibration", self._on_end_calibration)
 
     def _freeze_limits(self) -> FreezeLimits:
         return FreezeLimits(self.parameters["frozen_camera_after"], self.parameters["frozen_camera_motion"])
@@ -455,6 +457,7 @@ class PolicyNode(ManagedNode):
                 self.contract,
                 self._reference(now_ns),
                 now_ns,
+                around=self.parameters["calibrate_around"],
                 duration_s=self.parameters["calibrate_duration"],
                 amplitude=self.parameters["calibrate_amplitude"],
                 seed=self.parameters["seed"] + self._calibrations,
@@ -464,8 +467,17 @@ class PolicyNode(ManagedNode):
             return
         self._calibration, self._due_ns = calibration, now_ns
         self._calibrations += 1
-        response.success, response.message = True, f"moving for {self.parameters['calibrate_duration']:g} s"
+        response.success, response.message = True, f"moving for {calibration.duration_s:g} s"
         self.get_logger().info(f"calibration motion: {response.message}")
+
+    def _on_end_calibration(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        """The policy has the robot again; the piece that is under way goes on until its first chunk is there."""
+        if self._calibration is None:
+            response.message = "refused: no calibration motion is running"
+        else:
+            self._end_calibration("ended by ~/end_calibration")
+            response.success, response.message = True, "the policy has the robot again"
+        return response
 
     def _calibrate(self, calibration: Calibration, now_ns: int) -> None:
         """Follow the next piece of the motion if it is due; hand back to the policy if there is none."""

@@ -36,7 +36,7 @@ from selfalign_ros.tool_node import ToolNode, check_report_path, run_tool, write
 from selfalign_ros.topics import Topic, camera_topics, graph_topics, header_stamp_ns
 
 SCHEMA = "selfalign/replay"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 NODES = ("buffer", "policy", "aligner")  # the order of their steps
 COMPARED = ("chunks", "e_tokens", "aligns")
 # What must be in a bag; the prompt need not, it has a parameter that stands in for it.
@@ -270,6 +270,7 @@ class Replay(ToolNode):
                 "version_after": message.version_after,
                 "state": message.state,
                 "text": message.text,
+                "returned": message.returned,
                 "attempted": message.attempted,
                 "accepted": message.accepted,
                 "start": message.start,

@@ -113,14 +113,14 @@ def _draw_latency(axis: Any, chunks: Mapping[str, Any], report: Mapping[str, Any
 def _draw_events(axes: Sequence[Any], series: Mapping[str, Any]) -> None:
     """Vertical lines through all panels; the new body's name above the first."""
     aligns, bodies = series["align"], series["bodies"]
-    verdicts = list(zip(aligns["t"], aligns["attempted"], aligns["accepted"], aligns["drift"], strict=True))
+    rounds = [dict(zip(aligns, row, strict=True)) for row in zip(*aligns.values(), strict=True)]
     named = list(zip(bodies["t"], bodies["name"], strict=True))
     changes = [(t, name) for (_, before), (t, name) in itertools.pairwise(named) if name != before]
     times = {
         "body changed": [t for t, _ in changes],
-        "drift noticed": [t for t, _, _, drift in verdicts if drift],
-        "E-Token accepted": [t for t, attempted, accepted, _ in verdicts if attempted and accepted],
-        "E-Token refused": [t for t, attempted, accepted, _ in verdicts if attempted and not accepted],
+        "drift noticed": [r["t"] for r in rounds if r["drift"]],
+        "E-Token accepted": [r["t"] for r in rounds if r["accepted"] or r["returned"]],
+        "E-Token refused": [r["t"] for r in rounds if r["attempted"] and not r["accepted"]],
     }
     for kind, style in _EVENTS.items():
         for axis in axes:

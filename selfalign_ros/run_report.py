@@ -107,6 +107,7 @@ class RunReport(ToolNode):
             name: {loss: float(getattr(getattr(message, name), loss)) for loss in run_summary.LOSSES}
             for name in run_summary.SETS
         }
+        judged = message.attempted or message.returned
         self._records.aligns.append(
             AlignRecord(
                 end=to_ns(message.header.stamp) / NS_PER_S,
@@ -119,12 +120,13 @@ class RunReport(ToolNode):
                 transitions=message.transitions,
                 drift=message.drift,
                 drift_factor=message.drift_factor if message.drift_tested else math.nan,
+                returned=message.returned,
                 attempted=message.attempted,
                 accepted=message.accepted,
                 start=message.start,
                 steps=message.steps,
-                difference_mean=message.difference_mean if message.attempted else math.nan,
-                difference_stderr=message.difference_stderr if message.attempted else math.nan,
+                difference_mean=message.difference_mean if judged else math.nan,
+                difference_stderr=message.difference_stderr if judged else math.nan,
                 losses=losses if message.attempted else None,
             )
         )

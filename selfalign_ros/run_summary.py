@@ -5,7 +5,7 @@ Pure functions over plain records; this module must not know ROS. The report is 
 ==================== ==================================================================================================
 key                  content
 ==================== ==================================================================================================
-schema, version      ``"selfalign/run_report"``, 2
+schema, version      ``"selfalign/run_report"``, 3
 ok, reason           whether the run made chunks, and why not
 duration_s           how long was listened; all ``t`` below are seconds since then started
 contract             name of the robot contract
@@ -15,7 +15,8 @@ latency_s            inference time per chunk, statistics ``all``, ``while_align
 observation_age_s    age of the observation when inference started, statistics
 frames               per camera topic: received, dropped (gaps in the stamps), rate_hz
 e_token              first_version, last_version, norm (of the last)
-align                rounds, attempts, accepted, refused, drifts, duration_s (statistics over attempts)
+align                rounds, attempts, accepted, refused, returned (to an earlier token), drifts, duration_s (statistics
+                     over attempts)
 bodies               of a simulated robot: the names of the bodies it had, in their order
 distance_to_target_m first, last, mean, minimum
 targets              of a simulated robot: attempted (over, reached or not), reached, seconds_to_reach (statistics)
@@ -40,7 +41,7 @@ from typing import Any
 import numpy as np
 
 SCHEMA = "selfalign/run_report"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 LOSSES = ("perception", "dynamics", "inverse_dynamics", "total")
 SETS = ("fit_before", "fit_after", "guard_before", "guard_after")
 LEVELS = {0: "ok", 1: "warn", 2: "error", 3: "stale"}
@@ -82,6 +83,7 @@ class AlignRecord:
     transitions: int = 0
     drift: bool = False
     drift_factor: float = math.nan
+    returned: bool = False
     attempted: bool = False
     accepted: bool = False
     start: str = ""
@@ -207,6 +209,7 @@ def summarise(records: RunRecords) -> dict[str, Any]:
             "attempts": len(attempts),
             "accepted": accepted,
             "refused": len(attempts) - accepted,
+            "returned": sum(call.returned for call in records.aligns),
             "drifts": sum(call.drift for call in records.aligns),
             "duration_s": statistics([call.duration_s for call in attempts]),
         },

@@ -62,6 +62,7 @@ PARAMETERS = {
     "aligner": {"auto_calibrate": True, "auto_calibrate_after": PATIENCE_NS / 1e9, "token_folder": ""},
     "policy": {
         "calibrate_amplitude": CALIBRATION.amplitude,
+        "calibrate_around": "home",
         "calibrate_duration": CALIBRATION.duration_s,
         "token_folder": "",
     },
@@ -187,7 +188,7 @@ def figures_of(report: dict[str, Any]) -> dict[str, Any]:
         "reached_before": reached_share(targets, 0.0, shift),
         "reached_shifted": reached_share(targets, shift + RECOVERY_S, back),
         "reached_back": reached_share(targets, back + RECOVERY_S, duration),
-        "accepted": sum(row["accepted"] for row in align),
+        "accepted": sum(row["accepted"] or row["returned"] for row in align),
         "refused": sum(row["attempted"] and not row["accepted"] for row in align),
         "drifts": sum(row["drift"] for row in align),
     }

@@ -19,7 +19,7 @@ from benchmarks.adaptation.lab import DT_NS, AlignerLoop, cameras_of, see
 from benchmarks.adaptation.settings import contract_for
 from selfalign_core.alignment import SelfAligner, StageReport
 from selfalign_core.alignment.calibration import CalibrationConfig, calibration_motion
-from selfalign_core.alignment.motion import MotionWanted
+from selfalign_core.alignment.motion import MotionWanted, has_served
 from selfalign_core.evaluation.rollout import CONTROL_HZ
 from selfalign_core.policy import Policy
 from selfalign_core.sim import JOINTS, ArmSim, BodyConfig
@@ -128,8 +128,11 @@ class LongRun:
     def _on_report(self, step: int, report: StageReport, setpoint: np.ndarray) -> None:
         if report.accepted:
             self._policy.set_e_token(report.token)
-        if report.attempt is not None or (report.drift is not None and report.drift.fired):
-            kind = "drift" if report.attempt is None else "accepted" if report.accepted else "refused"
+        if has_served(report):
+            while len(self._motion) > -(step + 1) % _REPLAN_STEPS:  # up to the next inference
+                self._motion.pop()
+        if report.accepted or report.attempt is not None or (report.drift is not None and report.drift.fired):
+            kind = "accepted" if report.accepted else "drift" if report.attempt is None else "refused"
             self.log.events.append({"time": step / CONTROL_HZ, "kind": kind, "text": report.text})
         if self._wanted.after(report, step * DT_NS, PATIENCE_NS) and self._calibration and not self._motion:
             self._begin_calibration(step, setpoint, self._calibration)
@@ -139,5 +142,6 @@ class LongRun:
     def _begin_calibration(self, step: int, setpoint: np.ndarray, config: CalibrationConfig) -> None:
         contract = contract_for(JOINTS[: self._policy.action_dim])
         start = np.clip(setpoint, contract.lower, contract.upper)
-        self._motion.extend(calibration_motion(contract, start, config, seed=step).astype(np.float32))
+        motion = calibration_motion(contract, start, config, around=contract.home, seed=step)
+        self._motion.extend(motion.astype(np.float32))
         self.log.events.append({"time": step / CONTROL_HZ, "kind": "calibration", "text": ""})

@@ -56,11 +56,12 @@ def judge(
     *,
     seed: int,
     budget: Budget,
+    inverse: bool = True,
 ) -> Verdict:
     """Accept ``shadow`` (T, W) in place of ``current`` only if it is within bounds and surely better on ``data``.
 
-    ``spans`` (B, 2) ns: when each transition begins and ends. Inverse dynamics is not looked at if it has no weight. A
-    spent budget means fewer noise draws; before the first is done it is a refusal.
+    ``spans`` (B, 2) ns: when each transition begins and ends. ``inverse``: whether inverse dynamics has to gain by
+    itself, if it has any weight. A spent budget means fewer noise draws; before the first is done it is a refusal.
     """
     if torch.equal(shadow, current):
         return Verdict(False, "refused: nothing found that differs from the current token")
@@ -79,7 +80,7 @@ def judge(
     before, after = _means([scorer.weighted(loss) for loss in losses])
     difference = _relative(before, after, spans)
     tests = [_Test("loss", difference, 0.0, config.sigmas, config.margin)]
-    if scorer.weights[2] > 0:
+    if inverse and scorer.weights[2] > 0:
         inverse = _relative(*_means([loss.inverse_dynamics for loss in losses]), spans)
         tests.append(_Test("inverse dynamics", inverse, config.inverse_margin, config.sigmas / 2, 0.0))
     failed = [test for test in tests if not test.passed]

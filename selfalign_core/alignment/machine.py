@@ -18,7 +18,9 @@ jumped to is unproven until identification prefers it over all others on as much
 fitted little motion by chance, so that it fits worse elsewhere is no sign of a change, and no evidence is dropped. Any
 sure gain replaces it. For a proven one the guard asks for its margins, and for twice those where no other token of the
 bank fits better: the body is most likely the one that it was, and what refinement gains there is mostly chance.
-Who brings an earlier token back wants it kept: then, too, it rests, and what it sees first is the baseline.
+A robot often changes back. From a drift until the next attempt, a token that was in use before and explains what is
+seen since is in use again at once (:mod:`earlier`); the attempt then looks for a better one.
+Who orders an earlier token back wants it kept: then, too, it rests, and what it sees first is the baseline.
 Evidence is never older than ``since_ns``: what came before the change that a drift betrays is not asked for again.
 The caller hands in transitions and the time, and publishes what is accepted. Knows neither ROS nor files.
 """
@@ -38,6 +40,7 @@ from torch import Tensor
 
 from selfalign_core.alignment.budget import Budget, Clock, OutOfTimeError, RoundClock
 from selfalign_core.alignment.config import AlignConfig, Collect, Guard
+from selfalign_core.alignment.earlier import find_return
 from selfalign_core.alignment.excitation import excitation_of
 from selfalign_core.alignment.frames import FrameCache
 from selfalign_core.alignment.guard import judge
@@ -130,13 +133,16 @@ class SelfAligner:
     @property
     def needed(self) -> int:
         """With fewer transitions :meth:`advance` does nothing but count them."""
-        return self.config.collect.count if self._state is State.COLLECT else self.config.watch.count
+        enough = self.config.collect.count if self._state is State.COLLECT else self.config.watch.count
+        return enough if self._lost is None else self.config.watch.count
 
     @property
     def wanted(self) -> int:
         """How many of the newest transitions to hand in, some spare ones included."""
-        count = self.needed + self.needed // 4
-        return max(count, self.config.collect.memory) if self._state is State.COLLECT else count
+        collect, watch = self.config.collect, self.config.watch
+        if self._state is State.WATCH:
+            return watch.count + watch.count // 4
+        return max(collect.count + collect.count // 4, collect.memory)
 
     def stride(self, now_ns: int) -> int:
         """Control steps between the transitions to hand in: they spread over the time since :attr:`since_ns`.
@@ -273,10 +279,11 @@ class SelfAligner:
 
     def _collect(self, evidence: _Evidence, now_ns: int, clock: RoundClock) -> StageReport:
         config = self.config.collect
-        found = len(evidence.batch)
+        found, newest = len(evidence.batch), evidence.newest(self.config.watch.count)
+        if self._lost is not None and self._is_new(newest) and (back := self._return(newest, now_ns, clock)):
+            return back
         if found < config.count:
             return self._report(evidence, f"collecting: {found} of {config.count} transitions")
-        newest = evidence.newest(self.config.watch.count)
         if self._baseline is not None and self._is_new(newest):
             changed = self._compare(newest, now_ns, clock)
             if changed.drift.fired:
@@ -304,6 +311,7 @@ class SelfAligner:
         again = not accepted and (attempt.undecided or self._unproven)
         self._undecided = self._undecided + 1 if again else 0
         self._judged_ns = self._watched_ns = int(evidence.spans[-1, 1])
+        self._lost = None
         rests = not accepted and self._undecided in (0, config.attempts)
         self._baseline = None
         if rests or not (accepted or self._unproven):
@@ -338,14 +346,40 @@ class SelfAligner:
         The baseline is the best that was seen: evidence that is surely better takes its place.
         """
         assert self._baseline is not None
-        running = self._newest_loss(evidence, now_ns, clock)
-        result = drift(self._baseline, running, self.config.watch)
+        baseline, running = self._baseline, self._newest_loss(evidence, now_ns, clock)
+        result = drift(baseline, running, self.config.watch)
         if result.fired:
-            self._restart(changed_at(self._baseline, running, evidence.spans))
-        elif drift(running, self._baseline, self.config.watch).fired:
+            self._restart(changed_at(baseline, running, evidence.spans))
+            self._lost = baseline
+            changed = evidence.select(np.flatnonzero(evidence.spans[:, 0] >= self._since_ns))
+            if back := self._return(changed, now_ns, clock):
+                return dataclasses.replace(back, drift=result, text=f"drift ({result.words}): {back.text}")
+        elif drift(running, baseline, self.config.watch).fired:
             self._baseline = running
         verdict = "drift: collecting anew" if result.fired else "watching: no drift"
         return self._report(evidence, f"{verdict} ({result.words})", drift=result)
+
+    def _return(self, evidence: _Evidence, now_ns: int, clock: RoundClock) -> StageReport | None:
+        """Bring back a token that was in use before and explains the ``evidence`` since the change, if there is one."""
+        assert self._lost is not None and self.policy.e_token is not None
+        earlier = [self.policy.e_token, *(entry.token for entry in self.history.entries[:-1])]
+        others = [self._tensor(token) for token in earlier if not np.array_equal(token.data, self.token.data)]
+        if not others:
+            return None
+        try:
+            data, _ = self._prepare(evidence, clock)
+            found = find_return(
+                self._scorer, data, evidence.spans, self._tensor(self.token), others, self._lost,
+                self._trusted, self._references, self.config, seed=self._stage_seed(now_ns, 5),
+                budget=clock.stage(self.config.guard.budget_ms),
+            )  # fmt: skip
+        except OutOfTimeError:
+            return None
+        if found is None:
+            return None
+        self.history.accept(found.token.cpu().numpy(), now_ns, found.verdict.after)
+        self._lost, self._unproven = None, True
+        return self._report(evidence, f"back to an earlier token: {found.verdict.reason}", returned=found.verdict)
 
     # ---------------------------------------------------------------- the stages of an attempt
 
@@ -373,7 +407,7 @@ class SelfAligner:
         budget = clock.stage(config.guard.budget_ms)
         verdict = judge(
             scorer, guard_data, evidence.spans[guard], current, refined.token, trusted, self._limits(found),
-            seed=self._stage_seed(now_ns, 2), budget=budget,
+            seed=self._stage_seed(now_ns, 2), budget=budget, inverse=not self._unproven,
         )  # fmt: skip
         durations["guard"] = budget.elapsed_ms()
         budget = clock.stage(config.guard.budget_ms)
@@ -449,6 +483,7 @@ class SelfAligner:
         self._state, self._since_ns = State.COLLECT, since_ns
         self._undecided, self._unproven, self._judged_ns = 0, False, since_ns
         self._baseline: RunningLoss | None = None
+        self._lost: RunningLoss | None = None  # the baseline that a drift has left; until an attempt
         self._watched_ns = since_ns
 
     def _evidence(self, batch: TransitionBatch) -> _Evidence:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from selfalign_core.alignment.reports import StageReport
+from selfalign_core.alignment.reports import StageReport, State
 
 
 class MotionWanted:
@@ -24,10 +24,15 @@ class MotionWanted:
         waits = report.excitation is not None and not report.excitation.enough
         if report.drift is not None and report.drift.fired:
             self.reset()
-            return True
+            return not report.accepted
         if not waits or self._waiting_since_ns is None or now_ns < self._waiting_since_ns:
             self._waiting_since_ns = now_ns if waits else None
         elif now_ns - self._waiting_since_ns > patience_ns:
             self._waiting_since_ns = now_ns
             return True
         return False
+
+
+def has_served(report: StageReport) -> bool:
+    """Whether ``report`` ends the need for motion: the aligner has a new token, or rests."""
+    return report.accepted or (report.attempt is not None and report.state is State.WATCH)

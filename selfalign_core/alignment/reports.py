@@ -57,6 +57,7 @@ class StageReport:
     """What one ``SelfAligner.advance`` did: ``text`` in words, the rest in numbers where there are any.
 
     ``state``: after it. ``transitions``: usable ones at hand. ``left_out``: why others were not. ``token``: in use.
+    ``returned``: why it is an earlier one, brought back after a change.
     """
 
     state: State
@@ -67,8 +68,9 @@ class StageReport:
     excitation: Excitation | None = None
     attempt: Attempt | None = None
     drift: Drift | None = None
+    returned: Verdict | None = None
 
     @property
     def accepted(self) -> bool:
         """Whether ``token`` is new."""
-        return self.attempt is not None and self.attempt.verdict.accepted
+        return self.returned is not None or (self.attempt is not None and self.attempt.verdict.accepted)

@@ -71,6 +71,27 @@ def test_the_motion_begins_gently_at_the_start_pose_and_returns_to_it(robot, con
 
 
 @settings(max_examples=50)
+@given(robot=robots(), config=CONFIGS, share=st.floats(0.0, 1.0), seed=st.integers(0, 2**32))
+def test_around_another_pose_it_goes_there_first_straight_and_no_faster(robot, config, share, seed) -> None:
+    contract, start = robot
+    around = contract.lower + share * (contract.upper - contract.lower)
+    motion = calibration_motion(contract, start, config, around=around, seed=seed)
+    approach, there = np.split(motion, [len(motion) - round(config.duration_s * contract.rate_hz)])
+    np.testing.assert_array_equal(there, calibration_motion(contract, around, config, seed=seed))
+    speed = np.abs(np.diff(motion, axis=0, prepend=start[None])) * contract.rate_hz
+    assert (speed <= config.velocity_fraction * contract.speed_limit * (1 + 1e-6) + 1e-9).all()
+    assert (motion >= contract.lower).all() and (motion <= contract.upper).all()
+    if len(approach):
+        np.testing.assert_array_equal(approach[-1], around)
+        way = around - start
+        shares = (approach - start) @ way / (way @ way)
+        np.testing.assert_allclose(approach, start + shares[:, None] * way, atol=1e-9)
+        assert (np.diff(shares, prepend=0.0) >= -1e-9).all()
+    else:
+        np.testing.assert_array_equal(start, around)
+
+
+@settings(max_examples=50)
 @given(robot=robots(), seed=st.integers(0, 2**32))
 def test_every_joint_is_excited_as_far_as_its_limits_allow(robot, seed) -> None:
     contract, start = robot
@@ -113,6 +134,8 @@ def test_a_pose_outside_the_limits_is_refused(start, words) -> None:
     contract = RobotContract.from_yaml(CONTRACTS / "sim_reach.yaml")
     with pytest.raises(InputError, match=words):
         calibration_motion(contract, np.array(start))
+    with pytest.raises(InputError, match=words.replace("start", "around")):
+        calibration_motion(contract, contract.home, around=np.array(start))
 
 
 @pytest.mark.parametrize(

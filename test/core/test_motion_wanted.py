@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+from types import SimpleNamespace
+
 import numpy as np
 
 from selfalign_core.alignment import StageReport, State
 from selfalign_core.alignment.excitation import Excitation
-from selfalign_core.alignment.motion import MotionWanted
+from selfalign_core.alignment.guard import Verdict
+from selfalign_core.alignment.motion import MotionWanted, has_served
 from selfalign_core.alignment.watch import Drift
 from selfalign_core.types import EToken
 
@@ -46,6 +50,22 @@ def test_after_a_drift_motion_is_asked_for_at_once() -> None:
     assert not wanted.after(report(drift=False), 0, PATIENCE)
     assert wanted.after(report(drift=True), SECOND, PATIENCE)
     assert not wanted.after(report("elbow"), 2 * SECOND, PATIENCE)  # it is under way
+
+
+def test_a_drift_that_an_earlier_token_explains_asks_for_no_motion() -> None:
+    back = dataclasses.replace(report(drift=True), returned=Verdict(True, "accepted"))
+    assert not MotionWanted().after(back, SECOND, PATIENCE)
+    assert has_served(back)
+
+
+def test_motion_has_served_when_there_is_a_new_token_or_none_to_be_found() -> None:
+    refused, accepted = (SimpleNamespace(verdict=Verdict(accepted, "")) for accepted in (False, True))
+    collecting, resting = report(""), dataclasses.replace(report(""), state=State.WATCH)
+    assert not has_served(collecting)
+    assert not has_served(dataclasses.replace(collecting, attempt=refused))  # it tries again
+    assert has_served(dataclasses.replace(collecting, attempt=accepted))
+    assert has_served(dataclasses.replace(resting, attempt=refused))
+    assert not has_served(resting)  # it has rested before
 
 
 def test_forgetting_starts_the_wait_anew() -> None:
