@@ -42,15 +42,26 @@ class CommandLimiter:
     def limit(self, target: np.ndarray, reference: np.ndarray, duration_s: float) -> np.ndarray:
         """The position nearest to ``target`` that may be commanded ``duration_s`` after ``reference`` was.
 
-        Both (joints,); returns (joints,) float64. The position limit is applied first, the speed limit
-        last: a joint found outside its limits comes back at limited speed instead of jumping. Raises
-        ``InputError`` on NaN.
+        Both (joints,); returns (joints,) float64. Raises ``InputError`` on NaN. See :meth:`limit_all`.
         """
-        if not (np.isfinite(target).all() and np.isfinite(reference).all()):
-            raise InputError(f"command: found {target} from {reference}; expected finite positions")
-        reach = self.speed * duration_s
-        inside = np.clip(np.asarray(target, np.float64), self.lower, self.upper)
-        return np.clip(inside, reference - reach, reference + reach)
+        return self.limit_all(np.asarray(target)[None], reference, np.array([duration_s]))[0]
+
+    def limit_all(self, targets: np.ndarray, reference: np.ndarray, durations_s: np.ndarray) -> np.ndarray:
+        """(n, joints) float64 positions to command one after another in place of ``targets`` (n, joints).
+
+        The first ``durations_s[0]`` after ``reference`` (joints,) was, each other one so long after the one before. The
+        position limit is applied first, the speed limit last: a joint found outside its limits comes back at limited
+        speed instead of jumping. Raises ``InputError`` on NaN.
+        """
+        if not (np.isfinite(targets).all() and np.isfinite(reference).all()):
+            raise InputError(f"command: found {targets} from {reference}; expected finite positions")
+        positions = np.clip(np.asarray(targets, np.float64), self.lower, self.upper)
+        before = np.asarray(reference, np.float64)
+        for position, reach in zip(positions, self.speed * durations_s[:, None], strict=True):
+            np.maximum(position, before - reach, out=position)
+            np.minimum(position, before + reach, out=position)
+            before = position
+        return positions
 
 
 @dataclass(frozen=True)
@@ -86,9 +97,6 @@ def plan_path(
     first = max(0, (now_ns - stamp_ns) // dt_ns + 1)
     if first >= len(actions):
         return None
-    stamps, positions = [now_ns], [np.asarray(reference, np.float64)]
-    for step in range(first, len(actions)):
-        due_ns = stamp_ns + step * dt_ns
-        positions.append(limiter.limit(actions[step], positions[-1], (due_ns - stamps[-1]) / 1e9))
-        stamps.append(due_ns)
-    return CommandPath(np.array(stamps, np.int64), np.stack(positions))
+    stamps_ns = np.array([now_ns, *(stamp_ns + step * dt_ns for step in range(first, len(actions)))], np.int64)
+    positions = limiter.limit_all(actions[first:], reference, np.diff(stamps_ns) / 1e9)
+    return CommandPath(stamps_ns, np.concatenate([np.asarray(reference, np.float64)[None], positions]))

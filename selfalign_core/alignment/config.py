@@ -99,12 +99,12 @@ class Guard:
 
     The paired relative difference of the weighted losses, mean + ``sigmas`` stderr, is to be < -``margin``; that of
     inverse dynamics alone < -``inverse_margin`` in the mean, and < 0 at half as many ``sigmas``. With few independent
-    transitions it takes more than that, see :meth:`overlap.Estimate.upper`. The margins: a smaller gain is
-    not worth a new token: it is real, but the actions do not get better by it. None is asked for while the current
-    token is unproven, twice as much where no other known token fits better (see :mod:`machine`). ``draws``: common
-    noise draws per transition. ``trust_radius``: farthest from the nearest trusted token, in spreads of the bank (root
-    mean squares; 1 for a bank of one). ``max_norm``: largest root mean square of a token vector; trusted tokens may be
-    larger. ``budget_ms`` is for the test, and as much again for the losses that the report gives.
+    transitions it takes more than that, see :meth:`overlap.Estimate.upper`. The margins: a smaller gain is not worth a
+    new token: it is real, but the actions do not get better by it. While the current token is unproven none is asked
+    for, nor is inverse dynamics; twice as much where no other known token fits better (see :mod:`machine`). ``draws``:
+    common noise draws per transition. ``trust_radius``: farthest from the nearest trusted token, in spreads of the bank
+    (root mean squares; 1 for a bank of one). ``max_norm``: largest root mean square of a token vector; trusted tokens
+    may be larger. ``budget_ms`` is for the test, and as much again for the losses that the report gives.
     """
 
     draws: int = 16

@@ -8,6 +8,7 @@ Of the three losses, inverse dynamics asks what the action expert asks: which ac
 gain much by itself. A token that only predicts better what will be seen is worth nothing to the robot, and most that
 were let in for that made its actions worse. Where the actions depend on it, the gain is large in a few transitions and
 none in the others, so that it is never as sure as that of all losses together: its size is the better sign.
+It is asked where the current token may be right. Of two that both are new, the one that sees better is the better one.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ class Verdict:
     """``reason`` in words; ``mean`` and ``stderr`` of the relative difference of the weighted losses, -2 to 2.
 
     Per transition ``2 (after - before) / (after + before)``, ``before`` of the current token and ``after`` of the
-    shadow, whose means over transitions are given too. ``looks_better``: every loss that was tested is lower in the
-    mean, surely or not. ``effective_count``: of independent transitions, see :mod:`selfalign_core.alignment.overlap`.
+    shadow, whose means over transitions are given too. ``promising``: every loss that was tested gains as much as it
+    has to in the mean, surely or not. ``effective_count``: of independent transitions, see
+    :mod:`selfalign_core.alignment.overlap`.
     """
 
     accepted: bool
@@ -41,7 +43,7 @@ class Verdict:
     stderr: float = math.inf
     before: float = math.nan
     after: float = math.nan
-    looks_better: bool = False
+    promising: bool = False
     effective_count: float = 0.0
 
 
@@ -94,7 +96,7 @@ def judge(
         stderr=difference.stderr,
         before=float(before.mean()),
         after=float(after.mean()),
-        looks_better=all(test.difference.mean < 0 for test in tests),
+        promising=all(test.promising for test in tests),
         effective_count=difference.effective_count,
     )
 
@@ -114,8 +116,12 @@ class _Test:
         return self.difference.upper(self.sigmas)
 
     @property
+    def promising(self) -> bool:
+        return self.difference.mean < -max(self.least, self.margin)
+
+    @property
     def passed(self) -> bool:
-        return math.isfinite(self._upper) and self.difference.mean < -self.least and self._upper < -self.margin
+        return self.promising and math.isfinite(self._upper) and self._upper < -self.margin
 
     @property
     def words(self) -> str:

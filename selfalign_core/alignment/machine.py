@@ -16,10 +16,11 @@ attempt fits on all evidence so far but is judged by transitions that none befor
 and watches. A refusal leaves a baseline for the drift test, which goes on beside further attempts. But a token that was
 jumped to is unproven until identification prefers it over all others on as much evidence as is remembered: it may have
 fitted little motion by chance, so that it fits worse elsewhere is no sign of a change, and no evidence is dropped. Any
-sure gain replaces it. For a proven one the guard asks for its margins, and for twice those where no other token of the
-bank fits better: the body is most likely the one that it was, and what refinement gains there is mostly chance.
+sure gain of the losses together replaces it. For a proven one the guard asks for its margins, and for twice those where
+no other token of the bank fits better: the body is most likely the one that it was, and what refinement gains there is
+mostly chance.
 A robot often changes back. From a drift until the next attempt, a token that was in use before and explains what is
-seen since is in use again at once (:mod:`earlier`); the attempt then looks for a better one.
+seen since is in use again at once (:mod:`earlier`), unproven as any other that few transitions speak for.
 Who orders an earlier token back wants it kept: then, too, it rests, and what it sees first is the baseline.
 Evidence is never older than ``since_ns``: what came before the change that a drift betrays is not asked for again.
 The caller hands in transitions and the time, and publishes what is accepted. Knows neither ROS nor files.

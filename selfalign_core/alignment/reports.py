@@ -42,8 +42,8 @@ class Attempt:
 
     @property
     def undecided(self) -> bool:
-        """Refused although the shadow looks better, or where another token fits the older transitions better."""
-        return not self.verdict.accepted and (self.verdict.looks_better or self.identification.margin > 0)
+        """Refused although the shadow promises enough, or where another token fits the older transitions better."""
+        return not self.verdict.accepted and (self.verdict.promising or self.identification.margin > 0)
 
     @property
     def text(self) -> str:
