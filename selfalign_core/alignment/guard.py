@@ -83,8 +83,8 @@ def judge(
     difference = _relative(before, after, spans)
     tests = [_Test("loss", difference, 0.0, config.sigmas, config.margin)]
     if inverse and scorer.weights[2] > 0:
-        inverse = _relative(*_means([loss.inverse_dynamics for loss in losses]), spans)
-        tests.append(_Test("inverse dynamics", inverse, config.inverse_margin, config.sigmas / 2, 0.0))
+        of_actions = _relative(*_means([loss.inverse_dynamics for loss in losses]), spans)
+        tests.append(_Test("inverse dynamics", of_actions, config.inverse_margin, config.sigmas / 2, 0.0))
     failed = [test for test in tests if not test.passed]
     reason = "; ".join(test.words for test in failed or tests)
     if note:

@@ -43,6 +43,10 @@ def calibrate(probe):
     return probe.call(Trigger, "policy/calibrate", Trigger.Request())
 
 
+def last_calibration(probe) -> str:
+    return {value.key: value.value for value in probe.status(CHUNKS).values}["last calibration"]
+
+
 def executed(probe, start: int) -> tuple[np.ndarray, np.ndarray]:
     """Times (N,) s and positions (N, joints) since message ``start``."""
     from selfalign_ros.conversions import to_ns
@@ -84,6 +88,45 @@ def test_the_motion_excites_every_joint_within_the_limits_and_hands_back(probe) 
     # And the policy has the robot again.
     wait_for(lambda: len(probe.messages["action_chunk"]) >= chunks + 3, "chunks after the motion")
     probe.wait_for_status(CHUNKS, "moving")
+
+
+def test_it_is_ended_without_a_hold_and_the_policy_has_the_robot_again(probe) -> None:
+    refused = probe.call(Trigger, "policy/end_calibration", Trigger.Request())
+    assert not refused.success and "no calibration motion is running" in refused.message
+    executed_before, commands_before = len(probe.messages["executed_action"]), len(probe.messages[COMMANDS])
+    assert probe.set_parameter("policy", "calibrate_duration", 60.0).successful
+    assert calibrate(probe).success
+    probe.wait_for_status(CHUNKS, "calibrating")
+    holds = {value.key: value.value for value in probe.status(CHUNKS).values}["holds"]
+    wait_for(lambda: len(probe.messages["executed_action"]) > executed_before + 40, "two seconds of motion")
+    chunks = len(probe.messages["action_chunk"])
+    ended = probe.call(Trigger, "policy/end_calibration", Trigger.Request())
+    assert ended.success and ended.message == "the policy has the robot again"
+    wait_for(lambda: len(probe.messages["action_chunk"]) >= chunks + 3, "chunks after the motion")
+    probe.wait_for_status(CHUNKS, "moving")
+    assert last_calibration(probe) == "ended by ~/end_calibration"
+    assert {value.key: value.value for value in probe.status(CHUNKS).values}["holds"] == holds
+    # The command goes on from the motion to the policy's chunks as smoothly as from chunk to chunk.
+    assert_within_limits(probe, *executed(probe, executed_before), list(probe.messages[COMMANDS])[commands_before:])
+    assert probe.set_parameter("policy", "calibrate_duration", 5.0).successful
+
+
+def test_around_home_it_goes_there_first(probe) -> None:
+    assert not probe.set_parameter("policy", "calibrate_around", "there").successful
+    assert probe.set_parameter("policy", "calibrate_around", "home").successful
+    assert probe.set_parameter("policy", "calibrate_amplitude", 0.02).successful
+    before, commands = len(probe.messages["executed_action"]), len(probe.messages[COMMANDS])
+    response = calibrate(probe)
+    assert response.success and response.message.startswith("moving for "), response.message
+    probe.wait_for_status(CHUNKS, "calibrating")
+    wait_for(lambda: last_calibration(probe) == "completed", "the end")
+    times, positions = executed(probe, before)
+    assert_within_limits(probe, times, positions, list(probe.messages[COMMANDS])[commands:])
+    home = np.array([joint["home"] for joint in JOINTS])
+    near = (np.abs(positions - home) <= 0.02 + 1e-6).all(axis=1)
+    assert near.sum() > 80  # most of the five seconds of 20 Hz; the policy moves on from there
+    assert probe.set_parameter("policy", "calibrate_around", "here").successful
+    assert probe.set_parameter("policy", "calibrate_amplitude", 3.0).successful
 
 
 def test_disabling_cancels_it_and_a_disabled_robot_refuses(probe) -> None:

@@ -298,19 +298,19 @@ def test_robot_refuses_a_malformed_command_and_says_why(probe, graph, points, re
     probe.node.destroy_publisher(publisher)
 
 
-def test_the_aligner_may_ask_for_motion_when_there_is_too_little(probe, graph) -> None:
-    assert probe.set_parameter("policy", "calibrate_duration", 5.0).successful
+def test_the_aligner_may_ask_for_motion_when_there_is_too_little_and_ends_it_when_it_has_enough(probe, graph) -> None:
+    assert probe.set_parameter("policy", "calibrate_duration", 120.0).successful
     assert probe.set_parameter("aligner", "collect_min_command", 10.0).successful
     probe.call(Trigger, "aligner/align_now", Trigger.Request())  # out of a rest, if it is in one
     probe.wait_for_status("aligner: align", "waiting for motion", "expected at least 10.000")
     assert "calibration motion" not in graph.nodes["policy"].log  # nobody has allowed it
     assert probe.set_parameter("aligner", "auto_calibrate_after", 1.0).successful
     assert probe.set_parameter("aligner", "auto_calibrate", True).successful
-    wait_for(lambda: "calibration motion: moving for 5 s" in graph.nodes["policy"].log, "the motion")
+    wait_for(lambda: "calibration motion: moving for 120 s" in graph.nodes["policy"].log, "the motion")
     wait_for(lambda: "asked for motion (waiting for motion" in graph.nodes["aligner"].log, "the aligner says so")
-    assert probe.set_parameter("aligner", "auto_calibrate", False).successful
     assert probe.set_parameter("aligner", "collect_min_command", 0.0).successful
-    wait_for(lambda: "calibration motion completed" in graph.nodes["policy"].log, "the end of the motion")
+    wait_for(lambda: "calibration motion ended by ~/end_calib" in graph.nodes["policy"].log, "the end of the motion")
+    assert probe.set_parameter("aligner", "auto_calibrate", False).successful
 
 
 def test_killed_aligner_leaves_the_policy_running_and_goes_on_from_its_version(probe, graph, contract_path) -> None:
