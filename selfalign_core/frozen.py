@@ -17,6 +17,7 @@ from selfalign_core.contract import Joint
 from selfalign_core.images import BytesLike
 
 _NS_PER_S = 1_000_000_000
+_FIRST_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,11 @@ class PictureRun:
         return self._picture is not None and self.pose is None
 
     def add(self, picture: BytesLike, stamp_ns: int) -> None:
-        """What the camera shows at ``stamp_ns``, whose bytes must not change later. Every byte is compared: 0.04 ms for
-        640 x 480 rgb8.
+        """What the camera shows at ``stamp_ns``, whose bytes must not change later. Every byte is compared, unless the
+        first ones differ, as those of a real camera do.
         """
         pixels = np.asarray(memoryview(picture))
-        if self._picture is None or not np.array_equal(pixels, self._picture):
+        if self._picture is None or not _equal(pixels, self._picture):
             self.since_ns, self.pose = stamp_ns, None
         self._picture, self.newest_ns = pixels, stamp_ns
 
@@ -70,3 +71,7 @@ class PictureRun:
             f"found the same picture, bit for bit, for {shown_s:.1f} s, in which {joint.name} has moved by "
             f"{now.max():.2f} {joint.unit}; expected another one"
         )
+
+
+def _equal(one: np.ndarray, other: np.ndarray) -> bool:
+    return np.array_equal(one[:_FIRST_BYTES], other[:_FIRST_BYTES]) and np.array_equal(one, other)

@@ -5,6 +5,7 @@ Public checkpoints use PaliGemma's ``tokenizer.json``; the tiny model uses :func
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -55,8 +56,14 @@ class PromptTokenizer:
         self._max_len = max_len
         self._pi05 = pi05
         self._bos = tokenizer.token_to_id(BOS)
+        self._encode = functools.lru_cache(maxsize=16)(self._ids)  # a robot is told the same again and again
         if self._bos is None:
             raise CheckpointError(f"tokenizer: found no token {BOS!r}, expected it in the vocabulary")
+
+    def _ids(self, text: str) -> tuple[list[int], bool]:
+        """Ids of ``text``, and whether it holds a word that the tokenizer does not know."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, UNKNOWN in encoding.tokens
 
     def __call__(self, prompt: str, state: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Token ids (max_len,) int64, padded on the right with 0, and their mask (max_len,) bool.
@@ -80,11 +87,10 @@ class PromptTokenizer:
             pieces = [text, "\n"]
         ids = [self._bos]
         for piece in pieces:
-            encoding = self._tokenizer.encode(piece, add_special_tokens=False)
-            unknown = sorted({t for t in encoding.tokens if t == UNKNOWN})
+            found, unknown = self._encode(piece)
             if unknown:
                 raise InputError(f"prompt: found {prompt!r}, expected only words of the tokenizer ({self._words()})")
-            ids += encoding.ids
+            ids += found
         if len(ids) > self._max_len:
             raise InputError(f"prompt: found {len(ids)} tokens in {prompt!r}, expected at most {self._max_len}")
         tokens, mask = np.zeros(self._max_len, np.int64), np.zeros(self._max_len, bool)

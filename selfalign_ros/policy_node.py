@@ -245,8 +245,7 @@ class PolicyNode(ManagedNode):
         age_s = (now_ns - selection.stamp_ns) / NS_PER_S
         return Inference(chunk, age_s, time.perf_counter() - started)
 
-    def _start_inference(self, now_ns: int) -> None:
-        selection = self.inputs.select(now_ns)
+    def _start_inference(self, selection: Selection, now_ns: int) -> None:
         prompt, seed = self._prompt, self.parameters["seed"]
         self._inferring = True
         self._due_ns = now_ns + self._replan_ns()
@@ -308,24 +307,33 @@ class PolicyNode(ManagedNode):
         self._last_control_s = time.monotonic()
         self._look_at_the_clock(now_ns)
         self.diagnostics.state(self._hold_reason)
-        if reason := self._why_not(now_ns):
+        selection, reason = self._observe(now_ns)
+        if selection is None:
             self._ban_motion(reason)
             return
         if self._calibration is not None:
             self._calibrate(self._calibration, now_ns)
         elif not self._inferring and (self._chunk is None or self._due_ns is None or now_ns >= self._due_ns):
-            self._start_inference(now_ns)
+            self._start_inference(selection, now_ns)
         if self._chunk is None:
             if not self._hold_reason:
                 self._hold(_FIRST_CHUNK)
             return
         self._execute(self._chunk, now_ns)
 
+    def _observe(self, now_ns: int) -> tuple[Selection | None, str]:
+        """What is to be acted on now; None, and why the robot may not move, if it may not."""
+        reason = (self._forbidden() or self._token.refusal) if self.is_active else _INACTIVE
+        if reason:
+            return None, reason
+        try:
+            return self.inputs.select(now_ns), ""
+        except InputError as error:
+            return None, str(error)
+
     def _why_not(self, now_ns: int) -> str:
         """Why the robot may not move; "" if it may."""
-        if not self.is_active:
-            return _INACTIVE
-        return self._forbidden() or self._token.refusal or self.inputs.fault(now_ns)
+        return self._observe(now_ns)[1]
 
     def _forbidden(self) -> str:
         """A person's word against motion; "" if there is none."""
