@@ -404,12 +404,19 @@ class AlignerNode(ManagedNode):
         if not self.parameters["auto_calibrate"] or self.lockstep:
             return
         if wanted and self._calibrate.service_is_ready():
-            self._calibrate.call_async(Trigger.Request()).add_done_callback(self._on_calibrate_answer)
-        elif has_served(report) and self._end_calibration.service_is_ready():
-            self._end_calibration.call_async(Trigger.Request())
+            asked = self._calibrate.call_async(Trigger.Request())
+            asked.add_done_callback(lambda future: self._on_calibrate_answer(future, has_served(report)))
+        elif has_served(report):
+            self._end_motion()
 
-    def _on_calibrate_answer(self, future: Future) -> None:
+    def _on_calibrate_answer(self, future: Future, served: bool) -> None:
         self.get_logger().info(f"asked for motion ({self._last_text}): {future.result().message}")
+        if served:
+            self._end_motion()
+
+    def _end_motion(self) -> None:
+        if self._end_calibration.service_is_ready():
+            self._end_calibration.call_async(Trigger.Request())
 
     def _publish_token(self, token: EToken, stamp_ns: int) -> None:
         self._token = token

@@ -5,7 +5,7 @@ In pieces, so that a robot whose policy node dies stops within two of them inste
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -17,10 +17,13 @@ from selfalign_ros.conversions import NS_PER_S
 
 @dataclass(frozen=True)
 class Calibration:
-    """``positions`` (steps, joints): row i is in force from ``stamp_ns + i * dt`` on."""
+    """``positions`` (steps, joints): row i is in force from ``stamp_ns + i * dt`` on; the first ``approach_steps`` of
+    them lead to where the motion is to take place.
+    """
 
     contract: RobotContract
     positions: np.ndarray
+    approach_steps: int
     stamp_ns: int
 
     @classmethod
@@ -44,7 +47,13 @@ class Calibration:
 
         config = CalibrationConfig(duration_s=duration_s, amplitude=amplitude)
         middle = contract.home if around == "home" else start
-        return cls(contract, calibration_motion(contract, start, config, around=middle, seed=seed), now_ns)
+        positions = calibration_motion(contract, start, config, around=middle, seed=seed)
+        return cls(contract, positions, len(positions) - round(duration_s * contract.rate_hz), now_ns)
+
+    def shortened(self, now_ns: int) -> Calibration | None:
+        """What is left of it to be gone through if it is to end now: the way to where it is to take place."""
+        left = self.stamp_ns + self.approach_steps * self.contract.dt_ns > now_ns
+        return replace(self, positions=self.positions[: self.approach_steps]) if left else None
 
     @property
     def duration_s(self) -> float:

@@ -479,12 +479,19 @@ class PolicyNode(ManagedNode):
         self.get_logger().info(f"calibration motion: {response.message}")
 
     def _on_end_calibration(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        """The policy has the robot again; the piece that is under way goes on until its first chunk is there."""
+        """The policy has the robot again; the piece that is under way goes on until its first chunk is there. A motion
+        that is still on its way home gets there first.
+        """
         if self._calibration is None:
             response.message = "refused: no calibration motion is running"
-        else:
+            return response
+        rest = self._calibration.shortened(self.now_ns())
+        if rest is None:
             self._end_calibration("ended by ~/end_calibration")
-            response.success, response.message = True, "the policy has the robot again"
+        else:
+            self._calibration = rest
+        response.success = True
+        response.message = "the policy has the robot again" if rest is None else "the policy has the robot from home on"
         return response
 
     def _calibrate(self, calibration: Calibration, now_ns: int) -> None:

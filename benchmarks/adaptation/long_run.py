@@ -128,14 +128,13 @@ class LongRun:
     def _on_report(self, step: int, report: StageReport, setpoint: np.ndarray) -> None:
         if report.accepted:
             self._policy.set_e_token(report.token)
-        if has_served(report):
-            while len(self._motion) > -(step + 1) % _REPLAN_STEPS:  # up to the next inference
-                self._motion.pop()
         if report.accepted or report.attempt is not None or (report.drift is not None and report.drift.fired):
             kind = "accepted" if report.accepted else "drift" if report.attempt is None else "refused"
             self.log.events.append({"time": step / CONTROL_HZ, "kind": kind, "text": report.text})
         if self._wanted.after(report, step * DT_NS, PATIENCE_NS) and self._calibration and not self._motion:
             self._begin_calibration(step, setpoint, self._calibration)
+        if has_served(report):
+            self._end_calibration(step)
         if self._after_report is not None:
             self._after_report(report)
 
@@ -144,4 +143,12 @@ class LongRun:
         start = np.clip(setpoint, contract.lower, contract.upper)
         motion = calibration_motion(contract, start, config, around=contract.home, seed=step)
         self._motion.extend(motion.astype(np.float32))
+        self._approach_end = step + len(motion) - round(config.duration_s * CONTROL_HZ)
         self.log.events.append({"time": step / CONTROL_HZ, "kind": "calibration", "text": ""})
+
+    def _end_calibration(self, step: int) -> None:
+        """Let the motion end with the way home, if it is on it, and with the next inference."""
+        last = max(step, self._approach_end) if self._motion else step
+        keep = last - step + -(last + 1) % _REPLAN_STEPS
+        while len(self._motion) > keep:
+            self._motion.pop()

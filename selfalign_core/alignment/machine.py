@@ -20,7 +20,7 @@ sure gain of the losses together replaces it. For a proven one the guard asks fo
 no other token of the bank fits better: the body is most likely the one that it was, and what refinement gains there is
 mostly chance.
 A robot often changes back. From a drift until the next attempt, a token that was in use before and explains what is
-seen since is in use again at once (:mod:`earlier`), unproven as any other that few transitions speak for.
+seen since is in use again at once (:mod:`earlier`), proven as it was; the attempt then looks for a better one.
 Who orders an earlier token back wants it kept: then, too, it rests, and what it sees first is the baseline.
 Evidence is never older than ``since_ns``: what came before the change that a drift betrays is not asked for again.
 The caller hands in transitions and the time, and publishes what is accepted. Knows neither ROS nor files.
@@ -379,7 +379,7 @@ class SelfAligner:
         if found is None:
             return None
         self.history.accept(found.token.cpu().numpy(), now_ns, found.verdict.after)
-        self._lost, self._unproven = None, True
+        self._lost = None
         return self._report(evidence, f"back to an earlier token: {found.verdict.reason}", returned=found.verdict)
 
     # ---------------------------------------------------------------- the stages of an attempt

@@ -24,7 +24,7 @@ class MotionWanted:
         waits = report.excitation is not None and not report.excitation.enough
         if report.drift is not None and report.drift.fired:
             self.reset()
-            return not report.accepted
+            return True
         if not waits or self._waiting_since_ns is None or now_ns < self._waiting_since_ns:
             self._waiting_since_ns = now_ns if waits else None
         elif now_ns - self._waiting_since_ns > patience_ns:
