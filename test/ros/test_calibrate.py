@@ -47,6 +47,12 @@ def last_calibration(probe) -> str:
     return {value.key: value.value for value in probe.status(CHUNKS).values}["last calibration"]
 
 
+def near_home(probe, home: np.ndarray, reach: float, start: int) -> bool:
+    """Whether one of the commands since message ``start`` was."""
+    positions = [message.position for message in list(probe.messages["executed_action"])[start:]]
+    return any((np.abs(np.array(position) - home) <= reach).all() for position in positions)
+
+
 def executed(probe, start: int) -> tuple[np.ndarray, np.ndarray]:
     """Times (N,) s and positions (N, joints) since message ``start``."""
     from selfalign_ros.conversions import to_ns
@@ -125,6 +131,15 @@ def test_around_home_it_goes_there_first(probe) -> None:
     home = np.array([joint["home"] for joint in JOINTS])
     near = (np.abs(positions - home) <= 0.02 + 1e-6).all(axis=1)
     assert near.sum() > 80  # most of the five seconds of 20 Hz; the policy moves on from there
+    # Ended while it is on its way, it gets there first.
+    wait_for(lambda: not near_home(probe, home, 0.05, -1), "the policy to have left home")
+    before = len(probe.messages["executed_action"])
+    assert calibrate(probe).success
+    ended = probe.call(Trigger, "policy/end_calibration", Trigger.Request())
+    assert ended.success and ended.message == "the policy has the robot from home on"
+    wait_for(lambda: near_home(probe, home, 0.01, before), "the robot at home")
+    probe.wait_for_status(CHUNKS, "moving")
+    assert_within_limits(probe, *executed(probe, before), list(probe.messages[COMMANDS])[commands:])
     assert probe.set_parameter("policy", "calibrate_around", "here").successful
     assert probe.set_parameter("policy", "calibrate_amplitude", 3.0).successful
 
