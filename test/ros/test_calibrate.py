@@ -138,6 +138,7 @@ def test_around_home_it_goes_there_first(probe) -> None:
     ended = probe.call(Trigger, "policy/end_calibration", Trigger.Request())
     assert ended.success and ended.message == "the policy has the robot from home on"
     wait_for(lambda: near_home(probe, home, 0.01, before), "the robot at home")
+    probe.wait_for_diagnostics(CHUNKS, 2)  # what was said before is out of date
     probe.wait_for_status(CHUNKS, "moving")
     assert_within_limits(probe, *executed(probe, before), list(probe.messages[COMMANDS])[commands:])
     assert probe.set_parameter("policy", "calibrate_around", "here").successful
