@@ -47,12 +47,6 @@ def last_calibration(probe) -> str:
     return {value.key: value.value for value in probe.status(CHUNKS).values}["last calibration"]
 
 
-def near_home(probe, home: np.ndarray, reach: float, start: int) -> bool:
-    """Whether one of the commands since message ``start`` was."""
-    positions = [message.position for message in list(probe.messages["executed_action"])[start:]]
-    return any((np.abs(np.array(position) - home) <= reach).all() for position in positions)
-
-
 def executed(probe, start: int) -> tuple[np.ndarray, np.ndarray]:
     """Times (N,) s and positions (N, joints) since message ``start``."""
     from selfalign_ros.conversions import to_ns
@@ -130,19 +124,27 @@ def test_around_home_it_goes_there_first(probe) -> None:
     assert_within_limits(probe, times, positions, list(probe.messages[COMMANDS])[commands:])
     home = np.array([joint["home"] for joint in JOINTS])
     near = (np.abs(positions - home) <= 0.02 + 1e-6).all(axis=1)
-    assert near.sum() > 80  # most of the five seconds of 20 Hz; the policy moves on from there
-    # Ended while it is on its way, it gets there first.
-    wait_for(lambda: not near_home(probe, home, 0.05, -1), "the policy to have left home")
-    before = len(probe.messages["executed_action"])
-    assert calibrate(probe).success
-    ended = probe.call(Trigger, "policy/end_calibration", Trigger.Request())
-    assert ended.success and ended.message == "the policy has the robot from home on"
-    wait_for(lambda: near_home(probe, home, 0.01, before), "the robot at home")
-    probe.wait_for_diagnostics(CHUNKS, 2)  # what was said before is out of date
-    probe.wait_for_status(CHUNKS, "moving")
-    assert_within_limits(probe, *executed(probe, before), list(probe.messages[COMMANDS])[commands:])
+    assert np.ptp(times[near]) > 4.0  # of five seconds; the policy moves on from there
     assert probe.set_parameter("policy", "calibrate_around", "here").successful
     assert probe.set_parameter("policy", "calibrate_amplitude", 3.0).successful
+
+
+def test_ended_on_its_way_home_it_gets_there_first(graph) -> None:
+    from selfalign_core.contract import RobotContract
+    from selfalign_ros.calibration import Calibration
+
+    contract = RobotContract.from_yaml(graph.contract("sim_reach.yaml", max_age_s=5.0, joints=JOINTS))
+    start, settings = np.array([0.8, -1.0, 0.3]), {"duration_s": 5.0, "amplitude": 0.3, "seed": 0}
+    away = Calibration.plan(contract, start, 0, around="home", **settings)
+    there_ns = away.approach_steps * contract.dt_ns
+    assert there_ns >= 1.875 * 0.8 / 0.5 * 1e9  # no faster than the slowest joint may
+    for now_ns in (0, there_ns // 2, there_ns - 1):
+        rest = away.shortened(now_ns)
+        np.testing.assert_array_equal(rest.positions, away.positions[: away.approach_steps])
+        np.testing.assert_array_equal(rest.piece(there_ns - 1).actions[-1], contract.home)
+        assert rest.piece(there_ns) is None  # and the policy goes on
+    assert away.shortened(there_ns) is None
+    assert Calibration.plan(contract, start, 0, around="here", **settings).shortened(0) is None
 
 
 def test_disabling_cancels_it_and_a_disabled_robot_refuses(probe) -> None:
