@@ -485,11 +485,12 @@ class PolicyNode(ManagedNode):
         if self._calibration is None:
             response.message = "refused: no calibration motion is running"
             return response
-        rest = self._calibration.shortened(self.now_ns())
+        now_ns = self.now_ns()
+        rest = self._calibration.shortened(now_ns)
         if rest is None:
             self._end_calibration("ended by ~/end_calibration")
         else:
-            self._calibration = rest
+            self._calibration, self._due_ns = rest, now_ns
         response.success = True
         response.message = "the policy has the robot again" if rest is None else "the policy has the robot from home on"
         return response
