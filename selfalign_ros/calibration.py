@@ -48,7 +48,7 @@ class Calibration:
         config = CalibrationConfig(duration_s=duration_s, amplitude=amplitude)
         middle = contract.home if around == "home" else start
         positions = calibration_motion(contract, start, config, around=middle, seed=seed)
-        return cls(contract, positions, len(positions) - round(duration_s * contract.rate_hz), now_ns)
+        return cls(contract, positions, len(positions) - config.steps(contract.rate_hz), now_ns)
 
     def shortened(self, now_ns: int) -> Calibration | None:
         """What is left of it to be gone through if it is to end now: the way to where it is to take place."""

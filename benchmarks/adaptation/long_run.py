@@ -143,7 +143,7 @@ class LongRun:
         start = np.clip(setpoint, contract.lower, contract.upper)
         motion = calibration_motion(contract, start, config, around=contract.home, seed=step)
         self._motion.extend(motion.astype(np.float32))
-        self._approach_end = step + len(motion) - round(config.duration_s * CONTROL_HZ)
+        self._approach_end = step + len(motion) - config.steps(contract.rate_hz)
         self.log.events.append({"time": step / CONTROL_HZ, "kind": "calibration", "text": ""})
 
     def _end_calibration(self, step: int) -> None:

@@ -53,6 +53,10 @@ class CalibrationConfig:
     def segments(self) -> int:
         return int(self.duration_s / self.segment_s + 1e-9)
 
+    def steps(self, rate_hz: float) -> int:
+        """Control steps of the motion around the pose: the last of :func:`calibration_motion`; before them, the way."""
+        return round(self.duration_s * rate_hz)
+
 
 def calibration_motion(
     contract: RobotContract,
@@ -81,7 +85,7 @@ def calibration_motion(
     config = config or CalibrationConfig()
     start = _pose(contract, start, "start")
     around = start if around is None else _pose(contract, around, "around")
-    steps = round(config.duration_s * contract.rate_hz)
+    steps = config.steps(contract.rate_hz)
     lower, upper = _box(contract, around, config, steps * contract.dt / config.segments)
     tour = _tour(around, lower, upper, config.segments - 1, np.random.default_rng(seed))
     place = np.arange(1, steps + 1) / steps * config.segments

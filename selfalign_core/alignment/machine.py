@@ -33,15 +33,15 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from selfalign_core.alignment.budget import Budget, Clock, OutOfTimeError, RoundClock
-from selfalign_core.alignment.config import AlignConfig, Collect, Guard
+from selfalign_core.alignment.config import AlignConfig, Guard
 from selfalign_core.alignment.earlier import find_return
+from selfalign_core.alignment.evidence import Evidence, split
 from selfalign_core.alignment.excitation import excitation_of
 from selfalign_core.alignment.frames import FrameCache
 from selfalign_core.alignment.guard import judge
@@ -61,23 +61,6 @@ from selfalign_core.types import EToken, TransitionBatch
 
 REPORT_DRAWS = 4
 """Noise draws behind each reported loss."""
-
-
-@dataclass(frozen=True)
-class _Evidence:
-    """Usable transitions, oldest first, when they begin and end, and in words which were left out."""
-
-    batch: TransitionBatch
-    spans: np.ndarray
-    left_out: tuple[str, ...] = ()
-
-    def select(self, rows: np.ndarray) -> _Evidence:
-        return _Evidence(self.batch.select(rows), self.spans[rows], self.left_out)
-
-    def newest(self, count: int) -> _Evidence:
-        """At most ``count``."""
-        found = len(self.batch)
-        return self if found <= count else self.select(np.arange(found - count, found))
 
 
 class SelfAligner:
@@ -236,8 +219,8 @@ class SelfAligner:
             next_index=np.arange(1, count, 2),
             actions=np.tile(rest[: policy.action_dim], (count // 2, policy.transition_horizon, 1)),
         )
-        evidence, clock, current = _Evidence(batch, spans(batch)), RoundClock(self._clock), self._tensor(self.token)
-        fit, guard = _split(evidence.spans, config.collect)
+        evidence, clock, current = Evidence(batch, spans(batch)), RoundClock(self._clock), self._tensor(self.token)
+        fit, guard = split(evidence.spans, config.collect)
         one_step = dataclasses.replace(config, refine=dataclasses.replace(config.refine, steps=1))
         with contextlib.suppress(OutOfTimeError):
             data, _ = self._prepare(evidence, clock)
@@ -278,7 +261,7 @@ class SelfAligner:
         except OutOfTimeError as why:
             return self._report(evidence, f"{self._doing}: {why}")
 
-    def _collect(self, evidence: _Evidence, now_ns: int, clock: RoundClock) -> StageReport:
+    def _collect(self, evidence: Evidence, now_ns: int, clock: RoundClock) -> StageReport:
         config = self.config.collect
         found, newest = len(evidence.batch), evidence.newest(self.config.watch.count)
         if self._lost is not None and self._is_new(newest) and (back := self._return(newest, now_ns, clock)):
@@ -289,7 +272,7 @@ class SelfAligner:
             changed = self._compare(newest, now_ns, clock)
             if changed.drift.fired:
                 return changed
-        fit, guard = _split(evidence.spans, config)
+        fit, guard = split(evidence.spans, config)
         if not len(fit):
             return self._report(evidence, f"collecting: none ends before the newest {config.guard_count} begin")
         lasted = self._steps(evidence.spans[-1, 0] - evidence.spans[0, 0])
@@ -322,7 +305,7 @@ class SelfAligner:
             self._state, self._undecided = State.WATCH, 0
         return self._report(evidence, attempt.text, excitation=excitation, attempt=attempt)
 
-    def _watch(self, evidence: _Evidence, now_ns: int, clock: RoundClock) -> StageReport:
+    def _watch(self, evidence: Evidence, now_ns: int, clock: RoundClock) -> StageReport:
         config = self.config.watch
         evidence = evidence.newest(config.count)
         found = len(evidence.batch)
@@ -335,13 +318,13 @@ class SelfAligner:
             return self._report(evidence, f"watching: these {found} transitions are the baseline")
         return self._compare(evidence, now_ns, clock)
 
-    def _is_new(self, evidence: _Evidence) -> bool:
+    def _is_new(self, evidence: Evidence) -> bool:
         """Whether ``evidence`` holds something that was not tested for drift before; from now on it was."""
         newest_ns = int(evidence.spans[-1, 1])
         new, self._watched_ns = newest_ns > self._watched_ns, newest_ns
         return new
 
-    def _compare(self, evidence: _Evidence, now_ns: int, clock: RoundClock) -> StageReport:
+    def _compare(self, evidence: Evidence, now_ns: int, clock: RoundClock) -> StageReport:
         """Test ``evidence`` for drift against the baseline; with drift collect anew, from the change on.
 
         The baseline is the best that was seen: evidence that is surely better takes its place.
@@ -360,7 +343,7 @@ class SelfAligner:
         verdict = "drift: collecting anew" if result.fired else "watching: no drift"
         return self._report(evidence, f"{verdict} ({result.words})", drift=result)
 
-    def _return(self, evidence: _Evidence, now_ns: int, clock: RoundClock) -> StageReport | None:
+    def _return(self, evidence: Evidence, now_ns: int, clock: RoundClock) -> StageReport | None:
         """Bring back a token that was in use before and explains the ``evidence`` since the change, if there is one."""
         assert self._lost is not None and self.policy.e_token is not None
         earlier = [self.policy.e_token, *(entry.token for entry in self.history.entries[:-1])]
@@ -385,7 +368,7 @@ class SelfAligner:
     # ---------------------------------------------------------------- the stages of an attempt
 
     def _attempt(
-        self, evidence: _Evidence, fit: np.ndarray, guard: np.ndarray, now_ns: int, clock: RoundClock
+        self, evidence: Evidence, fit: np.ndarray, guard: np.ndarray, now_ns: int, clock: RoundClock
     ) -> tuple[Attempt, Tensor, Prepared]:
         """One attempt on the rows ``fit`` and ``guard`` of the evidence, its shadow (T, W), and the data of ``guard``.
 
@@ -436,7 +419,7 @@ class SelfAligner:
         except OutOfTimeError:
             return AlignLosses(math.nan, math.nan, math.nan, math.nan)
 
-    def _prepare(self, evidence: _Evidence, clock: RoundClock) -> tuple[Prepared, float]:
+    def _prepare(self, evidence: Evidence, clock: RoundClock) -> tuple[Prepared, float]:
         """What the frozen model makes of ``evidence``, and the time [ms] it took. The frame cache keeps what was made
         before it had to stop.
 
@@ -449,7 +432,7 @@ class SelfAligner:
         except OutOfTimeError as why:
             raise OutOfTimeError(f"{why} while preparing {len(evidence.batch)} transitions") from None
 
-    def _newest_loss(self, evidence: _Evidence, now_ns: int, clock: RoundClock) -> RunningLoss:
+    def _newest_loss(self, evidence: Evidence, now_ns: int, clock: RoundClock) -> RunningLoss:
         prepared, _ = self._prepare(evidence, clock)
         return self._running_loss(prepared, evidence.spans, now_ns, clock)
 
@@ -487,15 +470,15 @@ class SelfAligner:
         self._lost: RunningLoss | None = None  # the baseline that a drift has left; until an attempt
         self._watched_ns = since_ns
 
-    def _evidence(self, batch: TransitionBatch) -> _Evidence:
+    def _evidence(self, batch: TransitionBatch) -> Evidence:
         """What is usable of ``batch``, by the time it begins."""
         times = spans(batch)
         rows = np.argsort(times[:, 0], kind="stable")
         rows = rows[times[rows, 0] >= self._since_ns]
         usable, left_out = screen(self.policy, batch.select(rows), self._joints, self.config.collect)
-        return _Evidence(usable, spans(usable), left_out)
+        return Evidence(usable, spans(usable), left_out)
 
-    def _report(self, evidence: _Evidence, text: str, **numbers: object) -> StageReport:
+    def _report(self, evidence: Evidence, text: str, **numbers: object) -> StageReport:
         text = "; ".join([text, *evidence.left_out])
         return StageReport(self._state, text, self.token, len(evidence.batch), evidence.left_out, **numbers)
 
@@ -522,15 +505,3 @@ def _frame_limits(config: AlignConfig) -> tuple[int, int]:
     """Bytes, and frames: the two of every transition that may be looked at again."""
     transitions = config.collect.memory + config.collect.guard_count + config.watch.count
     return config.frame_cache_mib * 2**20, 2 * transitions
-
-
-def _split(spans: np.ndarray, config: Collect) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to fit on, spread over all there are, and newer rows to judge by.
-
-    One that reaches into the judge's time is in neither.
-    """
-    rows = np.arange(len(spans))
-    older, guard = rows[: -config.guard_count], rows[-config.guard_count :]
-    older = older[spans[older, 1] <= spans[guard[0], 0]]
-    chosen = np.linspace(0, len(older) - 1, min(config.fit_count, len(older))).round().astype(int)
-    return older[chosen], guard
