@@ -2,7 +2,8 @@
 
 All candidates are scored on few transitions, the best quarter on more, and so on, a handful on everything. The current
 token is never dropped, so the margin over it is always known. The work hardly grows with the bank: twice as many tokens
-are one more small round.
+are one more small round. Only the last handful is asked to predict the next observation, too: that is half of a pass,
+and what comes next looks much the same whatever the body.
 """
 
 from __future__ import annotations
@@ -57,8 +58,9 @@ def identify(
     try:
         for keep, rows in _rounds(len(names), len(data), config):
             alive = _best(totals, alive, keep)
+            score = scorer.score if keep <= config.finalists else scorer.rank
             for part in rows.to(current.device).split(max(1, _STEP_ROWS // len(alive))):
-                losses = scorer.score(data, noise, tokens[alive], part, budget.check)
+                losses = score(data, noise, tokens[alive], part, budget.check)
                 totals[alive] += relative(losses).sum(1)
                 trials, evaluations = trials + len(part), evaluations + losses.numel()
     except OutOfTimeError as why:

@@ -145,14 +145,25 @@ class Scorer:
         uniform = (stratum + torch.rand(draws, count, generator=generator)) / draws
         return replace(noise, time=flow.time_from_uniform(uniform.flatten()).to(noise.time))
 
-    def losses(self, data: Prepared, noise: AlignmentNoise, token: Tensor, rows: Tensor | None = None) -> SampleLosses:
-        """Losses (R,) of ``token`` (T, W) or (R, T, W) at the given ``rows`` (R,) of ``noise``, all of them if None."""
+    def losses(
+        self,
+        data: Prepared,
+        noise: AlignmentNoise,
+        token: Tensor,
+        rows: Tensor | None = None,
+        *,
+        dynamics: bool = True,
+    ) -> SampleLosses:
+        """Losses (R,) of ``token`` (T, W) or (R, T, W) at the given ``rows`` (R,) of ``noise``, all of them if None.
+
+        Without ``dynamics`` that of dynamics is 0.
+        """
         if rows is None:
             rows = torch.arange(len(noise.time), device=noise.time.device)
         chosen = data.select(rows % len(data))
         noise = AlignmentNoise(*(value[rows] for value in vars(noise).values()))
         return self.policy.model.alignment_losses(
-            chosen.prefix, chosen.transitions, noise, token=token, dim_mask=self.policy.dim_mask
+            chosen.prefix, chosen.transitions, noise, token=token, dim_mask=self.policy.dim_mask, dynamics=dynamics
         )
 
     def weighted(self, losses: SampleLosses) -> Tensor:
@@ -161,14 +172,21 @@ class Scorer:
 
     @torch.inference_mode()
     def each(
-        self, data: Prepared, noise: AlignmentNoise, tokens: Tensor, rows: Tensor, look: Look = never
+        self,
+        data: Prepared,
+        noise: AlignmentNoise,
+        tokens: Tensor,
+        rows: Tensor,
+        look: Look = never,
+        *,
+        dynamics: bool = True,
     ) -> SampleLosses:
         """The three losses, (C, R), of ``tokens`` (C, T, W), each at the same ``rows`` (R,) of ``noise``."""
         count, parts = len(tokens), []
         row = rows.repeat_interleave(count)
         for part in torch.arange(count * len(rows), device=rows.device).split(_MAX_ROWS):
             look()
-            parts.append(self.losses(data, noise, tokens[part % count], row[part]))
+            parts.append(self.losses(data, noise, tokens[part % count], row[part], dynamics=dynamics))
         return SampleLosses(
             *(
                 torch.cat(values).reshape(len(rows), count).T.clone()
@@ -179,6 +197,11 @@ class Scorer:
     def score(self, data: Prepared, noise: AlignmentNoise, tokens: Tensor, rows: Tensor, look: Look = never) -> Tensor:
         """(C, R) their weighted sum."""
         return self.weighted(self.each(data, noise, tokens, rows, look))
+
+    def rank(self, data: Prepared, noise: AlignmentNoise, tokens: Tensor, rows: Tensor, look: Look = never) -> Tensor:
+        """The same without dynamics, which is half of the work; with it if no other loss has a weight."""
+        alone = not (self.weights[0] or self.weights[2])
+        return self.weighted(self.each(data, noise, tokens, rows, look, dynamics=alone))
 
     def samples(self, data: Prepared, token: Tensor, draws: int, seed: int, look: Look = never) -> SampleLosses:
         """Losses (draws * len(data),) of ``token`` (T, W), in the order of the rows of :meth:`noise`."""

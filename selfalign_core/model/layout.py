@@ -71,10 +71,16 @@ class AlignmentLayout:
     def length(self) -> int:
         return self.inverse.stop
 
-    @property
-    def read_out(self) -> tuple[slice, slice, slice]:
-        """Where velocities are read: perception, next-observation features of dynamics, actions of inverse dynamics."""
-        return self.perception, self.dynamics_next_obs, self.inverse_actions
+    def slots(self, *, dynamics: bool = True, device: torch.device | str | None = None) -> Tensor:
+        """(S,) int64: the slots in ascending order, those of dynamics only if wanted."""
+        slots = torch.arange(self.length, device=device)
+        return slots if dynamics else torch.cat([slots[: self.dynamics.start], slots[self.dynamics.stop :]])
+
+    def read_out(self, *, dynamics: bool = True) -> tuple[slice, ...]:
+        """Where velocities are read: perception, next-observation features of dynamics if wanted, actions of inverse
+        dynamics.
+        """
+        return self.perception, *([self.dynamics_next_obs] if dynamics else []), self.inverse_actions
 
     def assemble(
         self,

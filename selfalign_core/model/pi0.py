@@ -414,30 +414,37 @@ class Pi0(nn.Module):
         noise: AlignmentNoise,
         *,
         token: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        dynamics: bool = True,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """One pass of the alignment expert over a prefix that it may read.
 
+        Without ``dynamics`` its block, half of the suffix, is left out: no other token sees it.
+
         Returns:
-            velocities of the state (B, 1, action_dim), of the next-observation features (B, N, text width) and of
-            the executed actions (B, K, action_dim), float32.
+            velocities of the state (B, 1, action_dim), of the next-observation features (B, N, text width; None without
+            ``dynamics``) and of the executed actions (B, K, action_dim), float32.
         """
         embs, pad_masks, block_mask, cond = self.embed_alignment_suffix(transitions, noise, token=token)
+        layout = self.alignment_layout(transitions)
+        slots = layout.slots(dynamics=dynamics, device=embs.device)
+        if not dynamics:
+            embs, pad_masks, block_mask = embs[:, slots], pad_masks[:, slots], block_mask[slots][:, slots]
         offset = prefix.pad_masks.sum(dim=1, keepdim=True)
         real = pad_masks[:, None, :] & pad_masks[:, :, None]
-        read = [torch.arange(s.start, s.stop, device=embs.device) for s in self.alignment_layout(transitions).read_out]
+        read = [torch.arange(s.start, s.stop, device=embs.device) for s in layout.read_out(dynamics=dynamics)]
         hidden = self.paligemma_with_expert.run_expert(
             "alignment",
             embs,
-            # Positions are slots, so a padded token moves nothing.
-            offset + torch.arange(embs.shape[1], device=embs.device),
+            # Positions are slots, so a token that is padded or left out moves nothing.
+            offset + slots,
             suffix_over_prefix_mask(prefix.pad_masks, pad_masks, block_mask & real),
             prefix,
             cond,
-            torch.cat(read),
+            torch.searchsorted(slots, torch.cat(read)),
         ).float()
-        state, next_obs, actions = hidden.split([len(rows) for rows in read], dim=1)
+        state, *next_obs, actions = hidden.split([len(rows) for rows in read], dim=1)
         out = self.alignment_out_proj
-        return out["perception"](state), out["dynamics"](next_obs), out["inverse"](actions)
+        return out["perception"](state), out["dynamics"](next_obs[0]) if next_obs else None, out["inverse"](actions)
 
     def alignment_losses(
         self,
@@ -447,9 +454,13 @@ class Pi0(nn.Module):
         *,
         token: Tensor | None = None,
         dim_mask: Tensor | None = None,
+        dynamics: bool = True,
     ) -> AlignmentLosses:
-        """The three self-supervised losses per sample. ``dim_mask`` (action_dim,) bool leaves padded dimensions out."""
-        state, next_obs, actions = self.predict_alignment(prefix, transitions, noise, token=token)
+        """The three self-supervised losses per sample. ``dim_mask`` (action_dim,) bool leaves padded dimensions out.
+
+        Without ``dynamics`` that of dynamics is 0, not computed.
+        """
+        state, next_obs, actions = self.predict_alignment(prefix, transitions, noise, token=token, dynamics=dynamics)
         per_action = None if transitions.action_masks is None else transitions.action_masks[..., None]
         per_feature = None if transitions.next_obs_masks is None else transitions.next_obs_masks[..., None]
         return AlignmentLosses(
@@ -458,7 +469,9 @@ class Pi0(nn.Module):
             ),
             dynamics=masked_mean(
                 (next_obs - flow.target_velocity(transitions.next_obs, noise.next_obs)).square(), per_feature
-            ),
+            )
+            if next_obs is not None
+            else torch.zeros_like(noise.time),
             inverse_dynamics=masked_mean(
                 (actions - flow.target_velocity(transitions.actions, noise.actions)).square(),
                 per_action,

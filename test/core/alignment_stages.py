@@ -67,7 +67,7 @@ def verdict_of(policy: Policy, batch: TransitionBatch, current: Tensor, shadow: 
 def fake_losses(per_sample) -> object:
     """In place of ``Pi0.alignment_losses``: an inverse dynamics loss ``per_sample(state (B, D), token) -> (B,)``."""
 
-    def losses(_prefix, transitions, _noise, *, token, dim_mask):
+    def losses(_prefix, transitions, _noise, *, token, dim_mask, **_):
         value = per_sample(
             transitions.state, token if token.ndim == 3 else token.expand(len(transitions.state), -1, -1)
         )

@@ -234,6 +234,26 @@ def test_tokens_that_nobody_reads_are_left_out_of_the_last_layer_and_change_noth
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("e_tokens", [0, 3])
+def test_a_suffix_without_dynamics_predicts_the_other_two_as_before(pi05: bool, e_tokens: int) -> None:
+    model = small_model(
+        pi05, expert_depth=3, use_peft_prefix_token=e_tokens > 0, peft_num_tokens=max(e_tokens, 1)
+    )  # fmt: skip
+    inputs, (transitions, noise) = random_inputs(model.config), random_transitions(model.config)
+    prefix = alignment_prefix(model, inputs)
+    padded = torch.ones(transitions.actions.shape[:2], dtype=torch.bool)
+    padded[0, -1] = False
+    for given in (transitions, dataclasses.replace(transitions, action_masks=padded)):
+        state, next_obs, actions = model.predict_alignment(prefix, given, noise)
+        alone = model.predict_alignment(prefix, given, noise, dynamics=False)
+        torch.testing.assert_close((alone[0], alone[2]), (state, actions))
+        assert next_obs is not None and alone[1] is None
+        losses, fewer = (model.alignment_losses(prefix, given, noise, dynamics=wanted) for wanted in (True, False))
+        torch.testing.assert_close(fewer.perception, losses.perception)
+        torch.testing.assert_close(fewer.inverse_dynamics, losses.inverse_dynamics)
+        assert losses.dynamics.all() and not fewer.dynamics.any()
+
+
 def test_without_the_restriction_images_know_the_prompt(pi05: bool) -> None:
     """Why masking the prompt for alignment queries is not enough: its image tokens already hold it."""
     model = small_model(pi05, expert_depth=3)

@@ -43,7 +43,7 @@ def three_joints(monkeypatch: pytest.MonkeyPatch) -> Policy:
     bank = torch.zeros(len(GAINS), *policy.e_token.data.shape)
     bank[:, 0, :3] = torch.tensor(list(GAINS.values()))
 
-    def losses(_prefix, transitions, noise, *, token, dim_mask) -> AlignmentLosses:
+    def losses(_prefix, transitions, noise, *, token, dim_mask, **_) -> AlignmentLosses:
         gains = token[..., 0, :3].expand(len(transitions.state), 3)
         error = (transitions.actions[:, 0, :3] - gains * transitions.state[:, :3]).square().mean(1)
         value = 0.02 + error + 0.01 * noise.state[:, 0].square()

@@ -31,6 +31,17 @@ def test_many_tokens_at_once_score_as_each_alone(pi05: bool) -> None:
         torch.testing.assert_close(found[index], alone)
 
 
+@pytest.mark.parametrize(("weights", "left_out"), [((2.0, 0.3, 3.0), True), ((0.0, 0.3, 0.0), False)])
+def test_ranking_leaves_dynamics_out_unless_it_is_all_there_is(weights: tuple, left_out: bool) -> None:
+    policy = small_policy()
+    scorer = Scorer(policy, weights)
+    data = scorer.prepare(random_batch(policy, 5))
+    noise, rows, tokens = scorer.noise(data, 2, seed=7), torch.arange(10), torch.randn(4, *policy.e_token.data.shape)
+    found, losses = scorer.rank(data, noise, tokens, rows), scorer.each(data, noise, tokens, rows)
+    expected = weights[0] * losses.perception + weights[2] * losses.inverse_dynamics
+    torch.testing.assert_close(found, expected if left_out else weights[1] * losses.dynamics)
+
+
 def test_noise_is_a_function_of_the_seed_and_its_times_cover_their_distribution() -> None:
     policy = small_policy()
     scorer = Scorer(policy, WEIGHTS)
