@@ -1,8 +1,9 @@
 """May a shadow replace the current token? Bounds first, then a paired test on transitions newer than the fit's.
 
 Both tokens meet the same transitions with the same noise, so only what the token changes is left in the difference.
-The difference counts relative to the two losses' mean: one transition on which everything is large decides nothing, and
-a shift that is worth much in a few and something in all of them is not lost in their unequal sizes.
+The difference counts relative to the two losses' mean, and each transition by that mean: where there is little to
+explain, a large relative difference is chance. But by no more than a few times what is usual: one transition on which
+everything is large decides nothing.
 
 Of the three losses, inverse dynamics asks what the action expert asks: which actions lead from here to there. It must
 gain much by itself. A token that only predicts better what will be seen is worth nothing to the robot, and most that
@@ -25,6 +26,9 @@ from selfalign_core.alignment.config import Guard
 from selfalign_core.alignment.overlap import Estimate, estimate
 from selfalign_core.alignment.scoring import Prepared, Scorer
 from selfalign_core.alignment.trusted import Trusted
+
+_MOST_WEIGHT = 3.0
+"""Of one transition, times the median's."""
 
 
 @dataclass(frozen=True)
@@ -139,4 +143,5 @@ def _means(draws: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _relative(before: np.ndarray, after: np.ndarray, spans: np.ndarray) -> Estimate:
-    return estimate(2 * (after - before) / (after + before), spans)
+    mean = (before + after) / 2
+    return estimate((after - before) / mean, spans, np.minimum(mean, _MOST_WEIGHT * np.median(mean)))

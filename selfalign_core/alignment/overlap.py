@@ -43,19 +43,21 @@ def shared_time(spans: np.ndarray) -> np.ndarray:
     return share
 
 
-def estimate(values: np.ndarray, spans: np.ndarray) -> Estimate:
+def estimate(values: np.ndarray, spans: np.ndarray, weights: np.ndarray | None = None) -> Estimate:
     """Mean of ``values`` (B,) over transitions at ``spans`` (B, 2), with an honest standard error.
 
     Two transitions that share a part of their time are taken to be correlated by that part. Then the variance of the
     mean is ``s² Σρ / B²``, so ``B² / Σρ`` independent transitions would say as much, and the sum of squares about the
     mean has ``B - Σρ/B`` degrees of freedom. Without overlap this is the usual standard error. One effective
-    transition says nothing: its standard error is infinite.
+    transition says nothing: its standard error is infinite. With ``weights`` (B,) w, of mean 1, the mean, the sum of
+    squares and ``Σ wᵢ wⱼ ρᵢⱼ`` are weighted: the more uneven, the fewer transitions they are worth.
     """
-    values = np.asarray(values, np.float64)
-    count, correlation = len(values), float(shared_time(spans).sum())
+    values, count = np.asarray(values, np.float64), len(values)
+    weights = np.ones(count) if weights is None else weights / weights.mean()
+    correlation, mean = float(weights @ shared_time(spans) @ weights), float(weights @ values) / count
     freedom = count - correlation / count
     if freedom < 1e-9:
-        return Estimate(float(values.mean()), math.inf, 1.0)
-    variance = float(np.square(values - values.mean()).sum()) / freedom
+        return Estimate(mean, math.inf, 1.0)
+    variance = float(weights @ np.square(values - mean)) / freedom
     effective = count**2 / correlation
-    return Estimate(float(values.mean()), math.sqrt(variance / effective), effective)
+    return Estimate(mean, math.sqrt(variance / effective), effective)
