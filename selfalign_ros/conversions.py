@@ -258,6 +258,7 @@ def report_message(
         message.attempted, message.accepted = True, report.accepted
         message.start, message.steps = attempt.identification.name, attempt.refinement.steps
         message.fit_count, message.guard_count = attempt.fit_count, attempt.guard_count
+        message.attempt_duration = duration_s + attempt.earlier_ms / 1e3
         for name in ("fit_before", "fit_after", "guard_before", "guard_after"):
             setattr(message, name, losses_message(getattr(attempt, name)))
         message.difference_mean, message.difference_stderr = attempt.verdict.mean, attempt.verdict.stderr

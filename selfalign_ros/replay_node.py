@@ -282,7 +282,7 @@ class Replay(ToolNode):
                 "losses": losses,
             }
         )
-        self._align_s.append(message.duration)
+        self._align_s.append(message.attempt_duration if message.attempted else message.duration)
 
     # --- the outcome ---
 

@@ -125,6 +125,7 @@ class RunReport(ToolNode):
                 accepted=message.accepted,
                 start=message.start,
                 steps=message.steps,
+                attempt_s=message.attempt_duration,
                 difference_mean=message.difference_mean if judged else math.nan,
                 difference_stderr=message.difference_stderr if judged else math.nan,
                 losses=losses if message.attempted else None,

@@ -70,7 +70,7 @@ class AlignRecord:
     """One round of the aligner that ended at ``end`` [s] after ``duration_s`` of computing.
 
     ``losses[set][loss]`` for the names in ``SETS`` and ``LOSSES``, None without an attempt; numbers that were not
-    measured are NaN.
+    measured are NaN. ``attempt_s``: of computing for the attempt, in an earlier round, too.
     """
 
     end: float
@@ -88,6 +88,7 @@ class AlignRecord:
     accepted: bool = False
     start: str = ""
     steps: int = 0
+    attempt_s: float = 0.0
     difference_mean: float = math.nan
     difference_stderr: float = math.nan
     losses: Mapping[str, Mapping[str, float]] | None = None
@@ -211,7 +212,7 @@ def summarise(records: RunRecords) -> dict[str, Any]:
             "refused": len(attempts) - accepted,
             "returned": sum(call.returned for call in records.aligns),
             "drifts": sum(call.drift for call in records.aligns),
-            "duration_s": statistics([call.duration_s for call in attempts]),
+            "duration_s": statistics([call.attempt_s for call in attempts]),
         },
         "bodies": [name for _, name in records.bodies],
         "distance_to_target_m": _distance_summary([distance for _, distance in records.distances]),

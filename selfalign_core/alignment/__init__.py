@@ -1,8 +1,8 @@
 """Self-alignment: the E-Token is fitted to the robot at hand from its own recent motion.
 
-``machine`` puts the stages together: ``excitation`` and ``screen`` judge the evidence, ``identify`` picks the best
-known token, ``refine`` improves a shadow of it, ``guard`` decides, ``watch`` notices when the robot changed,
-``history`` remembers. Nothing here knows ROS, clocks (but for budgets) or where transitions come from.
+``machine`` says what is done when: ``excitation`` and ``screen`` judge the evidence; in an ``attempt`` ``identify``
+picks the best known token, ``refine`` improves a shadow of it and ``guard`` decides; ``watch`` notices when the robot
+changed, ``history`` remembers. Nothing here knows ROS, clocks (but for budgets) or where transitions come from.
 """
 
 from selfalign_core.alignment.config import AlignConfig

@@ -27,13 +27,25 @@ class Evidence:
         return self if found <= count else self.select(np.arange(found - count, found))
 
 
-def split(spans: np.ndarray, config: Collect) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to fit on, spread over all there are, and newer rows to judge by.
+def split(spans: np.ndarray, config: Collect, unseen_ns: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to fit on, spread over all there are; and newer ones to judge by if enough begin at ``unseen_ns`` or later.
 
-    One that reaches into the judge's time is in neither.
+    One that reaches into the judge's time is in neither. While there is nothing to judge by, all are to fit on.
     """
     rows = np.arange(len(spans))
-    older, guard = rows[: -config.guard_count], rows[-config.guard_count :]
-    older = older[spans[older, 1] <= spans[guard[0], 0]]
-    chosen = np.linspace(0, len(older) - 1, min(config.fit_count, len(older))).round().astype(int)
-    return older[chosen], guard
+    if len(rows) >= config.count and spans[-config.guard_count, 0] >= unseen_ns:
+        older, guard = rows[: -config.guard_count], rows[-config.guard_count :]
+        older = older[spans[older, 1] <= spans[guard[0], 0]]
+        if len(older):
+            return _spread(older, config.fit_count), guard
+    return _spread(rows, config.fit_count), rows[:0]
+
+
+def to_judge_by(spans: np.ndarray, config: Collect, unseen_ns: int) -> np.ndarray:
+    """The newest rows that begin at ``unseen_ns`` or later, at most twice as many as have to be."""
+    return np.flatnonzero(spans[:, 0] >= unseen_ns)[-2 * config.guard_count :]
+
+
+def _spread(rows: np.ndarray, count: int) -> np.ndarray:
+    """At most ``count`` of ``rows``."""
+    return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)]

@@ -29,10 +29,11 @@ class Excitation:
         return not self.missing
 
 
-def excitation_of(fit: TransitionBatch, guard: TransitionBatch, joints: Sequence[str], config: Collect) -> Excitation:
-    """That of ``fit``; of ``guard``, which shall only tell two tokens apart, is required that a joint moves."""
-    found, newer = measure_excitation(fit, joints, config), measure_excitation(guard, joints, config)
-    missing = _stillness(newer.motion, config)
+def with_newer(found: Excitation, newer: TransitionBatch, config: Collect) -> Excitation:
+    """``found`` in what is fitted; of the ``newer`` it is judged by, which shall only tell two tokens apart, is
+    required that a joint moves.
+    """
+    missing = _stillness(measure_excitation(newer, found.joints, config).motion, config)
     return dataclasses.replace(found, missing=(*found.missing, *(f"of late {words}" for words in missing)))
 
 

@@ -2,23 +2,24 @@
 
 ::
 
-                  enough transitions, enough motion
-      COLLECT ─────────────────────────────────────▶ identify → refine → guard
-       ▲   ▲                                                              │ │
-       │   └──────── accepted: the token is in use; or undecided ─────────┘ │
-       │                                                                    │ refused
-       └──────── drift, or align_now() ──────── WATCH ◀─────────────────────┘
-                                                  ▲
-                                   rollback(), reset()
+                  enough transitions, enough motion     as many newer ones as it takes to judge
+      COLLECT ───────────────────────▶ identify → refine ───────────────────────▶ guard
+       ▲   ▲                                                                       │ │
+       │   └──────────── accepted: the token is in use; or undecided ──────────────┘ │
+       │                                                                             │ refused
+       └──────── drift, or align_now() ─────────────── WATCH ◀───────────────────────┘
+                                                         ▲
+                                          rollback(), reset()
 
-After an acceptance it tries to improve further, and while an attempt is undecided it tries again, a few times: each
-attempt fits on all evidence so far but is judged by transitions that none before has seen. After a refusal it rests
-and watches. A refusal leaves a baseline for the drift test, which goes on beside further attempts. But a token that was
-jumped to is unproven until identification prefers it over all others on as much evidence as is remembered: it may have
-fitted little motion by chance, so that it fits worse elsewhere is no sign of a change, and no evidence is dropped. Any
-sure gain of the losses together replaces it. For a proven one the guard asks for its margins, and for twice those where
-no other token of the bank fits better: the body is most likely the one that it was, and what refinement gains there is
-mostly chance.
+An attempt does not wait for what it is judged by: while its shadow is fitted, that is still happening. After an
+acceptance it tries to improve further, and while an attempt is undecided it tries again, a few times: each attempt fits
+on all evidence so far but is judged by transitions that none before has seen. After a refusal it rests and watches. A
+refusal leaves a baseline for the drift test, which goes on beside further attempts; not while the token in use is one
+that a drift has refuted, of which more of the same is no news. And a token that was jumped to is unproven until
+identification prefers it over all others on as much evidence as is remembered: it may have fitted little motion by
+chance, so that it fits worse elsewhere is no sign of a change, and no evidence is dropped. Any sure gain of the losses
+together replaces it. For a proven one the guard asks for its margins, and for twice those where no other token of the
+bank fits better: the body is most likely the one that it was, and what refinement gains there is mostly chance.
 A robot often changes back. From a drift until the next attempt, a token that was in use before and explains what is
 seen since is in use again at once (:mod:`earlier`), proven as it was; the attempt then looks for a better one.
 Who orders an earlier token back wants it kept: then, too, it rests, and what it sees first is the baseline.
@@ -38,19 +39,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selfalign_core.alignment.budget import Budget, Clock, OutOfTimeError, RoundClock
+from selfalign_core.alignment.attempt import Round, Shadow, Stages
+from selfalign_core.alignment.budget import Clock, OutOfTimeError, RoundClock
 from selfalign_core.alignment.config import AlignConfig, Guard
 from selfalign_core.alignment.earlier import find_return
-from selfalign_core.alignment.evidence import Evidence, split
-from selfalign_core.alignment.excitation import excitation_of
+from selfalign_core.alignment.evidence import Evidence, split, to_judge_by
+from selfalign_core.alignment.excitation import measure_excitation, with_newer
 from selfalign_core.alignment.frames import FrameCache
 from selfalign_core.alignment.guard import judge
 from selfalign_core.alignment.history import Accepted, History
-from selfalign_core.alignment.identify import Identification, identify
+from selfalign_core.alignment.identify import Identification
 from selfalign_core.alignment.overlap import spans
 from selfalign_core.alignment.refine import refine
-from selfalign_core.alignment.reports import Attempt, StageReport, State
-from selfalign_core.alignment.scoring import AlignLosses, Prepared, Scorer
+from selfalign_core.alignment.reports import StageReport, State, fit_words
+from selfalign_core.alignment.scoring import Prepared, Scorer
 from selfalign_core.alignment.screen import screen
 from selfalign_core.alignment.trusted import Trusted
 from selfalign_core.alignment.watch import RunningLoss, changed_at, drift, references, running_loss
@@ -58,9 +60,6 @@ from selfalign_core.device_turns import HandBack
 from selfalign_core.errors import InputError
 from selfalign_core.policy import Policy
 from selfalign_core.types import EToken, TransitionBatch
-
-REPORT_DRAWS = 4
-"""Noise draws behind each reported loss."""
 
 
 class SelfAligner:
@@ -117,7 +116,7 @@ class SelfAligner:
     @property
     def needed(self) -> int:
         """With fewer transitions :meth:`advance` does nothing but count them."""
-        enough = self.config.collect.count if self._state is State.COLLECT else self.config.watch.count
+        enough = self.config.collect.fit_count if self._state is State.COLLECT else self.config.watch.count
         return enough if self._lost is None else self.config.watch.count
 
     @property
@@ -129,15 +128,18 @@ class SelfAligner:
         return max(collect.count + collect.count // 4, collect.memory)
 
     def stride(self, now_ns: int) -> int:
-        """Control steps between the transitions to hand in: they spread over the time since :attr:`since_ns`.
+        """Control steps between the transitions to hand in.
 
-        The sooner after a change, the nearer together, so that a first attempt need not wait for the last one's spread.
+        They spread over the time since :attr:`since_ns`: the sooner after a change, the nearer together, so that a
+        first attempt need not wait for the last one's spread. Those to judge a shadow by spread over the time since
+        what it was fitted on.
         """
-        config = self.config.collect
+        config, shadow = self.config.collect, self._shadow
         if self._state is State.WATCH:
             return config.stride
-        steps = round(self._steps(now_ns - self._since_ns)) - self.policy.transition_horizon
-        return min(max(steps // config.count, config.min_stride), config.stride)
+        count, since_ns = (config.count, self._since_ns) if shadow is None else (config.guard_count, shadow.end_ns)
+        steps = round(self._steps(now_ns - since_ns)) - self.policy.transition_horizon
+        return min(max(steps // count, config.min_stride), config.stride)
 
     # ---------------------------------------------------------------- orders from outside
 
@@ -149,6 +151,7 @@ class SelfAligner:
         if (_weights(old), old.watch.references) != (_weights(config), config.watch.references):
             self._scorer = Scorer(self.policy, _weights(config), prompt=self._prompt, frames=self._frames)
             self._references = references(self._trusted, config.watch.references)
+            self._shadow = None
             self.align_now()
 
     def align_now(self) -> None:
@@ -219,19 +222,19 @@ class SelfAligner:
             next_index=np.arange(1, count, 2),
             actions=np.tile(rest[: policy.action_dim], (count // 2, policy.transition_horizon, 1)),
         )
-        evidence, clock, current = Evidence(batch, spans(batch)), RoundClock(self._clock), self._tensor(self.token)
-        fit, guard = split(evidence.spans, config.collect)
+        evidence, current = Evidence(batch, spans(batch)), self._tensor(self.token)
         one_step = dataclasses.replace(config, refine=dataclasses.replace(config.refine, steps=1))
+        round_ = self._round(0)
+        stages, clock = self._stages(round_), round_.clock
         with contextlib.suppress(OutOfTimeError):
-            data, _ = self._prepare(evidence, clock)
+            data, _ = stages.prepare(evidence)
+            fit = data.select(self._rows(np.arange(min(config.collect.fit_count, len(data)))))
             budget = clock.stage(config.refine.budget_ms)
-            fit_data = data.select(self._rows(fit))
-            shadow = refine(self._scorer, fit_data, current, self._trusted, one_step, seed=0, budget=budget).token
-            budget = clock.stage(config.guard.budget_ms)
-            guard_data, times = data.select(self._rows(guard)), evidence.spans[guard]
-            judge(
-                self._scorer, guard_data, times, current, shadow, self._trusted, config.guard, seed=0, budget=budget
-            )
+            shadow = refine(self._scorer, fit, current, self._trusted, one_step, seed=0, budget=budget).token
+            guard = np.arange(min(config.collect.guard_count, len(data)))
+            guard_data, times, limits = data.select(self._rows(guard)), evidence.spans[guard], config.guard
+            budget = clock.stage(limits.budget_ms)
+            judge(self._scorer, guard_data, times, current, shadow, self._trusted, limits, seed=0, budget=budget)
 
     def short_of(self, found: int, now_ns: int) -> StageReport:
         """What :meth:`advance` says to ``found`` transitions, fewer than ``needed``, without a look at them."""
@@ -253,59 +256,80 @@ class SelfAligner:
         """
         self._scorer.check(batch)
         self._look_at_the_clock(now_ns)
-        evidence, clock = self._evidence(batch), RoundClock(self._clock, should_stop)
+        evidence, round_ = self._evidence(batch), self._round(now_ns, should_stop)
         try:
             if self._state is State.COLLECT:
-                return self._collect(evidence, now_ns, clock)
-            return self._watch(evidence, now_ns, clock)
+                return self._collect(evidence, round_)
+            return self._watch(evidence, round_)
         except OutOfTimeError as why:
             return self._report(evidence, f"{self._doing}: {why}")
 
-    def _collect(self, evidence: Evidence, now_ns: int, clock: RoundClock) -> StageReport:
+    def _collect(self, evidence: Evidence, round_: Round) -> StageReport:
         config = self.config.collect
         found, newest = len(evidence.batch), evidence.newest(self.config.watch.count)
-        if self._lost is not None and self._is_new(newest) and (back := self._return(newest, now_ns, clock)):
+        if self._lost is not None and self._is_new(newest) and (back := self._return(newest, round_)):
             return back
-        if found < config.count:
-            return self._report(evidence, f"collecting: {found} of {config.count} transitions")
+        if found < config.fit_count:
+            return self._report(evidence, f"collecting: {found} of {config.fit_count} transitions")
         if self._baseline is not None and self._is_new(newest):
-            changed = self._compare(newest, now_ns, clock)
+            changed = self._compare(newest, round_)
             if changed.drift.fired:
                 return changed
-        fit, guard = split(evidence.spans, config)
-        if not len(fit):
-            return self._report(evidence, f"collecting: none ends before the newest {config.guard_count} begin")
-        lasted = self._steps(evidence.spans[-1, 0] - evidence.spans[0, 0])
-        evidence = evidence.select(np.concatenate([fit, guard]))
-        fit, guard = np.split(np.arange(len(evidence.batch)), [len(fit)])
-        excitation = excitation_of(evidence.batch.select(fit), evidence.batch.select(guard), self._joints, config)
+        if self._shadow is None:
+            return self._fit(evidence, round_)
+        return self._judge(self._shadow, evidence, round_)
+
+    def _fit(self, evidence: Evidence, round_: Round) -> StageReport:
+        """Make a shadow, and have it judged if there is already enough to judge it by."""
+        fit, guard = split(evidence.spans, self.config.collect, self._judged_ns)
+        fitted = evidence.select(fit)
+        excitation = measure_excitation(fitted.batch, self._joints, self.config.collect)
+        if len(guard):
+            excitation = with_newer(excitation, evidence.batch.select(guard), self.config.collect)
         if not excitation.enough:
             return self._report(evidence, f"waiting for motion: {'; '.join(excitation.missing)}", excitation=excitation)
-        unseen = int((evidence.spans[guard, 0] >= self._judged_ns).sum())
-        if unseen < config.guard_count:
-            return self._report(evidence, f"collecting: {unseen} of {config.guard_count} new transitions to judge by")
-        attempt, shadow, guard_data = self._attempt(evidence, fit, guard, now_ns, clock)
+        shadow = self._shadow = self._stages(round_).fit(fitted, excitation, self._tensor(self.token))
+        if len(guard):
+            return self._judge(shadow, evidence, round_)
+        text = f"fitted, to be judged by newer transitions: {fit_words(shadow.identification, shadow.refinement)}"
+        return self._report(evidence, text, excitation=excitation)
+
+    def _judge(self, shadow: Shadow, evidence: Evidence, round_: Round) -> StageReport:
+        """Let the guard decide on ``shadow``, if there is enough to judge it by, and do what follows from it."""
+        config = self.config.collect
+        guard = to_judge_by(evidence.spans, config, max(shadow.end_ns, self._judged_ns))
+        if len(guard) < config.guard_count:
+            text = f"collecting: {len(guard)} of {config.guard_count} new transitions to judge by"
+            return self._report(evidence, text)
+        newer = evidence.select(guard)
+        excitation = with_newer(shadow.excitation, newer.batch, config)
+        if not excitation.enough:
+            return self._report(evidence, f"waiting for motion: {'; '.join(excitation.missing)}", excitation=excitation)
+        attempt, data = self._stages(round_).judge(
+            shadow, newer, self._tensor(self.token), self._limits(shadow.identification), inverse=not self._unproven
+        )
         accepted, jumps = attempt.verdict.accepted, attempt.identification.margin > 0
         if accepted:
-            self.history.accept(shadow.cpu().numpy(), now_ns, attempt.verdict.after)
+            self.history.accept(shadow.token.cpu().numpy(), round_.now_ns, attempt.verdict.after)
+        lasted = self._steps(int(newer.spans[-1, 0]) - shadow.begin_ns)
         if accepted and jumps:
             self._unproven = True
         elif not jumps and lasted >= 0.9 * config.stride * config.memory:
             self._unproven = False
         again = not accepted and (attempt.undecided or self._unproven)
         self._undecided = self._undecided + 1 if again else 0
-        self._judged_ns = self._watched_ns = int(evidence.spans[-1, 1])
-        self._lost = None
+        self._judged_ns = self._watched_ns = int(newer.spans[-1, 1])
+        self._lost = self._shadow = None
         rests = not accepted and self._undecided in (0, config.attempts)
-        self._baseline = None
-        if rests or not (accepted or self._unproven):
+        self._baseline, self._refuted = None, self._refuted and not (accepted or rests)
+        if rests or not (accepted or self._unproven or self._refuted):
             with contextlib.suppress(OutOfTimeError):  # then the first that is watched is the baseline
-                self._baseline = self._running_loss(guard_data, evidence.spans[guard], now_ns, clock)
+                self._baseline = self._running_loss(data, newer.spans, round_)
         if rests:
             self._state, self._undecided = State.WATCH, 0
-        return self._report(evidence, attempt.text, excitation=excitation, attempt=attempt)
+        return self._report(evidence, attempt.text, excitation=shadow.excitation, attempt=attempt)
 
-    def _watch(self, evidence: Evidence, now_ns: int, clock: RoundClock) -> StageReport:
+    def _watch(self, evidence: Evidence, round_: Round) -> StageReport:
         config = self.config.watch
         evidence = evidence.newest(config.count)
         found = len(evidence.batch)
@@ -314,9 +338,9 @@ class SelfAligner:
         if not self._is_new(evidence):
             return self._report(evidence, "watching: nothing new")
         if self._baseline is None:
-            self._baseline = self._newest_loss(evidence, now_ns, clock)
+            self._baseline = self._newest_loss(evidence, round_)
             return self._report(evidence, f"watching: these {found} transitions are the baseline")
-        return self._compare(evidence, now_ns, clock)
+        return self._compare(evidence, round_)
 
     def _is_new(self, evidence: Evidence) -> bool:
         """Whether ``evidence`` holds something that was not tested for drift before; from now on it was."""
@@ -324,26 +348,26 @@ class SelfAligner:
         new, self._watched_ns = newest_ns > self._watched_ns, newest_ns
         return new
 
-    def _compare(self, evidence: Evidence, now_ns: int, clock: RoundClock) -> StageReport:
+    def _compare(self, evidence: Evidence, round_: Round) -> StageReport:
         """Test ``evidence`` for drift against the baseline; with drift collect anew, from the change on.
 
         The baseline is the best that was seen: evidence that is surely better takes its place.
         """
         assert self._baseline is not None
-        baseline, running = self._baseline, self._newest_loss(evidence, now_ns, clock)
+        baseline, running = self._baseline, self._newest_loss(evidence, round_)
         result = drift(baseline, running, self.config.watch)
         if result.fired:
             self._restart(changed_at(baseline, running, evidence.spans))
-            self._lost = baseline
+            self._lost, self._refuted = baseline, True
             changed = evidence.select(np.flatnonzero(evidence.spans[:, 0] >= self._since_ns))
-            if back := self._return(changed, now_ns, clock):
+            if back := self._return(changed, round_):
                 return dataclasses.replace(back, drift=result, text=f"drift ({result.words}): {back.text}")
         elif drift(running, baseline, self.config.watch).fired:
             self._baseline = running
         verdict = "drift: collecting anew" if result.fired else "watching: no drift"
         return self._report(evidence, f"{verdict} ({result.words})", drift=result)
 
-    def _return(self, evidence: Evidence, now_ns: int, clock: RoundClock) -> StageReport | None:
+    def _return(self, evidence: Evidence, round_: Round) -> StageReport | None:
         """Bring back a token that was in use before and explains the ``evidence`` since the change, if there is one."""
         assert self._lost is not None and self.policy.e_token is not None
         earlier = [self.policy.e_token, *(entry.token for entry in self.history.entries[:-1])]
@@ -351,58 +375,27 @@ class SelfAligner:
         if not others:
             return None
         try:
-            data, _ = self._prepare(evidence, clock)
+            data, _ = self._stages(round_).prepare(evidence)
             found = find_return(
                 self._scorer, data, evidence.spans, self._tensor(self.token), others, self._lost,
-                self._trusted, self._references, self.config, seed=self._stage_seed(now_ns, 5),
-                budget=clock.stage(self.config.guard.budget_ms),
+                self._trusted, self._references, self.config, seed=round_.seed(5),
+                budget=round_.clock.stage(self.config.guard.budget_ms),
             )  # fmt: skip
         except OutOfTimeError:
             return None
         if found is None:
             return None
-        self.history.accept(found.token.cpu().numpy(), now_ns, found.verdict.after)
-        self._lost = None
+        self.history.accept(found.token.cpu().numpy(), round_.now_ns, found.verdict.after)
+        self._lost, self._shadow, self._refuted = None, None, False
         return self._report(evidence, f"back to an earlier token: {found.verdict.reason}", returned=found.verdict)
 
-    # ---------------------------------------------------------------- the stages of an attempt
+    # ---------------------------------------------------------------- what the stages need
 
-    def _attempt(
-        self, evidence: Evidence, fit: np.ndarray, guard: np.ndarray, now_ns: int, clock: RoundClock
-    ) -> tuple[Attempt, Tensor, Prepared]:
-        """One attempt on the rows ``fit`` and ``guard`` of the evidence, its shadow (T, W), and the data of ``guard``.
+    def _round(self, now_ns: int, should_stop: Callable[[], bool] | None = None) -> Round:
+        return Round(now_ns, RoundClock(self._clock, should_stop), self._seed)
 
-        Changes nothing.
-        """
-        config, scorer, trusted = self.config, self._scorer, self._trusted
-        current, durations = self._tensor(self.token), {}
-        prepared, durations["prepare"] = self._prepare(evidence, clock)
-        fit_data, guard_data = prepared.select(self._rows(fit)), prepared.select(self._rows(guard))
-        budget = clock.stage(config.identify.budget_ms)
-        found = identify(
-            scorer, fit_data, current, trusted, config.identify, seed=self._stage_seed(now_ns, 0), budget=budget
-        )
-        durations["identify"] = budget.elapsed_ms()
-        budget = clock.stage(config.refine.budget_ms)
-        refined = refine(
-            scorer, fit_data, found.token, trusted, config, seed=self._stage_seed(now_ns, 1), budget=budget
-        )
-        durations["refine"] = budget.elapsed_ms()
-        budget = clock.stage(config.guard.budget_ms)
-        verdict = judge(
-            scorer, guard_data, evidence.spans[guard], current, refined.token, trusted, self._limits(found),
-            seed=self._stage_seed(now_ns, 2), budget=budget, inverse=not self._unproven,
-        )  # fmt: skip
-        durations["guard"] = budget.elapsed_ms()
-        budget = clock.stage(config.guard.budget_ms)
-        losses = [
-            self._mean_losses(data, token, now_ns, budget)
-            for data in (fit_data, guard_data)
-            for token in (current, refined.token)
-        ]
-        durations["report"] = budget.elapsed_ms()
-        attempt = Attempt(found, refined, verdict, len(fit), len(guard), *losses, durations_ms=durations)
-        return attempt, refined.token, guard_data
+    def _stages(self, round_: Round) -> Stages:
+        return Stages(self._scorer, self._trusted, self.config, round_)
 
     def _limits(self, found: Identification) -> Guard:
         """The guard's, its margins as the module says."""
@@ -413,30 +406,11 @@ class SelfAligner:
             guard, margin=factor * guard.margin, inverse_margin=factor * guard.inverse_margin
         )
 
-    def _mean_losses(self, data: Prepared, token: Tensor, now_ns: int, budget: Budget) -> AlignLosses:
-        try:
-            return self._scorer.summary(data, token, REPORT_DRAWS, self._stage_seed(now_ns, 3), budget.check)
-        except OutOfTimeError:
-            return AlignLosses(math.nan, math.nan, math.nan, math.nan)
+    def _newest_loss(self, evidence: Evidence, round_: Round) -> RunningLoss:
+        prepared, _ = self._stages(round_).prepare(evidence)
+        return self._running_loss(prepared, evidence.spans, round_)
 
-    def _prepare(self, evidence: Evidence, clock: RoundClock) -> tuple[Prepared, float]:
-        """What the frozen model makes of ``evidence``, and the time [ms] it took. The frame cache keeps what was made
-        before it had to stop.
-
-        Raises:
-            OutOfTimeError: it had to stop.
-        """
-        budget = clock.stage(self.config.identify.budget_ms)
-        try:
-            return self._scorer.prepare(evidence.batch, budget.check), budget.elapsed_ms()
-        except OutOfTimeError as why:
-            raise OutOfTimeError(f"{why} while preparing {len(evidence.batch)} transitions") from None
-
-    def _newest_loss(self, evidence: Evidence, now_ns: int, clock: RoundClock) -> RunningLoss:
-        prepared, _ = self._prepare(evidence, clock)
-        return self._running_loss(prepared, evidence.spans, now_ns, clock)
-
-    def _running_loss(self, data: Prepared, spans: np.ndarray, now_ns: int, clock: RoundClock) -> RunningLoss:
+    def _running_loss(self, data: Prepared, spans: np.ndarray, round_: Round) -> RunningLoss:
         """Of the token in use on ``data`` at ``spans`` (B, 2) ns.
 
         Raises:
@@ -444,7 +418,7 @@ class SelfAligner:
         """
         return running_loss(
             self._scorer, data, spans, self._tensor(self.token), self._references, self.config.watch,
-            seed=self._stage_seed(now_ns, 4), budget=clock.stage(self.config.watch.budget_ms),
+            seed=round_.seed(4), budget=round_.clock.stage(self.config.watch.budget_ms),
         )  # fmt: skip
 
     # ---------------------------------------------------------------- small things
@@ -468,7 +442,9 @@ class SelfAligner:
         self._undecided, self._unproven, self._judged_ns = 0, False, since_ns
         self._baseline: RunningLoss | None = None
         self._lost: RunningLoss | None = None  # the baseline that a drift has left; until an attempt
+        self._refuted = False  # the token in use, by a drift; until there is another one or it rests
         self._watched_ns = since_ns
+        self._shadow: Shadow | None = None  # fitted, not judged yet
 
     def _evidence(self, batch: TransitionBatch) -> Evidence:
         """What is usable of ``batch``, by the time it begins."""
@@ -492,10 +468,6 @@ class SelfAligner:
     def _rows(self, rows: np.ndarray) -> Tensor:
         return torch.from_numpy(rows).to(self.policy.dim_mask.device)
 
-    def _stage_seed(self, now_ns: int, stage: int) -> int:
-        entropy = [self._seed, now_ns & (2**64 - 1), stage]
-        return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 2)
-
 
 def _weights(config: AlignConfig) -> tuple[float, float, float]:
     return config.lambda_perc, config.lambda_dyn, config.lambda_inv
@@ -503,5 +475,5 @@ def _weights(config: AlignConfig) -> tuple[float, float, float]:
 
 def _frame_limits(config: AlignConfig) -> tuple[int, int]:
     """Bytes, and frames: the two of every transition that may be looked at again."""
-    transitions = config.collect.memory + config.collect.guard_count + config.watch.count
+    transitions = config.collect.memory + 2 * config.collect.guard_count + config.watch.count
     return config.frame_cache_mib * 2**20, 2 * transitions

@@ -9,22 +9,25 @@ class MotionWanted:
     """At once after a drift, and whenever natural motion has not sufficed for too long.
 
     After a drift the policy moves a robot that it does not know, or hardly moves it; a calibration motion is both safer
-    and tells more.
+    and tells more. So until there is a new token, or none to be found, every attempt that it left undecided asks again.
     """
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        """Forget how long it has waited."""
+        """Forget how long it has waited, and drifts."""
         self._waiting_since_ns: int | None = None
+        self._changed = False
 
     def after(self, report: StageReport, now_ns: int, patience_ns: int) -> bool:
         """Whether to ask for motion after ``report``; ``patience_ns``: how long natural motion may not suffice."""
         waits = report.excitation is not None and not report.excitation.enough
-        if report.drift is not None and report.drift.fired:
+        drifted = report.drift is not None and report.drift.fired
+        if drifted or (self._changed and report.attempt is not None):
             self.reset()
-            return True
+            self._changed = not has_served(report)
+            return drifted or self._changed
         if not waits or self._waiting_since_ns is None or now_ns < self._waiting_since_ns:
             self._waiting_since_ns = now_ns if waits else None
         elif now_ns - self._waiting_since_ns > patience_ns:

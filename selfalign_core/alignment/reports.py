@@ -26,7 +26,8 @@ class Attempt:
     """One pass of identify → refine → guard, with mean losses of the current token and of the shadow on both sets.
 
     ``durations_ms``: wall time per stage: ``prepare`` (what does not depend on the token), ``identify``, ``refine``,
-    ``guard`` and ``report`` (the losses; one for which the time did not suffice is NaN).
+    ``guard`` and ``report`` (the losses; one for which the time did not suffice is NaN). ``earlier_ms``: of them in the
+    earlier round that fitted the shadow.
     """
 
     identification: Identification
@@ -39,6 +40,7 @@ class Attempt:
     guard_before: AlignLosses
     guard_after: AlignLosses
     durations_ms: dict[str, float]
+    earlier_ms: float = 0.0
 
     @property
     def undecided(self) -> bool:
@@ -47,9 +49,13 @@ class Attempt:
 
     @property
     def text(self) -> str:
-        found, steps = self.identification, self.refinement.steps
-        notes = "".join(f", {note}" for note in (found.note, self.refinement.note) if note)
-        return f"{self.verdict.reason}; started from {found.name!r}, {steps} steps{notes}"
+        return f"{self.verdict.reason}; {fit_words(self.identification, self.refinement)}"
+
+
+def fit_words(found: Identification, refined: Refinement) -> str:
+    """Where a shadow comes from."""
+    notes = "".join(f", {note}" for note in (found.note, refined.note) if note)
+    return f"started from {found.name!r}, {refined.steps} steps{notes}"
 
 
 @dataclass(frozen=True)

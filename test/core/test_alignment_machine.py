@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -95,8 +96,7 @@ def test_a_change_of_the_body_and_the_change_back_are_followed(toy: Trained) -> 
         assert fired[0].text.startswith("drift")
         assert any(report.accepted for report in reports)
         assert aligner.state is State.WATCH
-        assert action_loss(toy, aligner, robot) < 0.3 * shifted
-        assert action_loss(toy, aligner, robot) < own + 0.05
+        assert action_loss(toy, aligner, robot) < own + 0.02 * shifted
 
 
 def test_back_at_an_earlier_body_the_token_that_was_in_use_there_is_so_again_at_once(toy: Trained) -> None:
@@ -159,7 +159,8 @@ def test_undecided_it_tries_again_on_unseen_transitions_then_rests_until_told(to
     tried = attempts(reports)
     assert all(report.attempt.undecided for report in tried)
     assert len(tried) == CONFIG.collect.attempts  # the last refusal is the new baseline: no loop
-    between = reports[reports.index(tried[0]) + 1 : reports.index(tried[1])]
+    fitted, *between = reports[reports.index(tried[0]) + 1 : reports.index(tried[1])]
+    assert fitted.text.startswith("fitted, to be judged by newer transitions: started from 'body 5'")
     assert between and all("new transitions to judge by" in report.text for report in between)
     assert reports[-1].text.startswith("watching: no drift")
     aligner.align_now()
@@ -194,8 +195,11 @@ def test_it_waits_for_motion_in_what_is_fitted_and_in_what_it_is_judged_by(
 
 def test_it_counts_what_it_has(toy: Trained) -> None:
     aligner, robot = aligner_of(toy), Robot(BODIES[5])
-    assert advance(aligner, robot).text == "collecting: 0 of 26 transitions"
-    assert live(aligner, robot, 2)[-1].text == "collecting: 8 of 26 transitions"
+    assert advance(aligner, robot).text == "collecting: 0 of 16 transitions"
+    texts = [report.text for report in live(aligner, robot, 6)]
+    assert texts[1] == "collecting: 8 of 16 transitions"
+    assert texts[3].startswith("fitted, to be judged by newer transitions: started from ")
+    assert texts[4] == "collecting: 4 of 10 new transitions to judge by"
 
 
 @pytest.mark.parametrize("mode", ["bank", "subspace", "full"])
@@ -258,7 +262,7 @@ def test_a_round_with_a_slow_model_keeps_to_its_budgets(
     toy: Trained, monkeypatch: pytest.MonkeyPatch, each_s: float
 ) -> None:
     """Whatever it does takes no longer than its stages may, and one pass of the model."""
-    limits = {"prepare": 5.0, "identify": 5.0, "refine": 4.0, "guard": 3.0, "report": 3.0}
+    limits = {"prepare": 2 * 5.0, "identify": 5.0, "refine": 4.0, "report": 2 * 3.0, "guard": 3.0}
     config = dataclasses.replace(
         CONFIG,
         identify=dataclasses.replace(CONFIG.identify, budget_ms=5000.0),
@@ -273,22 +277,21 @@ def test_a_round_with_a_slow_model_keeps_to_its_budgets(
     for _ in range(20):  # frames that a round came to need not be prepared again
         begin, version = clock(), aligner.token.version
         reports.append(advance(aligner, robot))
-        allowed = sum(limits.values()) + 2.0 if reports[-1].attempt else limits["prepare"] + 2.0
-        assert clock() - begin <= allowed + each_s + 1e-6
+        assert clock() - begin <= sum(limits.values()) + 2.0 + each_s + 1e-6
         assert aligner.token.version == version + reports[-1].accepted
         if reports[-1].attempt:
             break
     else:
         pytest.fail(f"no attempt: {reports[-1].text}")
     for report in reports[:-1]:
-        assert report.text == "collecting: budget of 5000 ms spent while preparing 26 transitions"
+        assert re.fullmatch(r"collecting: budget of 5000 ms spent while preparing (16|10) transitions", report.text)
         assert (report.state, report.token.version) == (State.COLLECT, 0)
     durations = reports[-1].attempt.durations_ms
-    assert list(durations) == list(limits)
+    assert set(durations) == set(limits)
     assert len(reports) == 1 or each_s > 0.2
     assert durations["prepare"] > 0 or len(reports) > 1
     if each_s > 5:
-        assert "not judged, budget of 3000 ms spent before one of 8 draws" in reports[-1].text
+        assert "budget of 3000 ms spent after 1 of 8 draws" in reports[-1].text
         assert np.isnan(reports[-1].attempt.guard_after.total)
     else:
         assert reports[-1].attempt.refinement.steps >= 1 and reports[-1].attempt.guard_before.total > 0
@@ -317,7 +320,7 @@ def test_asked_to_stop_it_makes_not_one_pass_more(toy: Trained, monkeypatch: pyt
     assert clock.count == passes
     assert aligner.token.version == int(report.accepted)
     if report.attempt is None:
-        assert report.text == f"collecting: asked to stop while preparing {CONFIG.collect.count} transitions"
+        assert re.fullmatch(r"collecting: asked to stop while preparing (16|10) transitions", report.text)
         assert snapshot(aligner) == before
     else:
         assert "asked to stop" in report.text or not np.isfinite(report.attempt.guard_after.total)

@@ -52,6 +52,20 @@ def test_after_a_drift_motion_is_asked_for_at_once() -> None:
     assert not wanted.after(report("elbow"), 2 * SECOND, PATIENCE)  # it is under way
 
 
+def test_an_attempt_after_a_drift_asks_again_until_one_is_decided() -> None:
+    refused, accepted = (SimpleNamespace(verdict=Verdict(accepted, "")) for accepted in (False, True))
+    undecided, wanted = dataclasses.replace(report(""), attempt=refused), MotionWanted()
+    decided = dataclasses.replace(report(""), attempt=accepted)
+    rests = dataclasses.replace(undecided, state=State.WATCH)
+    assert not wanted.after(undecided, 0, PATIENCE)  # nothing says that the robot has changed
+    for end in (decided, rests):
+        asked = [
+            wanted.after(one, second * SECOND, PATIENCE)
+            for second, one in enumerate([report(drift=True), report(""), undecided, undecided, end, undecided])
+        ]
+        assert asked == [True, False, True, True, False, False]
+
+
 def test_a_drift_that_an_earlier_token_explains_asks_for_motion_that_has_served_already() -> None:
     back = dataclasses.replace(report(drift=True), returned=Verdict(True, "accepted"))
     assert MotionWanted().after(back, SECOND, PATIENCE)  # it takes the robot home, if that is asked for

@@ -174,9 +174,9 @@ def test_settings_change_while_it_works(toy: Trained) -> None:
 
 def test_too_few_transitions_are_counted_without_being_looked_at(toy: Trained) -> None:
     aligner, robot = aligner_of(toy, AlignConfig().without_budgets()), Robot(BODIES[0])
-    assert (aligner.needed, aligner.wanted) == (32, 64)
+    assert (aligner.needed, aligner.wanted) == (20, 64)
     report = aligner.short_of(5, robot.now_ns)
-    assert report.text == "collecting: 5 of 32 transitions" and report.transitions == 5 and not report.accepted
+    assert report.text == "collecting: 5 of 20 transitions" and report.transitions == 5 and not report.accepted
     robot.move(5)
     assert advance(aligner, robot).text.startswith("collecting: ")
     aligner.use(dataclasses.replace(aligner.token, version=3), 10 * SECOND)
