@@ -23,12 +23,11 @@ class Collect:
 
     ``fit_count`` transitions to identify and refine on, then ``guard_count`` newer ones to judge by, one every
     ``stride`` control steps; soon after a change, and after what was fitted on, they may lie as near as ``min_stride``.
-    If more have come while it was fitted, up to twice as many judge. After an undecided refusal it goes on collecting,
-    for ``attempts`` in a row, each judged by transitions that none before has seen and fitted on ``fit_count`` that are
-    spread over the newest ``memory``: another way of moving is no reason to forget. Each joint's commanded change must
-    spread by ``min_command`` and at least one joint must really move by ``min_motion`` (standard deviations, rad or m)
-    in what is fitted; in what it is judged by a joint must move, too. ``max_value`` is the largest normalised state or
-    action that is believed.
+    After an undecided refusal it goes on collecting, for ``attempts`` in a row, each judged by transitions that none
+    before has seen and fitted on ``fit_count`` that are spread over the newest ``memory``: another way of moving is no
+    reason to forget. Each joint's commanded change must spread by ``min_command`` and at least one joint must really
+    move by ``min_motion`` (standard deviations, rad or m) in what is fitted; in what it is judged by a joint must move,
+    too. ``max_value`` is the largest normalised state or action that is believed.
     """
 
     fit_count: int = 20
@@ -102,11 +101,11 @@ class Guard:
     inverse dynamics alone < -``inverse_margin`` in the mean, and < 0 at half as many ``sigmas``. Means are over what
     there is to explain, see :mod:`guard`. With few independent transitions it takes more than that, see
     :meth:`overlap.Estimate.upper`. The margins: a smaller gain is not worth a new token: it is real, but the actions do
-    not get better by it. While the current token is unproven none is asked for, nor is inverse dynamics; twice as much
-    where no other known token fits better (see :mod:`machine`). ``draws``: common noise draws per transition.
-    ``trust_radius``: farthest from the nearest trusted token, in spreads of the bank (root mean squares; 1 for a bank
-    of one). ``max_norm``: largest root mean square of a token vector; trusted tokens may be larger. ``budget_ms`` is
-    for the test, and as much again for the losses that the report gives.
+    not get better by it. While the current token is unproven none is asked for, nor is inverse dynamics, and half the
+    ``sigmas`` do; twice as much where no other known token fits better (see :mod:`machine`). ``draws``: common noise
+    draws per transition. ``trust_radius``: farthest from the nearest trusted token, in spreads of the bank (root mean
+    squares; 1 for a bank of one). ``max_norm``: largest root mean square of a token vector; trusted tokens may be
+    larger. ``budget_ms`` is for the test, and as much again for the losses that the report gives.
     """
 
     draws: int = 16

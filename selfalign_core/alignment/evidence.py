@@ -42,8 +42,8 @@ def split(spans: np.ndarray, config: Collect, unseen_ns: int) -> tuple[np.ndarra
 
 
 def to_judge_by(spans: np.ndarray, config: Collect, unseen_ns: int) -> np.ndarray:
-    """The newest rows that begin at ``unseen_ns`` or later, at most twice as many as have to be."""
-    return np.flatnonzero(spans[:, 0] >= unseen_ns)[-2 * config.guard_count :]
+    """The newest rows that begin at ``unseen_ns`` or later, no more than have to be."""
+    return np.flatnonzero(spans[:, 0] >= unseen_ns)[-config.guard_count :]
 
 
 def _spread(rows: np.ndarray, count: int) -> np.ndarray:

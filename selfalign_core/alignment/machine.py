@@ -17,9 +17,10 @@ on all evidence so far but is judged by transitions that none before has seen. A
 refusal leaves a baseline for the drift test, which goes on beside further attempts; not while the token in use is one
 that a drift has refuted, of which more of the same is no news. And a token that was jumped to is unproven until
 identification prefers it over all others on as much evidence as is remembered: it may have fitted little motion by
-chance, so that it fits worse elsewhere is no sign of a change, and no evidence is dropped. Any sure gain of the losses
-together replaces it. For a proven one the guard asks for its margins, and for twice those where no other token of the
-bank fits better: the body is most likely the one that it was, and what refinement gains there is mostly chance.
+chance, so that it fits worse elsewhere is no sign of a change, and no evidence is dropped. Any gain of the losses
+together, by half as many standard errors, replaces it: of two that both are new the one that was fitted on more is the
+better guess. For a proven one the guard asks for its margins, and for twice those where no other token of the bank fits
+better: the body is most likely the one that it was, and what refinement gains there is mostly chance.
 A robot often changes back. From a drift until the next attempt, a token that was in use before and explains what is
 seen since is in use again at once (:mod:`earlier`), proven as it was; the attempt then looks for a better one.
 Who orders an earlier token back wants it kept: then, too, it rests, and what it sees first is the baseline.
@@ -399,9 +400,11 @@ class SelfAligner:
 
     def _limits(self, found: Identification) -> Guard:
         """The guard's, its margins as the module says."""
-        same_body = found.margin == 0 and len(self._trusted.names) > 1
-        factor = 0 if self._unproven else 2 if same_body else 1
         guard = self.config.guard
+        if self._unproven:
+            return dataclasses.replace(guard, sigmas=guard.sigmas / 2, margin=0.0, inverse_margin=0.0)
+        same_body = found.margin == 0 and len(self._trusted.names) > 1
+        factor = 2 if same_body else 1
         return dataclasses.replace(
             guard, margin=factor * guard.margin, inverse_margin=factor * guard.inverse_margin
         )
@@ -475,5 +478,5 @@ def _weights(config: AlignConfig) -> tuple[float, float, float]:
 
 def _frame_limits(config: AlignConfig) -> tuple[int, int]:
     """Bytes, and frames: the two of every transition that may be looked at again."""
-    transitions = config.collect.memory + 2 * config.collect.guard_count + config.watch.count
+    transitions = config.collect.memory + config.collect.guard_count + config.watch.count
     return config.frame_cache_mib * 2**20, 2 * transitions
