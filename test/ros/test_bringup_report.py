@@ -35,7 +35,7 @@ def align(
     end: float, duration: float = 0.5, version: int = 0, accepted: bool = True, loss: float = 1.0, **options
 ) -> AlignRecord:
     losses = {name: dict.fromkeys(LOSSES, loss) for name in SETS}
-    values = {"attempted": True, "steps": 8, "difference_mean": -0.1, "difference_stderr": 0.02, "losses": losses}
+    values = {"attempted": True, "steps": 8, "attempt_s": 2 * duration, "difference_mean": -0.1, "difference_stderr": 0.02, "losses": losses}
     return AlignRecord(
         end, duration, "collect", "because", version, version + accepted, 1.5, 40, accepted=accepted,
         **(values | options),
@@ -110,7 +110,7 @@ def test_report_holds_what_happened() -> None:
     assert report["chunks"] == {"count": 10, "rate_hz": pytest.approx(2.5), "first_t": 0.0, "horizon": 16, "dim": 7}
     expected = {"rounds": 4, "attempts": 2, "accepted": 1, "refused": 1, "returned": 0, "drifts": 1, "duration_s": None}
     assert report["align"] | {"duration_s": None} == expected
-    assert report["align"]["duration_s"]["max"] == 0.5
+    assert report["align"]["duration_s"]["max"] == 1.0
     assert report["e_token"] == {"first_version": 0, "last_version": 1, "norm": 1.5}
     assert report["frames"]["camera/overhead"]["dropped"] == 3
     distance = report["distance_to_target_m"]
