@@ -35,7 +35,10 @@ def align(
     end: float, duration: float = 0.5, version: int = 0, accepted: bool = True, loss: float = 1.0, **options
 ) -> AlignRecord:
     losses = {name: dict.fromkeys(LOSSES, loss) for name in SETS}
-    values = {"attempted": True, "steps": 8, "attempt_s": 2 * duration, "difference_mean": -0.1, "difference_stderr": 0.02, "losses": losses}
+    values = {
+        "attempted": True, "steps": 8, "attempt_s": 2 * duration, "difference_mean": -0.1, "difference_stderr": 0.02,
+        "losses": losses,
+    }  # fmt: skip
     return AlignRecord(
         end, duration, "collect", "because", version, version + accepted, 1.5, 40, accepted=accepted,
         **(values | options),
