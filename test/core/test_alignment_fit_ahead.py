@@ -137,3 +137,22 @@ def test_after_a_drift_worse_losses_of_the_refuted_token_drop_no_evidence(toy: T
     reports = live(aligner, robot, 8)
     assert attempts(reports) and aligner.since_ns == since_ns
     assert not any(report.drift is not None for report in reports)
+
+
+def test_a_token_that_was_just_jumped_to_is_held_to_less_than_a_proven_one(
+    toy: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Guard, bool]] = []
+    judge = Stages.judge
+
+    def spy(self, shadow, evidence, current, limits, *, inverse):
+        asked.append((limits, inverse))
+        return judge(self, shadow, evidence, current, limits, inverse=inverse)
+
+    monkeypatch.setattr(Stages, "judge", spy)
+    aligner, robot = aligner_of(toy), Robot(BODIES[5])
+    tried = attempts(live(aligner, robot, 60))
+    assert tried[0].accepted and len(tried) > 2
+    guard = CONFIG.guard
+    assert asked[0] == (guard, True)  # the deployed token may be right
+    assert asked[1] == (dataclasses.replace(guard, sigmas=guard.sigmas / 2, margin=0.0, inverse_margin=0.0), False)
