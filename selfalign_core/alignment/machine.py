@@ -229,11 +229,10 @@ class SelfAligner:
         stages, clock = self._stages(round_), round_.clock
         with contextlib.suppress(OutOfTimeError):
             data, _ = stages.prepare(evidence)
-            fit = data.select(self._rows(np.arange(min(config.collect.fit_count, len(data)))))
+            fit, guard = data.select(slice(config.collect.fit_count)), slice(config.collect.guard_count)
             budget = clock.stage(config.refine.budget_ms)
             shadow = refine(self._scorer, fit, current, self._trusted, one_step, seed=0, budget=budget).token
-            guard = np.arange(min(config.collect.guard_count, len(data)))
-            guard_data, times, limits = data.select(self._rows(guard)), evidence.spans[guard], config.guard
+            guard_data, times, limits = data.select(guard), evidence.spans[guard], config.guard
             budget = clock.stage(limits.budget_ms)
             judge(self._scorer, guard_data, times, current, shadow, self._trusted, limits, seed=0, budget=budget)
 
@@ -467,9 +466,6 @@ class SelfAligner:
 
     def _tensor(self, token: EToken) -> Tensor:
         return torch.from_numpy(np.array(token.data, np.float32)).to(self.policy.dim_mask.device)
-
-    def _rows(self, rows: np.ndarray) -> Tensor:
-        return torch.from_numpy(rows).to(self.policy.dim_mask.device)
 
 
 def _weights(config: AlignConfig) -> tuple[float, float, float]:
