@@ -402,6 +402,8 @@ class AlignerNode(ManagedNode):
 
         wanted = self._motion.after(report, now_ns, round(self.parameters["auto_calibrate_after"] * NS_PER_S))
         if not self.parameters["auto_calibrate"] or self.lockstep:
+            if wanted:
+                self.get_logger().info(f"a calibration motion would tell more (~/calibrate): {report.text}")
             return
         if wanted and self._calibrate.service_is_ready():
             asked = self._calibrate.call_async(Trigger.Request())

@@ -1,11 +1,13 @@
-"""A robot that changes while it works, in the running graph: the real nodes at real rates, with nobody's help.
+"""A robot that changes while it works, or that training never saw, in the running graph, with nobody's help.
 
     python -m benchmarks.adaptation.in_graph --output runs/in_graph
 
-Each run starts the bringup graph, changes the body of the simulated robot through its service and changes it back, and
-reads what the run report saw: when the body changed, which targets were reached, what the aligner did. A run takes
-two and a half minutes. Runs that are there, of the same checkpoint, parameters and shift, are not made again.
-``--control`` runs have a disabled aligner; no limit is for them.
+Each run starts the bringup graph, the real nodes at real rates, changes the body of the simulated robot through its
+service and changes it back, and reads what the run report saw: when the body changed, which targets were reached, what
+the aligner did. In a run ``unseen`` the robot has another body from its start to its end, number SEED of the study's
+family "all" inside the training range. A run takes two and a half minutes, an unseen one 75 s. Runs that are there, of
+the same checkpoint, parameters and bodies, are not made again. ``--control`` runs have a disabled aligner; no limit is
+for them, nor for unseen bodies.
 
 Exit status: 0 if the limits are kept, 1 if not, 2 on bad arguments.
 """
@@ -13,181 +15,53 @@ Exit status: 0 if the limits are kept, 1 if not, 2 on bad arguments.
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
-import json
 import math
 import os
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import rclpy
-import yaml
-from rclpy.node import Node
-from std_msgs.msg import Bool
 
-from benchmarks.adaptation.long_run import PATIENCE_NS
-from benchmarks.adaptation.shifts import (
-    BACK_S,
-    BEFORE_S,
-    CALIBRATION,
-    RECOVERY_S,
-    SHIFTED_S,
-    SHIFTS,
-    reached_share,
-    recovery_s,
-)
-from benchmarks.adaptation.work import Cache, policy_of, say
+from benchmarks.adaptation.graph_run import CASES, PARAMETERS, UNSEEN, model_of, report_of
+from benchmarks.adaptation.shifts import RECOVERY_S, SHIFTS, reached_share, recovery_s
+from benchmarks.adaptation.work import say
 from benchmarks.report import print_table, record, run_command, write_json
-from selfalign.srv import SetBody
 from selfalign_core.errors import ConfigError
-from selfalign_core.policy import Policy
-from selfalign_core.sim import BodyConfig
 from selfalign_ros.graph import BRINGUP
-from selfalign_ros.parameters import load_specs
-from selfalign_ros.resources import checkpoint_folder
 from selfalign_ros.supervisor import free_domain
 
 RECOVERED_SHARE = 0.9
-SERVICE_TIMEOUT_S = 30.0
-STARTUP_S = 120.0
-"""Limit for the graph to make the robot reach for its first target, until it is over."""
-
-PARAMETERS = {
-    "aligner": {"auto_calibrate": True, "auto_calibrate_after": PATIENCE_NS / 1e9, "token_folder": ""},
-    "policy": {
-        "calibrate_amplitude": CALIBRATION.amplitude,
-        "calibrate_around": "home",
-        "calibrate_duration": CALIBRATION.duration_s,
-        "token_folder": "",
-    },
-}
-"""A robot whose policy has lost its way hardly moves: let the aligner ask for the motion that it needs."""
-
-
-class Shifter(Node):
-    """Changes the body of the simulated robot; knows when a target is over."""
-
-    def __init__(self) -> None:
-        super().__init__("shifter")
-        self.targets = 0
-        self.create_subscription(Bool, "target_reached", self._on_target, 10)
-        self._client = self.create_client(SetBody, "robot_sim/set_body")
-
-    def set_body(self, body: BodyConfig) -> None:
-        """Raises ``ConfigError`` if the simulated robot does not take it."""
-        if not self._client.wait_for_service(SERVICE_TIMEOUT_S):
-            raise ConfigError(f"service {self._client.srv_name}: found nobody offering it, expected robot_sim")
-        future = self._client.call_async(SetBody.Request(body=yaml.safe_dump(body.to_dict())))
-        rclpy.spin_until_future_complete(self, future, timeout_sec=SERVICE_TIMEOUT_S)
-        answer = future.result()
-        if answer is None or not answer.success:
-            raise ConfigError(f"{self._client.srv_name}: {'no answer' if answer is None else answer.message}")
-
-    def _on_target(self, message: Bool) -> None:
-        self.targets += 1
-
-
-def parameters_of(aligned: bool) -> dict[str, dict[str, Any]]:
-    """Those of the nodes that are not as by default; without alignment if not ``aligned``."""
-    return PARAMETERS | {"aligner": PARAMETERS["aligner"] | ({} if aligned else {"enable": False})}
-
-
-def report_of(shift: str, seed: int, output: Path, checkpoint: str | None, *, aligned: bool = True) -> dict[str, Any]:
-    """The run report, of a run that is kept under ``output`` if there is one of the same inputs, else of a new one.
-
-    Raises:
-        SelfAlignError: no such checkpoint, or see :func:`run_once`.
-    """
-    name = f"{shift}-{seed}" if aligned else f"{shift}-{seed}-control"
-    parameters = parameters_of(aligned)
-    inputs = {
-        "model": _model(checkpoint).digest,
-        "body": SHIFTS[shift].to_dict(),
-        "seed": seed,
-        "seconds": [BEFORE_S, SHIFTED_S, BACK_S],
-        "parameters": {
-            kind: {spec.name: spec.default for spec in load_specs(kind).values()} | parameters.get(kind, {})
-            for kind in ("policy", "buffer", "aligner", "robot_sim")
-        },
-    }
-    make = functools.partial(run_once, shift, seed, output / f"{name}.json", checkpoint, parameters)
-    return Cache(output / "kept").get(name, inputs, make)
-
-
-def _model(checkpoint: str | None) -> Policy:
-    """That of ``checkpoint``, by default of the parameter."""
-    return policy_of(checkpoint_folder(checkpoint or str(load_specs("policy")["checkpoint"].default)))
-
-
-def run_once(
-    shift: str, seed: int, report: Path, checkpoint: str | None, settings: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
-    """One run of the graph with the nodes' ``settings``; the run report as plain data.
-
-    Raises:
-        ConfigError: the graph ended early, or made no report.
-    """
-    report.parent.mkdir(parents=True, exist_ok=True)
-    parameters = report.with_suffix(".yaml")
-    seeded = {"robot_sim": {"seed": seed}, **settings}
-    parameters.write_text(yaml.safe_dump({name: {"ros__parameters": values} for name, values in seeded.items()}))
-    command = [sys.executable, "-m", "selfalign_ros.bringup", f"report:={report}", f"params_file:={parameters}"]
-    if checkpoint is not None:
-        command.append(f"checkpoint:={checkpoint}")
-    log = report.with_suffix(".log")
-    with log.open("w") as output:
-        graph = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-    shifter = Shifter()
-
-    def spin(until: Callable[[], bool]) -> None:
-        while not until():
-            if graph.poll() is not None:
-                raise ConfigError(f"the graph ended with exit code {graph.returncode}; see {log}")
-            rclpy.spin_once(shifter, timeout_sec=0.1)
-
-    def wait(seconds: float) -> None:
-        end = time.monotonic() + seconds
-        spin(lambda: time.monotonic() >= end)
-
-    try:
-        limit = time.monotonic() + STARTUP_S
-        spin(lambda: shifter.targets > 0 or time.monotonic() > limit)
-        wait(BEFORE_S)
-        shifter.set_body(SHIFTS[shift])
-        wait(SHIFTED_S)
-        shifter.set_body(BodyConfig())
-        wait(BACK_S)
-        graph.terminate()
-        graph.wait(60.0)
-    finally:
-        graph.kill()
-        graph.wait()
-        shifter.destroy_node()
-    if not report.is_file():
-        raise ConfigError(f"{report}: found no report, expected one; see {log}")
-    return json.loads(report.read_text(encoding="utf-8"))
 
 
 def figures_of(report: dict[str, Any]) -> dict[str, Any]:
-    """Recovery and targets reached around each of the two changes of one run, from its report."""
+    """Recovery and targets reached from one run's report: around each of two changes, or from its start on."""
     series = report["series"]
-    (_, shift, back), duration = [row[0] for row in series["bodies"]["rows"]], report["duration_s"]
+    changes, duration = [row[0] for row in series["bodies"]["rows"]], report["duration_s"]
     ends = [(row[0], bool(row[1])) for row in series["targets"]["rows"]]
     # The first target may have begun before the report listened.
     targets = [{"begin": a, "end": b, "reached": reached} for (a, _), (b, reached) in itertools.pairwise(ends)]
     align = [dict(zip(series["align"]["columns"], row, strict=True)) for row in series["align"]["rows"]]
+    if len(changes) == 1:
+        begin = series["chunks"]["rows"][0][0]  # until then nothing moves
+        found = {
+            "recovery_start_s": recovery_s(targets, begin, duration),
+            "reached_later": reached_share(targets, begin + RECOVERY_S, duration),
+        }
+    else:
+        _, shift, back = changes
+        found = {
+            "recovery_shift_s": recovery_s(targets, shift, back),
+            "recovery_back_s": recovery_s(targets, back, duration),
+            "reached_before": reached_share(targets, 0.0, shift),
+            "reached_shifted": reached_share(targets, shift + RECOVERY_S, back),
+            "reached_back": reached_share(targets, back + RECOVERY_S, duration),
+        }
     return {
-        "recovery_shift_s": recovery_s(targets, shift, back),
-        "recovery_back_s": recovery_s(targets, back, duration),
-        "reached_before": reached_share(targets, 0.0, shift),
-        "reached_shifted": reached_share(targets, shift + RECOVERY_S, back),
-        "reached_back": reached_share(targets, back + RECOVERY_S, duration),
+        **found,
         "accepted": sum(row["accepted"] or row["returned"] for row in align),
         "refused": sum(row["attempted"] and not row["accepted"] for row in align),
         "drifts": sum(row["drift"] for row in align),
@@ -204,61 +78,102 @@ def _run(options: argparse.Namespace) -> int:
     os.environ.update(BRINGUP({}).environment)
     rclpy.init(args=[])
     try:
-        for shift, aligned in itertools.product(options.shifts, (True, False)):
+        for case, aligned in itertools.product(options.shifts, (True, False)):
             for seed in range(options.seed, options.seed + (options.runs if aligned else options.control)):
-                report = report_of(shift, seed, output, options.checkpoint, aligned=aligned)
-                runs.append({"shift": shift, "seed": seed, "aligned": aligned, **figures_of(report)})
-                say(f"{_name(shift, aligned)}, seed {seed}: recovered in {_times([runs[-1]])}")
+                report = report_of(case, seed, output, options.checkpoint, aligned=aligned)
+                runs.append({"shift": case, "seed": seed, "aligned": aligned, **figures_of(report)})
+                say(f"{_name(case, aligned)}, seed {seed}: recovered in {_times(runs[-1])}")
     finally:
         rclpy.try_shutdown()
-    rows, kept = [], True
-    for shift, aligned in itertools.product(options.shifts, (True, False)):
-        group = [run for run in runs if (run["shift"], run["aligned"]) == (shift, aligned)]
-        if not group:
-            continue
-        row = [_name(shift, aligned)]
-        for name in ("shift", "back"):
-            recovered = [run[f"recovery_{name}_s"] <= RECOVERY_S for run in group]
-            kept &= not aligned or np.mean(recovered) >= RECOVERED_SHARE
-            row += [f"{sum(recovered)} of {len(group)}"]
-        for name in ("before", "shifted", "back"):
-            row.append(f"{100 * np.nanmean([run[f'reached_{name}'] for run in group]):.0f} %")
-        for name in ("accepted", "refused", "drifts"):
-            row.append(f"{np.mean([run[name] for run in group]):.1f}")
-        rows.append(row)
-    print_table(
-        [
-            f"runs recovered within {RECOVERY_S:.0f} s of", "the shift", "the shift back", "reached before", "shifted",
-            "back", "commits", "refusals", "drifts",
-        ],
-        rows,
-    )  # fmt: skip
-    model = _model(options.checkpoint).digest
-    write_json(
-        output / "in_graph.json", record("in_graph", model=model, parameters=PARAMETERS, kept=bool(kept), runs=runs)
+    groups = {
+        (case, aligned): [run for run in runs if (run["shift"], run["aligned"]) == (case, aligned)]
+        for case, aligned in itertools.product(options.shifts, (True, False))
+    }
+    _print_shifts({key: group for key, group in groups.items() if group and key[0] in SHIFTS})
+    _print_unseen({key: group for key, group in groups.items() if group and key[0] == UNSEEN})
+    kept = all(
+        np.mean([run[f"recovery_{name}_s"] <= RECOVERY_S for run in group]) >= RECOVERED_SHARE
+        for (case, aligned), group in groups.items()
+        for name in ("shift", "back")
+        if aligned and case in SHIFTS
     )
+    model = model_of(options.checkpoint).digest
+    write_json(output / "in_graph.json", record("in_graph", model=model, parameters=PARAMETERS, kept=kept, runs=runs))
     return 0 if kept else 1
 
 
-def _name(shift: str, aligned: bool) -> str:
-    return shift if aligned else f"{shift}, not aligned"
+Groups = dict[tuple[str, bool], list[dict[str, Any]]]
 
 
-def _times(runs: Sequence[dict[str, Any]]) -> str:
-    """Of the shift and of the shift back."""
-    found = [run[f"recovery_{name}_s"] for run in runs for name in ("shift", "back")]
+def _print_shifts(groups: Groups) -> None:
+    if not groups:
+        return
+    print_table(
+        [
+            f"runs recovered within {RECOVERY_S:.0f} s of", "the shift", "the shift back", "reached before", "shifted",
+            "back", *_DONE,
+        ],
+        [
+            [
+                _name(*key), *(_recovered(group, name) for name in ("shift", "back")),
+                *(_reached(group, name) for name in ("before", "shifted", "back")), *_done(group),
+            ]
+            for key, group in groups.items()
+        ],
+    )  # fmt: skip
+
+
+def _print_unseen(groups: Groups) -> None:
+    if not groups:
+        return
+    print_table(
+        ["from the start", f"runs recovered within {RECOVERY_S:.0f} s", "ever", "reached from then on", *_DONE],
+        [
+            [
+                _name(*key), _recovered(group, "start"), _recovered(group, "start", math.inf),
+                _reached(group, "later"), *_done(group),
+            ]
+            for key, group in groups.items()
+        ],
+    )  # fmt: skip
+
+
+_DONE = ("commits", "refusals", "drifts")
+
+
+def _done(group: Sequence[dict[str, Any]]) -> list[str]:
+    return [f"{np.mean([run[name] for run in group]):.1f}" for name in ("accepted", "refused", "drifts")]
+
+
+def _recovered(group: Sequence[dict[str, Any]], name: str, limit_s: float = RECOVERY_S) -> str:
+    times = [run[f"recovery_{name}_s"] for run in group]
+    return f"{sum(math.isfinite(s) and s <= limit_s for s in times)} of {len(group)}"
+
+
+def _reached(group: Sequence[dict[str, Any]], name: str) -> str:
+    return f"{100 * np.nanmean([run[f'reached_{name}'] for run in group]):.0f} %"
+
+
+def _name(case: str, aligned: bool) -> str:
+    return case if aligned else f"{case}, not aligned"
+
+
+def _times(run: dict[str, Any]) -> str:
+    """Of every change of the body, or of its start."""
+    found = [seconds for name, seconds in run.items() if name.startswith("recovery_")]
     return ", ".join(f"{s:.0f} s" if math.isfinite(s) else "never" for s in found)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.adaptation.in_graph", description="Shifts of the body in the running graph."
+        prog="python -m benchmarks.adaptation.in_graph",
+        description="Shifts of the body, and unseen bodies, in the running graph.",
     )
     parser.add_argument("--output", required=True, help="folder for the run reports, their pictures and in_graph.json")
-    parser.add_argument("--shifts", nargs="+", choices=list(SHIFTS), default=list(SHIFTS))
-    parser.add_argument("--runs", type=int, default=10, help="of each shift")
-    parser.add_argument("--control", type=int, default=0, help="runs of each shift with a disabled aligner")
-    parser.add_argument("--seed", type=int, default=0, help="of the first run's targets")
+    parser.add_argument("--shifts", nargs="+", choices=CASES, default=list(CASES), help="and unseen bodies")
+    parser.add_argument("--runs", type=int, default=10, help="of each shift, and unseen bodies")
+    parser.add_argument("--control", type=int, default=0, help="runs of each with a disabled aligner")
+    parser.add_argument("--seed", type=int, default=0, help="of the first run's targets; number of the unseen body")
     parser.add_argument("--checkpoint", help="checkpoint directory, by default that of the parameter")
     return run_command(lambda: _run(parser.parse_args(arguments)))
 

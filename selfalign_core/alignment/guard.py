@@ -37,7 +37,8 @@ class Verdict:
 
     Per transition ``2 (after - before) / (after + before)``, ``before`` of the current token and ``after`` of the
     shadow, whose means over transitions are given too. ``promising``: every loss that was tested gains as much as it
-    has to in the mean, surely or not. ``effective_count``: of independent transitions, see
+    has to in the mean, surely or not. ``sees_better``: the losses together pass their test; if it is a refusal, inverse
+    dynamics alone was missing. ``effective_count``: of independent transitions, see
     :mod:`selfalign_core.alignment.overlap`.
     """
 
@@ -48,6 +49,7 @@ class Verdict:
     before: float = math.nan
     after: float = math.nan
     promising: bool = False
+    sees_better: bool = False
     effective_count: float = 0.0
 
 
@@ -101,6 +103,7 @@ def judge(
         before=float(before.mean()),
         after=float(after.mean()),
         promising=all(test.promising for test in tests),
+        sees_better=tests[0].passed,
         effective_count=difference.effective_count,
     )
 

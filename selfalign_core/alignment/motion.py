@@ -6,28 +6,30 @@ from selfalign_core.alignment.reports import StageReport, State
 
 
 class MotionWanted:
-    """At once after a drift, and whenever natural motion has not sufficed for too long.
+    """At once when the robot is not the token's, and whenever natural motion has not sufficed for too long.
 
-    After a drift the policy moves a robot that it does not know, or hardly moves it; a calibration motion is both safer
-    and tells more. So until there is a new token, or none to be found, every attempt that it left undecided asks again.
+    A drift says so, or an attempt whose shadow surely sees better and lacks inverse dynamics alone. The policy then
+    moves a robot that it does not know, or hardly moves it; a calibration motion is both safer and tells more. So until
+    there is a new token, or none to be found, every attempt that it left undecided asks again.
     """
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        """Forget how long it has waited, and drifts."""
+        """Forget how long it has waited, and that the robot is not the token's."""
         self._waiting_since_ns: int | None = None
-        self._changed = False
+        self._is_other = False
 
     def after(self, report: StageReport, now_ns: int, patience_ns: int) -> bool:
         """Whether to ask for motion after ``report``; ``patience_ns``: how long natural motion may not suffice."""
         waits = report.excitation is not None and not report.excitation.enough
         drifted = report.drift is not None and report.drift.fired
-        if drifted or (self._changed and report.attempt is not None):
+        attempt = report.attempt
+        if drifted or (attempt is not None and (self._is_other or attempt.verdict.sees_better)):
             self.reset()
-            self._changed = not has_served(report)
-            return drifted or self._changed
+            self._is_other = not has_served(report)
+            return drifted or self._is_other
         if not waits or self._waiting_since_ns is None or now_ns < self._waiting_since_ns:
             self._waiting_since_ns = now_ns if waits else None
         elif now_ns - self._waiting_since_ns > patience_ns:

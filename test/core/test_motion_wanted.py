@@ -66,6 +66,19 @@ def test_an_attempt_after_a_drift_asks_again_until_one_is_decided() -> None:
         assert asked == [True, False, True, True, False, False]
 
 
+def test_what_sees_better_and_lacks_inverse_dynamics_alone_asks_at_once_and_until_it_is_decided() -> None:
+    def attempt(accepted: bool, *, sees_better: bool) -> StageReport:
+        verdict = Verdict(accepted, "", sees_better=sees_better)
+        return dataclasses.replace(report(""), attempt=SimpleNamespace(verdict=verdict))
+
+    sure, unsure = (attempt(False, sees_better=sees_better) for sees_better in (True, False))
+    wanted = MotionWanted()
+    rounds = [unsure, sure, report(""), unsure, attempt(True, sees_better=True), unsure]
+    asked = [wanted.after(one, second * SECOND, PATIENCE) for second, one in enumerate(rounds)]
+    assert asked == [False, True, False, True, False, False]
+    assert not wanted.after(dataclasses.replace(sure, state=State.WATCH), 9 * SECOND, PATIENCE)  # it gives up
+
+
 def test_a_drift_that_an_earlier_token_explains_asks_for_motion_that_has_served_already() -> None:
     back = dataclasses.replace(report(drift=True), returned=Verdict(True, "accepted"))
     assert MotionWanted().after(back, SECOND, PATIENCE)  # it takes the robot home, if that is asked for
