@@ -107,6 +107,7 @@ class AlignerNode(ManagedNode):
         self._asked: tuple[int, int, int] | None = None
         self._known_ns = 0
         self._attempt_wanted = False  # by somebody who asked while a round ran
+        self._forget_ns: int | None = None  # what came before it, in the next round
         self._motion: MotionWanted  # once the aligner is loaded
         self._timer: Any = None
         self._kept = KeptFile(self.kept_path(".safetensors"))  # used in the worker only
@@ -151,7 +152,7 @@ class AlignerNode(ManagedNode):
         self._ready = False
         self._timer = None
         self._motion.reset()
-        self._attempt_wanted = False
+        self._attempt_wanted, self._forget_ns = False, None
 
     def is_idle(self) -> bool:
         return not self._busy
@@ -282,8 +283,9 @@ class AlignerNode(ManagedNode):
         """One round; ``now``: without rest. False if there was nothing to report: nothing new, or a ``_problem``."""
         self._busy = True
         now, self._attempt_wanted = now or self._attempt_wanted, False
+        forget_ns, self._forget_ns = self._forget_ns, None
         try:
-            request = await self.call_worker(self._request_job(now, now_ns))
+            request = await self.call_worker(self._request_job(now, forget_ns, now_ns))
             asked = (request.count, request.since_ns, request.stride)
             if asked == self._asked and self._known_ns <= now_ns:
                 request.newer_than_ns = self._known_ns
@@ -312,7 +314,7 @@ class AlignerNode(ManagedNode):
         self._finish(done, now_ns)
         return True
 
-    def _request_job(self, now: bool, now_ns: int) -> Callable[[], SampleTransitions.Request]:
+    def _request_job(self, now: bool, forget_ns: int | None, now_ns: int) -> Callable[[], SampleTransitions.Request]:
         """The work for the worker: what the aligner needs next, with the parameters as they are now."""
         aligner, parameters = self._aligner, dict(self.parameters.values)
         assert aligner is not None
@@ -321,6 +323,8 @@ class AlignerNode(ManagedNode):
             aligner.configure(align_config(parameters))
             if now:
                 aligner.align_now()
+            if forget_ns is not None:
+                aligner.forget(forget_ns)
             return SampleTransitions.Request(
                 count=aligner.wanted,
                 since_ns=aligner.since_ns,
@@ -406,13 +410,15 @@ class AlignerNode(ManagedNode):
                 self.get_logger().info(f"a calibration motion would tell more (~/calibrate): {report.text}")
             return
         if wanted and self._calibrate.service_is_ready():
-            asked = self._calibrate.call_async(Trigger.Request())
-            asked.add_done_callback(lambda future: self._on_calibrate_answer(future, has_served(report)))
+            asked, anew = self._calibrate.call_async(Trigger.Request()), self._motion.anew
+            asked.add_done_callback(lambda future: self._on_calibrate_answer(future, has_served(report), anew))
         elif has_served(report):
             self._end_motion()
 
-    def _on_calibrate_answer(self, future: Future, served: bool) -> None:
+    def _on_calibrate_answer(self, future: Future, served: bool, anew: bool) -> None:
         self.get_logger().info(f"asked for motion ({self._last_text}): {future.result().message}")
+        if anew and future.result().success:
+            self._forget_ns = self.now_ns()
         if served:
             self._end_motion()
 

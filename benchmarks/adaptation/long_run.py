@@ -144,6 +144,8 @@ class LongRun:
         motion = calibration_motion(contract, start, config, around=contract.home, seed=step)
         self._motion.extend(motion.astype(np.float32))
         self._approach_end = step + len(motion) - config.steps(contract.rate_hz)
+        if self._wanted.anew:
+            self._loop.aligner.forget(step * DT_NS)
         self.log.events.append({"time": step / CONTROL_HZ, "kind": "calibration", "text": ""})
 
     def _end_calibration(self, step: int) -> None:

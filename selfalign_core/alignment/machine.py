@@ -159,6 +159,10 @@ class SelfAligner:
         """Leave the rest: collect and try, with the transitions at hand if they are enough."""
         self._state, self._undecided, self._baseline = State.COLLECT, 0, None
 
+    def forget(self, before_ns: int) -> None:
+        """Collect from ``before_ns`` on: motion begins that tells more than what has been seen."""
+        self._since_ns, self._shadow = max(self._since_ns, before_ns), None
+
     def use(self, token: EToken, stamp_ns: int) -> None:
         """Go on from ``token``, for instance the one that the policy uses; its history begins here.
 

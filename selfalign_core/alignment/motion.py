@@ -11,6 +11,10 @@ class MotionWanted:
     A drift says so, or an attempt whose shadow surely sees better and lacks inverse dynamics alone. The policy then
     moves a robot that it does not know, or hardly moves it; a calibration motion is both safer and tells more. So until
     there is a new token, or none to be found, every attempt that it left undecided asks again.
+
+    Attributes:
+        anew: the motion that was asked for last is to be fitted on alone (:meth:`SelfAligner.forget`): in what the lost
+            policy did before, inverse dynamics could not tell. After a drift what has happened since is worth keeping.
     """
 
     def __init__(self) -> None:
@@ -19,7 +23,7 @@ class MotionWanted:
     def reset(self) -> None:
         """Forget how long it has waited, and that the robot is not the token's."""
         self._waiting_since_ns: int | None = None
-        self._is_other = False
+        self._is_other, self.anew = False, False
 
     def after(self, report: StageReport, now_ns: int, patience_ns: int) -> bool:
         """Whether to ask for motion after ``report``; ``patience_ns``: how long natural motion may not suffice."""
@@ -27,8 +31,10 @@ class MotionWanted:
         drifted = report.drift is not None and report.drift.fired
         attempt = report.attempt
         if drifted or (attempt is not None and (self._is_other or attempt.verdict.sees_better)):
+            anew = not drifted and (self.anew or not self._is_other)
             self.reset()
             self._is_other = not has_served(report)
+            self.anew = anew and self._is_other
             return drifted or self._is_other
         if not waits or self._waiting_since_ns is None or now_ns < self._waiting_since_ns:
             self._waiting_since_ns = now_ns if waits else None

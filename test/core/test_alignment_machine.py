@@ -168,6 +168,20 @@ def test_undecided_it_tries_again_on_unseen_transitions_then_rests_until_told(to
     assert attempts(live(aligner, robot, 1))
 
 
+def test_told_to_forget_it_fits_on_what_begins_later_and_has_no_more_attempts_for_it(toy: Trained) -> None:
+    undecided = dataclasses.replace(CONFIG, guard=Guard(draws=2, sigmas=1e9))
+    aligner, robot, reports = aligner_of(toy, undecided), Robot(BODIES[5]), []
+    while not attempts(reports):
+        reports += live(aligner, robot, 1)
+    aligner.forget(robot.now_ns)
+    assert aligner.since_ns == robot.now_ns
+    later = live(aligner, robot, 50)
+    assert later[0].text == "collecting: 4 of 16 transitions"
+    assert len(attempts(later)) == CONFIG.collect.attempts - 1 and aligner.state is State.WATCH
+    aligner.forget(0)
+    assert aligner.since_ns > 0  # what is forgotten stays so
+
+
 def test_without_motion_it_waits_and_says_which_joint(toy: Trained) -> None:
     config = dataclasses.replace(CONFIG, collect=dataclasses.replace(CONFIG.collect, min_command=5.0))
     aligner, robot = aligner_of(toy, config), Robot(BODIES[5])

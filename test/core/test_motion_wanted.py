@@ -74,9 +74,17 @@ def test_what_sees_better_and_lacks_inverse_dynamics_alone_asks_at_once_and_unti
     sure, unsure = (attempt(False, sees_better=sees_better) for sees_better in (True, False))
     wanted = MotionWanted()
     rounds = [unsure, sure, report(""), unsure, attempt(True, sees_better=True), unsure]
-    asked = [wanted.after(one, second * SECOND, PATIENCE) for second, one in enumerate(rounds)]
-    assert asked == [False, True, False, True, False, False]
+    asked = [(wanted.after(one, second * SECOND, PATIENCE), wanted.anew) for second, one in enumerate(rounds)]
+    no, anew = (False, False), (True, True)
+    assert asked == [no, anew, (False, True), anew, no, no]
     assert not wanted.after(dataclasses.replace(sure, state=State.WATCH), 9 * SECOND, PATIENCE)  # it gives up
+
+
+def test_after_a_drift_what_has_happened_since_is_kept() -> None:
+    verdict = Verdict(False, "", sees_better=True)
+    undecided, wanted = dataclasses.replace(report(""), attempt=SimpleNamespace(verdict=verdict)), MotionWanted()
+    for one in (report(drift=True), undecided):
+        assert wanted.after(one, SECOND, PATIENCE) and not wanted.anew
 
 
 def test_a_drift_that_an_earlier_token_explains_asks_for_motion_that_has_served_already() -> None:
