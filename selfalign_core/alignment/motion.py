@@ -8,7 +8,7 @@ from selfalign_core.alignment.reports import StageReport, State
 class MotionWanted:
     """At once when the robot is not the token's, and whenever natural motion has not sufficed for too long.
 
-    A drift says so, or an attempt whose shadow surely sees better and lacks inverse dynamics alone. The policy then
+    A drift says so, or an attempt whose shadow sees twice as well and lacks inverse dynamics alone. The policy then
     moves a robot that it does not know, or hardly moves it; a calibration motion is both safer and tells more. So until
     there is a new token, or none to be found, every attempt that it left undecided asks again.
 
@@ -30,7 +30,7 @@ class MotionWanted:
         waits = report.excitation is not None and not report.excitation.enough
         drifted = report.drift is not None and report.drift.fired
         attempt = report.attempt
-        if drifted or (attempt is not None and (self._is_other or attempt.verdict.sees_better)):
+        if drifted or (attempt is not None and (self._is_other or attempt.verdict.halves)):
             anew = not drifted and (self.anew or not self._is_other)
             self.reset()
             self._is_other = not has_served(report)

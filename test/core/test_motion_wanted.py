@@ -66,14 +66,14 @@ def test_an_attempt_after_a_drift_asks_again_until_one_is_decided() -> None:
         assert asked == [True, False, True, True, False, False]
 
 
-def test_what_sees_better_and_lacks_inverse_dynamics_alone_asks_at_once_and_until_it_is_decided() -> None:
-    def attempt(accepted: bool, *, sees_better: bool) -> StageReport:
-        verdict = Verdict(accepted, "", sees_better=sees_better)
+def test_what_halves_the_losses_and_lacks_inverse_dynamics_alone_asks_at_once_and_until_it_is_decided() -> None:
+    def attempt(accepted: bool, *, halves: bool) -> StageReport:
+        verdict = Verdict(accepted, "", halves=halves)
         return dataclasses.replace(report(""), attempt=SimpleNamespace(verdict=verdict))
 
-    sure, unsure = (attempt(False, sees_better=sees_better) for sees_better in (True, False))
+    sure, unsure = (attempt(False, halves=halves) for halves in (True, False))
     wanted = MotionWanted()
-    rounds = [unsure, sure, report(""), unsure, attempt(True, sees_better=True), unsure]
+    rounds = [unsure, sure, report(""), unsure, attempt(True, halves=True), unsure]
     asked = [(wanted.after(one, second * SECOND, PATIENCE), wanted.anew) for second, one in enumerate(rounds)]
     no, anew = (False, False), (True, True)
     assert asked == [no, anew, (False, True), anew, no, no]
@@ -81,7 +81,7 @@ def test_what_sees_better_and_lacks_inverse_dynamics_alone_asks_at_once_and_unti
 
 
 def test_after_a_drift_what_has_happened_since_is_kept() -> None:
-    verdict = Verdict(False, "", sees_better=True)
+    verdict = Verdict(False, "", halves=True)
     undecided, wanted = dataclasses.replace(report(""), attempt=SimpleNamespace(verdict=verdict)), MotionWanted()
     for one in (report(drift=True), undecided):
         assert wanted.after(one, SECOND, PATIENCE) and not wanted.anew
