@@ -11,6 +11,7 @@ import yaml
 from selfalign_core.alignment import AlignConfig
 from selfalign_ros.aligner_node import align_config
 from selfalign_ros.parameters import ParameterSpec, load_specs
+from selfalign_ros.resources import config_folder
 
 
 def test_a_file_of_that_name_in_the_working_directory_changes_nothing(
@@ -20,6 +21,15 @@ def test_a_file_of_that_name_in_the_working_directory_changes_nothing(
     monkeypatch.chdir(tmp_path)
     load_specs.cache_clear()
     assert "align_frequency" in load_specs("aligner")
+
+
+def test_the_shipped_file_that_lets_the_aligner_move_the_arm_is_one_that_the_nodes_take() -> None:
+    tree = yaml.safe_load((config_folder() / "calibrate.yaml").read_text())
+    for kind, node in tree.items():
+        specs = load_specs(kind)
+        for name, value in node["ros__parameters"].items():
+            assert specs[name].problem(value) is None, name
+            assert value != specs[name].default, name
 
 
 def aligner_defaults() -> dict:
