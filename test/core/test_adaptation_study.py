@@ -21,9 +21,10 @@ from benchmarks.adaptation.long_run import LongRun
 from benchmarks.adaptation.measure import Measure, close_environments
 from benchmarks.adaptation.settings import FAMILIES, Settings, contract_for, draw_body
 from benchmarks.adaptation.work import Cache, policy_of
-from selfalign_core.alignment import SelfAligner
+from selfalign_core.alignment import SelfAligner, StageReport
 from selfalign_core.alignment.calibration import CalibrationConfig
 from selfalign_core.alignment.config import AlignConfig, Collect, Guard, Identify, Refine
+from selfalign_core.alignment.motion import MotionWanted
 from selfalign_core.errors import ConfigError
 from selfalign_core.policy import Policy
 from selfalign_core.policy_config import PolicyConfig
@@ -233,6 +234,20 @@ def test_a_long_run_makes_the_calibration_motion_that_the_aligner_asks_for(lab, 
     begin = int(asked["time"] * 4) + 1  # the distance is written down four times a second
     assert logs[0].distance[:begin] == logs[1].distance[:begin]
     assert logs[0].distance[begin:] != logs[1].distance[begin:]
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_long_run_forgets_what_a_lost_policy_did_before_the_motion(lab, monkeypatch, anew: bool) -> None:
+    class Asking(MotionWanted):
+        def after(self, report: StageReport, now_ns: int, patience_ns: int) -> bool:
+            self.anew = anew
+            return now_ns // 10**9 == 2
+
+    monkeypatch.setattr(long_run, "MotionWanted", Asking)
+    aligner = SelfAligner(lab.policy, QUICK)
+    run = LongRun(lab.policy, BodyConfig(), 3, aligner=aligner, calibration=CalibrationConfig(duration_s=5.0))
+    [asked] = [event for event in run.run(3.0).events if event["kind"] == "calibration"]
+    assert (aligner.since_ns == round(asked["time"] * 1e9)) is anew
 
 
 def test_a_robot_that_is_right_meets_every_opportunity(checkpoint, tmp_path, monkeypatch) -> None:
