@@ -83,7 +83,7 @@ adaptation:  ## unseen bodies with and without alignment: CHECKPOINT=directory
 	@$(BOOTSTRAP) run python3 -m benchmarks.adaptation $(CHECKPOINT) --output runs/adaptation $(ARGS)
 
 adaptation-seeds: export OMP_NUM_THREADS := 1
-adaptation-seeds:  ## the study's arms for three seeds of the training, in a reduced setting (an hour of a core)
+adaptation-seeds:  ## the study's arms for three seeds of the training, in a reduced setting (two to three hours of a core)
 	@$(BOOTSTRAP) run python3 -m benchmarks.adaptation.seeds --output runs/adaptation_seeds $(ARGS)
 
 adaptation-in-graph:  ## a body that changes in the running graph, and back; 2.5 minutes a run: ARGS='--shifts servo'

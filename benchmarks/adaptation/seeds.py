@@ -9,7 +9,7 @@ unseen bodies of the family "all" inside the training range: the bank's policy w
 others as they are.
 
 Demonstrations (the same for all seeds), trainings and measurements are kept under ``--output``: what is there is not
-made again, an interrupted training goes on. On one core the defaults take about an hour.
+made again, an interrupted training goes on. On one core the defaults take two to three hours.
 """
 
 from __future__ import annotations
