@@ -27,9 +27,6 @@ from selfalign_core.alignment.overlap import Estimate, estimate
 from selfalign_core.alignment.scoring import Prepared, Scorer
 from selfalign_core.alignment.trusted import Trusted
 
-_HALVED = 2 * (1 / 2 - 1) / (1 / 2 + 1)
-"""The relative difference of a loss that is half of what it was."""
-
 _MOST_WEIGHT = 3.0
 """Of one transition, times the median's."""
 
@@ -40,8 +37,8 @@ class Verdict:
 
     Per transition ``2 (after - before) / (after + before)``, ``before`` of the current token and ``after`` of the
     shadow, whose means over transitions are given too. ``promising``: every loss that was tested gains as much as it
-    has to in the mean, surely or not. ``halves``: all losses together pass their test, and halve in the mean; if it is
-    a refusal, inverse dynamics alone was missing. ``effective_count``: of independent transitions, see
+    has to in the mean, surely or not. ``sees_better``: all losses together pass their test; if it is a refusal, inverse
+    dynamics alone was missing. ``effective_count``: of independent transitions, see
     :mod:`selfalign_core.alignment.overlap`.
     """
 
@@ -52,7 +49,7 @@ class Verdict:
     before: float = math.nan
     after: float = math.nan
     promising: bool = False
-    halves: bool = False
+    sees_better: bool = False
     effective_count: float = 0.0
 
 
@@ -106,7 +103,7 @@ def judge(
         before=float(before.mean()),
         after=float(after.mean()),
         promising=all(test.promising for test in tests),
-        halves=tests[0].passed and difference.mean < _HALVED,
+        sees_better=tests[0].passed,
         effective_count=difference.effective_count,
     )
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from selfalign_core.alignment.reports import StageReport, State
 
+_HALVED = 2 * (1 / 2 - 1) / (1 / 2 + 1)
+"""The relative difference of a loss that is half of what it was."""
+
 
 class MotionWanted:
     """At once when the robot is not the token's, and whenever natural motion has not sufficed for too long.
 
-    A drift says so, or an attempt whose shadow sees twice as well and lacks inverse dynamics alone. The policy then
-    moves a robot that it does not know, or hardly moves it; a calibration motion is both safer and tells more. So until
-    there is a new token, or none to be found, every attempt that it left undecided asks again.
+    A drift says so, or an attempt whose shadow surely halves the losses and lacks inverse dynamics alone. The policy
+    then moves a robot that it does not know, or hardly moves it; a calibration motion is both safer and tells more. So
+    until there is a new token, or none to be found, every attempt that it left undecided asks again, if its shadow
+    promised to halve the losses: a robot that differs by less is one that the policy bears, and keeps working.
 
     Attributes:
         anew: the motion that was asked for last is to be fitted on alone (:meth:`SelfAligner.forget`): in what the lost
@@ -29,13 +33,14 @@ class MotionWanted:
         """Whether to ask for motion after ``report``; ``patience_ns``: how long natural motion may not suffice."""
         waits = report.excitation is not None and not report.excitation.enough
         drifted = report.drift is not None and report.drift.fired
-        attempt = report.attempt
-        if drifted or (attempt is not None and (self._is_other or attempt.verdict.halves)):
+        verdict = None if report.attempt is None else report.attempt.verdict
+        halves = verdict is not None and verdict.mean < _HALVED
+        served = has_served(report)
+        if drifted or served or (halves and (self._is_other or verdict.sees_better)):
             anew = not drifted and (self.anew or not self._is_other)
             self.reset()
-            self._is_other = not has_served(report)
-            self.anew = anew and self._is_other
-            return drifted or self._is_other
+            self._is_other, self.anew = not served, anew and not served
+            return drifted or not served
         if not waits or self._waiting_since_ns is None or now_ns < self._waiting_since_ns:
             self._waiting_since_ns = now_ns if waits else None
         elif now_ns - self._waiting_since_ns > patience_ns:

@@ -104,7 +104,7 @@ def test_a_gain_within_the_margin_is_not_worth_a_new_token(monkeypatch: pytest.M
             scorer, scorer.prepare(batch), times, current, shadow, trusted,
             Guard(draws=1, margin=margin, inverse_margin=0.0), seed=0, budget=no_limit(),
         )  # fmt: skip
-        assert verdict.accepted is accepted and not verdict.halves, verdict.reason
+        assert verdict.accepted is verdict.sees_better is accepted, verdict.reason
         assert "loss -6.2% ± 0.0% (standard error), upper bound -6.2%" in verdict.reason
         assert f"expected < {0 - margin:.0%}" in verdict.reason
 
@@ -135,7 +135,7 @@ def test_what_halves_must_explain_the_actions_much_better_too(
 
     found = verdict((2.0, 0.3, 3.0))
     assert found.accepted is accepted, found.reason
-    assert found.mean < -2 / 3 and found.halves  # all together they are less than half
+    assert found.mean < -2 / 3 and found.sees_better  # all together they are less than half
     assert found.promising is accepted  # a gain that is too small does not get larger by looking again
     if not accepted:
         assert found.reason.startswith("refused: inverse dynamics")

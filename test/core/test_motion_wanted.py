@@ -52,39 +52,41 @@ def test_after_a_drift_motion_is_asked_for_at_once() -> None:
     assert not wanted.after(report("elbow"), 2 * SECOND, PATIENCE)  # it is under way
 
 
+def attempt(accepted: bool, *, mean: float, sees_better: bool = False) -> StageReport:
+    verdict = Verdict(accepted, "", mean=mean, sees_better=sees_better)
+    return dataclasses.replace(report(""), attempt=SimpleNamespace(verdict=verdict))
+
+
+HALF = -0.67
+"""The relative difference of a loss that falls by half."""
+
+
 def test_an_attempt_after_a_drift_asks_again_until_one_is_decided() -> None:
-    refused, accepted = (SimpleNamespace(verdict=Verdict(accepted, "")) for accepted in (False, True))
-    undecided, wanted = dataclasses.replace(report(""), attempt=refused), MotionWanted()
-    decided = dataclasses.replace(report(""), attempt=accepted)
+    undecided, decided, wanted = attempt(False, mean=HALF), attempt(True, mean=-0.1), MotionWanted()
     rests = dataclasses.replace(undecided, state=State.WATCH)
     assert not wanted.after(undecided, 0, PATIENCE)  # nothing says that the robot has changed
     for end in (decided, rests):
-        asked = [
-            wanted.after(one, second * SECOND, PATIENCE)
-            for second, one in enumerate([report(drift=True), report(""), undecided, undecided, end, undecided])
-        ]
-        assert asked == [True, False, True, True, False, False]
+        rounds = [report(drift=True), report(""), undecided, undecided, end, undecided]
+        asked = [(wanted.after(one, s * SECOND, PATIENCE), wanted.anew) for s, one in enumerate(rounds)]
+        assert [once for once, _ in asked] == [True, False, True, True, False, False]
+        assert not any(anew for _, anew in asked)  # what has happened since the drift is kept
+
+
+def test_a_robot_that_differs_a_little_is_not_moved_again() -> None:
+    wanted = MotionWanted()
+    assert wanted.after(report(drift=True), 0, PATIENCE)
+    assert not wanted.after(attempt(False, mean=-0.6, sees_better=True), SECOND, PATIENCE)
+    assert not MotionWanted().after(attempt(False, mean=-0.6, sees_better=True), SECOND, PATIENCE)
 
 
 def test_what_halves_the_losses_and_lacks_inverse_dynamics_alone_asks_at_once_and_until_it_is_decided() -> None:
-    def attempt(accepted: bool, *, halves: bool) -> StageReport:
-        verdict = Verdict(accepted, "", halves=halves)
-        return dataclasses.replace(report(""), attempt=SimpleNamespace(verdict=verdict))
-
-    sure, unsure = (attempt(False, halves=halves) for halves in (True, False))
+    sure, unsure = (attempt(False, mean=HALF, sees_better=sees_better) for sees_better in (True, False))
     wanted = MotionWanted()
-    rounds = [unsure, sure, report(""), unsure, attempt(True, halves=True), unsure]
+    rounds = [unsure, sure, report(""), unsure, attempt(True, mean=HALF, sees_better=True), unsure]
     asked = [(wanted.after(one, second * SECOND, PATIENCE), wanted.anew) for second, one in enumerate(rounds)]
     no, anew = (False, False), (True, True)
     assert asked == [no, anew, (False, True), anew, no, no]
     assert not wanted.after(dataclasses.replace(sure, state=State.WATCH), 9 * SECOND, PATIENCE)  # it gives up
-
-
-def test_after_a_drift_what_has_happened_since_is_kept() -> None:
-    verdict = Verdict(False, "", halves=True)
-    undecided, wanted = dataclasses.replace(report(""), attempt=SimpleNamespace(verdict=verdict)), MotionWanted()
-    for one in (report(drift=True), undecided):
-        assert wanted.after(one, SECOND, PATIENCE) and not wanted.anew
 
 
 def test_a_drift_that_an_earlier_token_explains_asks_for_motion_that_has_served_already() -> None:
