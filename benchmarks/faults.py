@@ -302,7 +302,7 @@ def _run(options: argparse.Namespace) -> int:
     time.sleep(1.5)  # a segment younger than a second is never taken for an orphan
     judge, versions = listener.judge, listener.versions
     limit_s = contract.max_image_age_s + contract.max_joint_state_age_s + options.inference_limit
-    stale, unasked = judge.stale_commands(limit_s), judge.unasked_motion()
+    stale, unasked, segments = judge.stale_commands(limit_s), judge.unasked_motion(), remove_orphaned_segments()
     moved = sum(speed > STILL_RAD_S for _, speed in judge.motion)
     checks = {
         f"no command from an observation older than {limit_s:g} s": not stale,
@@ -313,7 +313,7 @@ def _run(options: argparse.Namespace) -> int:
         "everything works again": not lacking,
         "stopped cleanly": exit_code == 0,
         "no process left": not graph.leftovers(),
-        "no shared memory left": not remove_orphaned_segments(),
+        "no shared memory left": not segments,
     }
     figures = {
         "seed": options.seed, "kills": dict(injection.kills), "stops": dict(injection.stops),
@@ -321,6 +321,7 @@ def _run(options: argparse.Namespace) -> int:
         "recovery_s": {name: _summary(values) for name, values in injection.recoveries.items()},
         "commands": len(judge.commands), "joint_states": len(judge.motion), "joint_states_in_motion": moved,
         "stale_commands_s": [(c.sent_ns - c.observed_ns) / 1e9 for c in stale], "unasked_motion": unasked[:100],
+        "segments_left": segments,
         "e_token_versions": [min(versions, default=0), max(versions, default=0)], "checks": checks,
     }  # fmt: skip
     write_json(output / "faults.json", record("faults", **figures))
