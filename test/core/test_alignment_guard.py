@@ -110,10 +110,10 @@ def test_a_gain_within_the_margin_is_not_worth_a_new_token(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(("gain", "accepted"), [(-0.4, False), (0.0, False), (0.1, False), (0.25, True)])
-def test_what_halves_must_explain_the_actions_much_better_too(
+def test_what_sees_better_must_explain_the_actions_much_better_too(
     monkeypatch: pytest.MonkeyPatch, gain: float, accepted: bool
 ) -> None:
-    """Perception falls by 80 %, inverse dynamics, the action expert's question, by ``gain``: 10 % are too little."""
+    """Perception halves; inverse dynamics, the action expert's question, falls by ``gain``: by 10 % is too little."""
     policy = small_policy()
     current = torch.from_numpy(policy.e_token.data)
     base = float(current[0, 0])
@@ -121,7 +121,7 @@ def test_what_halves_must_explain_the_actions_much_better_too(
     def losses(_prefix, transitions, _noise, *, token, dim_mask, dynamics):
         moved = (token[:, 0, 0] - base) / 0.1  # 0 for the current token, 1 for the shadow
         own = 0.02 * transitions.state[:, 0].tanh() * moved  # every transition has its own luck
-        return AlignmentLosses(10 - 8 * moved, torch.ones_like(moved), 1 - gain * moved + own)
+        return AlignmentLosses(10 - 5 * moved, torch.ones_like(moved), 1 - gain * moved + own)
 
     monkeypatch.setattr(policy.model, "alignment_losses", losses)
     shadow, batch = current.clone(), random_batch(policy, 16)
@@ -135,7 +135,7 @@ def test_what_halves_must_explain_the_actions_much_better_too(
 
     found = verdict((2.0, 0.3, 3.0))
     assert found.accepted is accepted, found.reason
-    assert found.mean < -2 / 3 and found.sees_better  # all together they are less than half
+    assert found.mean < -0.3 and found.sees_better
     assert found.promising is accepted  # a gain that is too small does not get larger by looking again
     if not accepted:
         assert found.reason.startswith("refused: inverse dynamics")
