@@ -86,7 +86,7 @@ adaptation-seeds: export OMP_NUM_THREADS := 1
 adaptation-seeds:  ## the study's arms for three seeds of the training, in a reduced setting (two to three hours of a core)
 	@$(BOOTSTRAP) run python3 -m benchmarks.adaptation.seeds --output runs/adaptation_seeds $(ARGS)
 
-adaptation-in-graph:  ## a body that changes in the running graph, and back; 2.5 minutes a run: ARGS='--shifts servo'
+adaptation-in-graph:  ## a body that changes in the running graph, or that it never saw; to 2.5 minutes a run: ARGS='--shifts servo'
 	@$(BOOTSTRAP) run python3 -m benchmarks.adaptation.in_graph --output runs/in_graph $(ARGS)
 
 image-path: export OMP_NUM_THREADS := 1

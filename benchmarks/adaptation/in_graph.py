@@ -124,18 +124,29 @@ def _print_shifts(groups: Groups) -> None:
 
 
 def _print_unseen(groups: Groups) -> None:
+    """Apart, where there are controls: bodies on which a policy that is not aligned reaches nothing, and the others."""
     if not groups:
         return
-    print_table(
-        ["from the start", f"runs recovered within {RECOVERY_S:.0f} s", "ever", "reached from then on", *_DONE],
-        [
+    control = groups.get((UNSEEN, False), [])
+    lost = {run["seed"] for run in control if not run["reached_later"] > 0}
+    rows = []
+    for key, group in groups.items():
+        parts = {"": group}
+        if control:
+            parts = {
+                ", lost as it is": [run for run in group if run["seed"] in lost],
+                ", not lost": [run for run in group if run["seed"] not in lost],
+            }
+        rows += [
             [
-                _name(*key), _recovered(group, "start"), _recovered(group, "start", math.inf),
-                _reached(group, "later"), *_done(group),
+                _name(*key) + what, _recovered(part, "start"), _recovered(part, "start", math.inf),
+                _reached(part, "later"), *_done(part),
             ]
-            for key, group in groups.items()
-        ],
-    )  # fmt: skip
+            for what, part in parts.items() if part
+        ]  # fmt: skip
+    print_table(
+        ["from the start", f"runs recovered within {RECOVERY_S:.0f} s", "ever", "reached from then on", *_DONE], rows
+    )
 
 
 _DONE = ("commits", "refusals", "drifts")
@@ -146,8 +157,10 @@ def _done(group: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _recovered(group: Sequence[dict[str, Any]], name: str, limit_s: float = RECOVERY_S) -> str:
+    """How many, and the median of all."""
     times = [run[f"recovery_{name}_s"] for run in group]
-    return f"{sum(math.isfinite(s) and s <= limit_s for s in times)} of {len(group)}"
+    found = sum(math.isfinite(s) and s <= limit_s for s in times)
+    return f"{found} of {len(group)}, median {_seconds(float(np.median(times)))}"
 
 
 def _reached(group: Sequence[dict[str, Any]], name: str) -> str:
@@ -161,7 +174,11 @@ def _name(case: str, aligned: bool) -> str:
 def _times(run: dict[str, Any]) -> str:
     """Of every change of the body, or of its start."""
     found = [seconds for name, seconds in run.items() if name.startswith("recovery_")]
-    return ", ".join(f"{s:.0f} s" if math.isfinite(s) else "never" for s in found)
+    return ", ".join(map(_seconds, found))
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.0f} s" if math.isfinite(seconds) else "never"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
