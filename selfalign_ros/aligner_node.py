@@ -402,17 +402,15 @@ class AlignerNode(ManagedNode):
 
     def _see_to_motion(self, report: StageReport, now_ns: int) -> None:
         """With ``auto_calibrate``: have the robot moved when it is time to, and no longer than it takes."""
-        from selfalign_core.alignment.motion import has_served
-
         wanted = self._motion.after(report, now_ns, round(self.parameters["auto_calibrate_after"] * NS_PER_S))
         if not self.parameters["auto_calibrate"] or self.lockstep:
             if wanted:
                 self.get_logger().info(f"a calibration motion would tell more (~/calibrate): {report.text}")
             return
         if wanted and self._calibrate.service_is_ready():
-            asked, anew = self._calibrate.call_async(Trigger.Request()), self._motion.anew
-            asked.add_done_callback(lambda future: self._on_calibrate_answer(future, has_served(report), anew))
-        elif has_served(report):
+            asked, served, anew = self._calibrate.call_async(Trigger.Request()), self._motion.served, self._motion.anew
+            asked.add_done_callback(lambda future: self._on_calibrate_answer(future, served, anew))
+        elif self._motion.served:
             self._end_motion()
 
     def _on_calibrate_answer(self, future: Future, served: bool, anew: bool) -> None:

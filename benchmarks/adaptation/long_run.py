@@ -19,7 +19,7 @@ from benchmarks.adaptation.lab import DT_NS, AlignerLoop, cameras_of, see
 from benchmarks.adaptation.settings import contract_for
 from selfalign_core.alignment import SelfAligner, StageReport
 from selfalign_core.alignment.calibration import CalibrationConfig, calibration_motion
-from selfalign_core.alignment.motion import MotionWanted, has_served
+from selfalign_core.alignment.motion import MotionWanted
 from selfalign_core.evaluation.rollout import CONTROL_HZ
 from selfalign_core.policy import Policy
 from selfalign_core.sim import JOINTS, ArmSim, BodyConfig
@@ -133,7 +133,7 @@ class LongRun:
             self.log.events.append({"time": step / CONTROL_HZ, "kind": kind, "text": report.text})
         if self._wanted.after(report, step * DT_NS, PATIENCE_NS) and self._calibration and not self._motion:
             self._begin_calibration(step, setpoint, self._calibration)
-        if has_served(report):
+        if self._wanted.served:
             self._end_calibration(step)
         if self._after_report is not None:
             self._after_report(report)

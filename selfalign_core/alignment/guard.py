@@ -38,7 +38,8 @@ class Verdict:
     Per transition ``2 (after - before) / (after + before)``, ``before`` of the current token and ``after`` of the
     shadow, whose means over transitions are given too. ``promising``: every loss that was tested gains as much as it
     has to in the mean, surely or not. ``sees_better``: all losses together pass their test; if it is a refusal, inverse
-    dynamics alone was missing. ``effective_count``: of independent transitions, see
+    dynamics alone was missing. ``same_actions``: inverse dynamics surely gains less than it has to, so the robot does
+    with its actions what the current token expects. ``effective_count``: of independent transitions, see
     :mod:`selfalign_core.alignment.overlap`.
     """
 
@@ -50,6 +51,7 @@ class Verdict:
     after: float = math.nan
     promising: bool = False
     sees_better: bool = False
+    same_actions: bool = False
     effective_count: float = 0.0
 
 
@@ -87,10 +89,11 @@ def judge(
         return Verdict(False, f"refused: not judged, {note} before one of {config.draws} draws")
     before, after = _means([scorer.weighted(loss) for loss in losses])
     difference = _relative(before, after, spans)
-    tests = [_Test("loss", difference, 0.0, config.sigmas, config.margin)]
+    tests, same_actions = [_Test("loss", difference, 0.0, config.sigmas, config.margin)], False
     if inverse and scorer.weights[2] > 0:
         of_actions = _relative(*_means([loss.inverse_dynamics for loss in losses]), spans)
         tests.append(_Test("inverse dynamics", of_actions, config.inverse_margin, config.sigmas / 2, 0.0))
+        same_actions = of_actions.lower(config.sigmas) > -config.inverse_margin
     failed = [test for test in tests if not test.passed]
     reason = "; ".join(test.words for test in failed or tests)
     if note:
@@ -104,6 +107,7 @@ def judge(
         after=float(after.mean()),
         promising=all(test.promising for test in tests),
         sees_better=tests[0].passed,
+        same_actions=same_actions,
         effective_count=difference.effective_count,
     )
 

@@ -7,16 +7,23 @@ from selfalign_core.alignment.reports import StageReport, State
 _HALVED = 2 * (1 / 2 - 1) / (1 / 2 + 1)
 """The relative difference of a loss that is half of what it was."""
 
+_LOST = 2.5
+"""Times the baseline's that the relative loss is after a drift which asks for motion: of one that turned the robot into
+another for its policy it is 2.6 to 7.4, of a bumped camera, and of most false ones, 1.9."""
+
 
 class MotionWanted:
     """At once when the robot is not the token's, and whenever natural motion has not sufficed for too long.
 
-    A drift says so, or an attempt whose shadow surely halves the losses and lacks inverse dynamics alone. The policy
-    then moves a robot that it does not know, or hardly moves it; a calibration motion is both safer and tells more. So
-    until there is a new token, or none to be found, every attempt that it left undecided asks again, if its shadow
-    promised to halve the losses: a robot that differs by less is one that the policy bears, and keeps working.
+    A drift to a multiple of the losses says so, or an attempt whose shadow surely halves them and lacks inverse dynamics
+    alone. The policy then moves a robot that it does not know, or hardly moves it; a calibration motion is both safer
+    and tells more. So until there is a new token, or none to be found, every attempt that it left undecided asks again,
+    if its shadow promised to halve the losses: a robot that differs by less is one that the policy bears, and keeps
+    working. And if by that motion the actions surely do what the token in use expects, there is no more to be had from
+    it, however different the robot looks.
 
     Attributes:
+        served: the last report ends the need for motion, whoever began it: there is a new token, or none to be found.
         anew: the motion that was asked for last is to be fitted on alone (:meth:`SelfAligner.forget`): in what the lost
             policy did before, inverse dynamics could not tell. After a drift what has happened since is worth keeping.
     """
@@ -27,28 +34,25 @@ class MotionWanted:
     def reset(self) -> None:
         """Forget how long it has waited, and that the robot is not the token's."""
         self._waiting_since_ns: int | None = None
-        self._is_other, self.anew = False, False
+        self._is_other, self.anew, self.served = False, False, False
 
     def after(self, report: StageReport, now_ns: int, patience_ns: int) -> bool:
         """Whether to ask for motion after ``report``; ``patience_ns``: how long natural motion may not suffice."""
         waits = report.excitation is not None and not report.excitation.enough
-        drifted = report.drift is not None and report.drift.fired
+        lost = report.drift is not None and report.drift.fired and report.drift.factor > _LOST
         verdict = None if report.attempt is None else report.attempt.verdict
         halves = verdict is not None and verdict.mean < _HALVED
-        served = has_served(report)
-        if drifted or served or (halves and (self._is_other or verdict.sees_better)):
-            anew = not drifted and (self.anew or not self._is_other)
+        decided = report.accepted or (verdict is not None and report.state is State.WATCH)
+        served = decided or (self._is_other and verdict is not None and verdict.same_actions)
+        if lost or served or (halves and (self._is_other or verdict.sees_better)):
+            anew = not lost and (self.anew or not self._is_other)
             self.reset()
-            self._is_other, self.anew = not served, anew and not served
-            return drifted or not served
+            self._is_other, self.anew, self.served = not served, anew and not served, served
+            return lost or not served
+        self.served = False
         if not waits or self._waiting_since_ns is None or now_ns < self._waiting_since_ns:
             self._waiting_since_ns = now_ns if waits else None
         elif now_ns - self._waiting_since_ns > patience_ns:
             self._waiting_since_ns = now_ns
             return True
         return False
-
-
-def has_served(report: StageReport) -> bool:
-    """Whether ``report`` ends the need for motion: the aligner has a new token, or rests."""
-    return report.accepted or (report.attempt is not None and report.state is State.WATCH)

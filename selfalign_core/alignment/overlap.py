@@ -27,6 +27,10 @@ class Estimate:
         wider = s + (s**3 + s) / (4 * freedom) + (5 * s**5 + 16 * s**3 + 3 * s) / (96 * freedom**2)
         return self.mean + wider * self.stderr
 
+    def lower(self, sigmas: float) -> float:
+        """Lower bound, as far below the mean as :meth:`upper` is above it."""
+        return 2 * self.mean - self.upper(sigmas)
+
 
 def spans(batch: TransitionBatch) -> np.ndarray:
     """(B, 2) int64 ns: when each transition begins and ends."""

@@ -136,6 +136,7 @@ def test_what_sees_better_must_explain_the_actions_much_better_too(
     found = verdict((2.0, 0.3, 3.0))
     assert found.accepted is accepted, found.reason
     assert found.mean < -0.3 and found.sees_better
+    assert found.same_actions is not accepted  # as surely as that: the same luck has little to say
     assert found.promising is accepted  # a gain that is too small does not get larger by looking again
     if not accepted:
         assert found.reason.startswith("refused: inverse dynamics")

@@ -10,7 +10,7 @@ import numpy as np
 from selfalign_core.alignment import StageReport, State
 from selfalign_core.alignment.excitation import Excitation
 from selfalign_core.alignment.guard import Verdict
-from selfalign_core.alignment.motion import MotionWanted, has_served
+from selfalign_core.alignment.motion import MotionWanted
 from selfalign_core.alignment.watch import Drift
 from selfalign_core.types import EToken
 
@@ -19,10 +19,10 @@ PATIENCE = 5 * SECOND
 TOKEN = EToken(np.zeros((1, 4), np.float32), 0, "arm", "digest")
 
 
-def report(missing: str | None = None, *, drift: bool | None = None) -> StageReport:
+def report(missing: str | None = None, *, drift: bool | None = None, factor: float = 4.0) -> StageReport:
     """Of a round that looked at motion unless ``missing`` is None, and for drift unless that is None."""
     excitation = None if missing is None else Excitation(("elbow",), (0.1,), (0.1,), (missing,) if missing else ())
-    found = None if drift is None else Drift(4.0 if drift else 0.0, 2.0, drift)
+    found = None if drift is None else Drift(4.0 if drift else 0.0, factor, drift)
     return StageReport(State.COLLECT, "", TOKEN, excitation=excitation, drift=found)
 
 
@@ -52,9 +52,17 @@ def test_after_a_drift_motion_is_asked_for_at_once() -> None:
     assert not wanted.after(report("elbow"), 2 * SECOND, PATIENCE)  # it is under way
 
 
-def attempt(accepted: bool, *, mean: float, sees_better: bool = False) -> StageReport:
-    verdict = Verdict(accepted, "", mean=mean, sees_better=sees_better)
+def attempt(accepted: bool, *, mean: float, sees_better: bool = False, same_actions: bool = False) -> StageReport:
+    verdict = Verdict(accepted, "", mean=mean, sees_better=sees_better, same_actions=same_actions)
     return dataclasses.replace(report(""), attempt=SimpleNamespace(verdict=verdict))
+
+
+def test_a_drift_that_the_policy_may_bear_does_not_interrupt_its_work() -> None:
+    """Of a bumped camera, or of none at all, the relative loss doubles; what follows is what an attempt says."""
+    wanted = MotionWanted()
+    assert not wanted.after(report(drift=True, factor=2.0), 0, PATIENCE)
+    assert not wanted.after(attempt(False, mean=HALF), SECOND, PATIENCE)
+    assert wanted.after(attempt(False, mean=HALF, sees_better=True), 2 * SECOND, PATIENCE)
 
 
 HALF = -0.67
@@ -89,20 +97,40 @@ def test_what_halves_the_losses_and_lacks_inverse_dynamics_alone_asks_at_once_an
     assert not wanted.after(dataclasses.replace(sure, state=State.WATCH), 9 * SECOND, PATIENCE)  # it gives up
 
 
+def test_motion_by_which_the_actions_do_what_was_expected_is_ended() -> None:
+    same, unsure = (attempt(False, mean=HALF, sees_better=True, same_actions=value) for value in (True, False))
+    for begin in (report(drift=True), same):  # a policy that has lost its way makes no motion that could tell
+        wanted = MotionWanted()
+        assert wanted.after(begin, 0, PATIENCE) and not wanted.served
+        assert wanted.after(unsure, SECOND, PATIENCE) and not wanted.served
+        assert not wanted.after(same, 2 * SECOND, PATIENCE) and wanted.served
+        assert not wanted.after(report(""), 3 * SECOND, PATIENCE) and not wanted.served
+        assert not wanted.after(attempt(False, mean=HALF), 4 * SECOND, PATIENCE)
+    wanted = MotionWanted()
+    wanted.after(attempt(False, mean=-0.1, same_actions=True), 0, PATIENCE)
+    assert not wanted.served  # a motion that somebody else has ordered goes on
+
+
 def test_a_drift_that_an_earlier_token_explains_asks_for_motion_that_has_served_already() -> None:
-    back = dataclasses.replace(report(drift=True), returned=Verdict(True, "accepted"))
-    assert MotionWanted().after(back, SECOND, PATIENCE)  # it takes the robot home, if that is asked for
-    assert has_served(back)
+    back, wanted = dataclasses.replace(report(drift=True), returned=Verdict(True, "accepted")), MotionWanted()
+    assert wanted.after(back, SECOND, PATIENCE)  # it takes the robot home, if that is asked for
+    assert wanted.served
 
 
 def test_motion_has_served_when_there_is_a_new_token_or_none_to_be_found() -> None:
     refused, accepted = (SimpleNamespace(verdict=Verdict(accepted, "")) for accepted in (False, True))
     collecting, resting = report(""), dataclasses.replace(report(""), state=State.WATCH)
-    assert not has_served(collecting)
-    assert not has_served(dataclasses.replace(collecting, attempt=refused))  # it tries again
-    assert has_served(dataclasses.replace(collecting, attempt=accepted))
-    assert has_served(dataclasses.replace(resting, attempt=refused))
-    assert not has_served(resting)  # it has rested before
+
+    def served(one: StageReport) -> bool:
+        wanted = MotionWanted()
+        wanted.after(one, SECOND, PATIENCE)
+        return wanted.served
+
+    assert not served(collecting)
+    assert not served(dataclasses.replace(collecting, attempt=refused))  # it tries again
+    assert served(dataclasses.replace(collecting, attempt=accepted))
+    assert served(dataclasses.replace(resting, attempt=refused))
+    assert not served(resting)  # it has rested before
 
 
 def test_forgetting_starts_the_wait_anew() -> None:
