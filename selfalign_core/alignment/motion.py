@@ -15,12 +15,12 @@ another for its policy it is 2.6 to 7.4, of a bumped camera, and of most false o
 class MotionWanted:
     """At once when the robot is not the token's, and whenever natural motion has not sufficed for too long.
 
-    A drift to a multiple of the losses says so, or an attempt whose shadow surely halves them and lacks inverse dynamics
-    alone. The policy then moves a robot that it does not know, or hardly moves it; a calibration motion is both safer
-    and tells more. So until there is a new token, or none to be found, every attempt that it left undecided asks again,
-    if its shadow promised to halve the losses: a robot that differs by less is one that the policy bears, and keeps
-    working. And if by that motion the actions surely do what the token in use expects, there is no more to be had from
-    it, however different the robot looks.
+    A drift to a multiple of the losses says so, or an attempt whose shadow surely halves them and lacks inverse
+    dynamics alone. The policy then moves a robot that it does not know, or hardly moves it; a calibration motion is
+    both safer and tells more. So until there is a new token, or none to be found, every attempt that it left undecided
+    asks again, if its shadow promised to halve the losses: a robot that differs by less is one that the policy bears,
+    and keeps working. So is one that in that motion is surely seen better by a shadow but surely does with its actions
+    what was expected: the motion has served, and what is not decided yet does not ask for another one.
 
     Attributes:
         served: the last report ends the need for motion, whoever began it: there is a new token, or none to be found.
@@ -34,7 +34,7 @@ class MotionWanted:
     def reset(self) -> None:
         """Forget how long it has waited, and that the robot is not the token's."""
         self._waiting_since_ns: int | None = None
-        self._is_other, self.anew, self.served = False, False, False
+        self._is_other, self._is_bearable, self.anew, self.served = False, False, False, False
 
     def after(self, report: StageReport, now_ns: int, patience_ns: int) -> bool:
         """Whether to ask for motion after ``report``; ``patience_ns``: how long natural motion may not suffice."""
@@ -43,11 +43,13 @@ class MotionWanted:
         verdict = None if report.attempt is None else report.attempt.verdict
         halves = verdict is not None and verdict.mean < _HALVED
         decided = report.accepted or (verdict is not None and report.state is State.WATCH)
-        served = decided or (self._is_other and verdict is not None and verdict.same_actions)
-        if lost or served or (halves and (self._is_other or verdict.sees_better)):
+        bearable = self._is_other and verdict is not None and verdict.sees_better and verdict.same_actions
+        served = decided or bearable
+        if lost or served or (halves and (self._is_other or (verdict.sees_better and not self._is_bearable))):
             anew = not lost and (self.anew or not self._is_other)
             self.reset()
-            self._is_other, self.anew, self.served = not served, anew and not served, served
+            self._is_other, self._is_bearable = not served, bearable and not decided
+            self.anew, self.served = anew and not served, served
             return lost or not served
         self.served = False
         if not waits or self._waiting_since_ns is None or now_ns < self._waiting_since_ns:

@@ -97,17 +97,20 @@ def test_what_halves_the_losses_and_lacks_inverse_dynamics_alone_asks_at_once_an
     assert not wanted.after(dataclasses.replace(sure, state=State.WATCH), 9 * SECOND, PATIENCE)  # it gives up
 
 
-def test_motion_by_which_the_actions_do_what_was_expected_is_ended() -> None:
+def test_motion_in_which_the_actions_do_what_was_expected_is_ended_and_not_asked_for_again() -> None:
     same, unsure = (attempt(False, mean=HALF, sees_better=True, same_actions=value) for value in (True, False))
     for begin in (report(drift=True), same):  # a policy that has lost its way makes no motion that could tell
         wanted = MotionWanted()
         assert wanted.after(begin, 0, PATIENCE) and not wanted.served
         assert wanted.after(unsure, SECOND, PATIENCE) and not wanted.served
+        assert wanted.after(attempt(False, mean=HALF, same_actions=True), SECOND, PATIENCE) and not wanted.served
         assert not wanted.after(same, 2 * SECOND, PATIENCE) and wanted.served
-        assert not wanted.after(report(""), 3 * SECOND, PATIENCE) and not wanted.served
-        assert not wanted.after(attempt(False, mean=HALF), 4 * SECOND, PATIENCE)
+        for later in (report(""), unsure, same):
+            assert not wanted.after(later, 3 * SECOND, PATIENCE) and not wanted.served
+        assert not wanted.after(attempt(True, mean=HALF), 4 * SECOND, PATIENCE) and wanted.served
+        assert wanted.after(unsure, 5 * SECOND, PATIENCE)  # of another token
     wanted = MotionWanted()
-    wanted.after(attempt(False, mean=-0.1, same_actions=True), 0, PATIENCE)
+    wanted.after(attempt(False, mean=-0.1, sees_better=True, same_actions=True), 0, PATIENCE)
     assert not wanted.served  # a motion that somebody else has ordered goes on
 
 
