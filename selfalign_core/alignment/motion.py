@@ -7,9 +7,9 @@ from selfalign_core.alignment.reports import StageReport, State
 _HALVED = 2 * (1 / 2 - 1) / (1 / 2 + 1)
 """The relative difference of a loss that is half of what it was."""
 
-_LOST = 2.5
-"""Times the baseline's that the relative loss is after a drift which asks for motion: of one that turned the robot into
-another for its policy it is 2.6 to 7.4, of a bumped camera, and of most false ones, 1.9."""
+_LOST = 4.0
+"""Times the baseline's that the relative loss since a drift is when a policy has lost its way: with a servo that turns
+the other way it was 6 to 15, with a bumped camera, or in new poses that were taken for a change, at most 2.6."""
 
 
 class MotionWanted:
@@ -19,8 +19,9 @@ class MotionWanted:
     dynamics alone. The policy then moves a robot that it does not know, or hardly moves it; a calibration motion is
     both safer and tells more. So until there is a new token, or none to be found, every attempt that it left undecided
     asks again, if its shadow promised to halve the losses: a robot that differs by less is one that the policy bears,
-    and keeps working. So is one that in that motion is surely seen better by a shadow but surely does with its actions
-    what was expected: the motion has served, and what is not decided yet does not ask for another one.
+    and keeps working. So is one that drifts by less. And one that in that motion is surely seen better by a shadow but
+    surely does with its actions what was expected: the motion has served. What is not decided yet on a robot that is
+    borne asks for no motion.
 
     Attributes:
         served: the last report ends the need for motion, whoever began it: there is a new token, or none to be found.
@@ -34,23 +35,24 @@ class MotionWanted:
     def reset(self) -> None:
         """Forget how long it has waited, and that the robot is not the token's."""
         self._waiting_since_ns: int | None = None
-        self._is_other, self._is_bearable, self.anew, self.served = False, False, False, False
+        self._is_other, self._is_borne, self.anew, self.served = False, False, False, False
 
     def after(self, report: StageReport, now_ns: int, patience_ns: int) -> bool:
         """Whether to ask for motion after ``report``; ``patience_ns``: how long natural motion may not suffice."""
         waits = report.excitation is not None and not report.excitation.enough
-        lost = report.drift is not None and report.drift.fired and report.drift.factor > _LOST
+        drifted = report.drift is not None and report.drift.fired
+        lost = drifted and report.drift.factor_since > _LOST
         verdict = None if report.attempt is None else report.attempt.verdict
         halves = verdict is not None and verdict.mean < _HALVED
         decided = report.accepted or (verdict is not None and report.state is State.WATCH)
-        bearable = self._is_other and verdict is not None and verdict.sees_better and verdict.same_actions
-        served = decided or bearable
-        if lost or served or (halves and (self._is_other or (verdict.sees_better and not self._is_bearable))):
-            anew = not lost and (self.anew or not self._is_other)
-            self.reset()
-            self._is_other, self._is_bearable = not served, bearable and not decided
-            self.anew, self.served = anew and not served, served
-            return lost or not served
+        in_vain = self._is_other and verdict is not None and verdict.sees_better and verdict.same_actions
+        served = decided or in_vain
+        asks = lost or (not served and halves and (self._is_other or (verdict.sees_better and not self._is_borne)))
+        if asks or served or drifted:
+            self.anew = not drifted and not served and (self.anew or not self._is_other)
+            self.served, self._waiting_since_ns = served, None
+            self._is_other, self._is_borne = asks and not served, not decided and not asks
+            return asks
         self.served = False
         if not waits or self._waiting_since_ns is None or now_ns < self._waiting_since_ns:
             self._waiting_since_ns = now_ns if waits else None

@@ -32,16 +32,19 @@ class RunningLoss:
 class Drift:
     """``z``: how many standard errors the newer losses lie above the baseline; ``fired`` if that is too many.
 
-    ``factor``: newer loss over the baseline's, relative to the references'.
+    ``factor``: newer loss over the baseline's, relative to the references'; ``factor_since``: of those since the change
+    alone, if there was one.
     """
 
     z: float
     factor: float
     fired: bool
+    factor_since: float
 
     @property
     def words(self) -> str:
-        return f"relative loss {self.factor:.2f} times the baseline's, {self.z:+.1f} standard errors"
+        since = f", {self.factor_since:.2f} times since it changed" if self.fired else ""
+        return f"relative loss {self.factor:.2f} times the baseline's{since}, {self.z:+.1f} standard errors"
 
 
 def references(trusted: Trusted, count: int) -> Tensor:
@@ -91,20 +94,25 @@ def drift(baseline: RunningLoss, newest: RunningLoss, config: Watch) -> Drift:
     alike, so the relative loss rises but the plain one falls; when it moves more, the plain one alone rises.
     """
     rises = [_z(baseline.plain, newest.plain), _z(baseline.relative, newest.relative)]
-    factor = math.exp(min(newest.relative.mean - baseline.relative.mean, 50.0))
-    return Drift(min(rises), factor, min(rises) > config.sigmas)
+    rise = newest.series - baseline.relative.mean
+    factor, since = (math.exp(min(float(part.mean()), 50.0)) for part in (rise, rise[_change(rise) :]))
+    return Drift(min(rises), factor, min(rises) > config.sigmas, since)
 
 
 def changed_at(baseline: RunningLoss, newest: RunningLoss, spans: np.ndarray) -> int:
-    """Begin [ns] of the first transition, at ``spans`` (B, 2), of the changed robot.
+    """Begin [ns] of the first transition, at ``spans`` (B, 2), of the changed robot."""
+    return int(spans[_change(newest.series - baseline.relative.mean), 0])
 
-    The generalised likelihood ratio for one rise of the mean from the baseline's: of all ends of the series the one
-    whose rise, squared, times its length is largest (Basseville and Nikiforov 1993, section 2.4).
+
+def _change(rise: np.ndarray) -> int:
+    """Index in a series (B,) of the first value that has risen above 0.
+
+    The generalised likelihood ratio for one rise of the mean: of all ends of the series the one whose rise, squared,
+    times its length is largest (Basseville and Nikiforov 1993, section 2.4).
     """
-    rise = newest.series - baseline.relative.mean
     lengths = np.arange(len(rise), 0, -1)
     ends = np.cumsum(rise[::-1])[::-1] / lengths
-    return int(spans[np.argmax(lengths * ends.clip(min=0.0) ** 2), 0])
+    return int(np.argmax(lengths * ends.clip(min=0.0) ** 2))
 
 
 def _z(old: Estimate, new: Estimate) -> float:

@@ -19,10 +19,10 @@ PATIENCE = 5 * SECOND
 TOKEN = EToken(np.zeros((1, 4), np.float32), 0, "arm", "digest")
 
 
-def report(missing: str | None = None, *, drift: bool | None = None, factor: float = 4.0) -> StageReport:
+def report(missing: str | None = None, *, drift: bool | None = None, since: float = 5.0) -> StageReport:
     """Of a round that looked at motion unless ``missing`` is None, and for drift unless that is None."""
     excitation = None if missing is None else Excitation(("elbow",), (0.1,), (0.1,), (missing,) if missing else ())
-    found = None if drift is None else Drift(4.0 if drift else 0.0, factor, drift)
+    found = None if drift is None else Drift(4.0 if drift else 0.0, 2.0, drift, since)
     return StageReport(State.COLLECT, "", TOKEN, excitation=excitation, drift=found)
 
 
@@ -58,11 +58,17 @@ def attempt(accepted: bool, *, mean: float, sees_better: bool = False, same_acti
 
 
 def test_a_drift_that_the_policy_may_bear_does_not_interrupt_its_work() -> None:
-    """Of a bumped camera, or of none at all, the relative loss doubles; what follows is what an attempt says."""
-    wanted = MotionWanted()
-    assert not wanted.after(report(drift=True, factor=2.0), 0, PATIENCE)
-    assert not wanted.after(attempt(False, mean=HALF), SECOND, PATIENCE)
-    assert wanted.after(attempt(False, mean=HALF, sees_better=True), 2 * SECOND, PATIENCE)
+    """Of a bumped camera the relative loss doubles, as it does in new poses; what follows asks for no motion either."""
+    surely, wanted = attempt(False, mean=HALF, sees_better=True), MotionWanted()
+    assert not wanted.after(report(drift=True, since=2.6), 0, PATIENCE)
+    assert not wanted.after(surely, SECOND, PATIENCE)
+    assert wanted.after(report(drift=True), 2 * SECOND, PATIENCE)  # until it is worse
+    assert wanted.after(surely, 3 * SECOND, PATIENCE)
+    for decided in (attempt(True, mean=HALF), dataclasses.replace(surely, state=State.WATCH)):
+        wanted = MotionWanted()
+        wanted.after(report(drift=True, since=2.6), 0, PATIENCE)
+        assert not wanted.after(decided, SECOND, PATIENCE)
+        assert wanted.after(surely, 2 * SECOND, PATIENCE)  # or there is another token, or another cause to collect
 
 
 HALF = -0.67
