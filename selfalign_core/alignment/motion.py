@@ -18,10 +18,9 @@ class MotionWanted:
     A drift to a multiple of the losses says so, or an attempt whose shadow surely halves them and lacks inverse
     dynamics alone. The policy then moves a robot that it does not know, or hardly moves it; a calibration motion is
     both safer and tells more. So until there is a new token, or none to be found, every attempt that it left undecided
-    asks again, if its shadow promised to halve the losses: a robot that differs by less is one that the policy bears,
-    and keeps working. So is one that drifts by less. And one that in that motion is surely seen better by a shadow but
-    surely does with its actions what was expected: the motion has served. What is not decided yet on a robot that is
-    borne asks for no motion.
+    asks again, if its shadow promised to halve the losses. A robot that differs or drifts by less is one that the
+    policy bears, and keeps working. So is one that in that motion is surely seen better by a shadow but surely does
+    with its actions what was expected: the motion has served, and what is not decided yet asks for no other one.
 
     Attributes:
         served: the last report ends the need for motion, whoever began it: there is a new token, or none to be found.
@@ -35,7 +34,7 @@ class MotionWanted:
     def reset(self) -> None:
         """Forget how long it has waited, and that the robot is not the token's."""
         self._waiting_since_ns: int | None = None
-        self._is_other, self._is_borne, self.anew, self.served = False, False, False, False
+        self._is_other, self._in_vain, self.anew, self.served = False, False, False, False
 
     def after(self, report: StageReport, now_ns: int, patience_ns: int) -> bool:
         """Whether to ask for motion after ``report``; ``patience_ns``: how long natural motion may not suffice."""
@@ -47,11 +46,11 @@ class MotionWanted:
         decided = report.accepted or (verdict is not None and report.state is State.WATCH)
         in_vain = self._is_other and verdict is not None and verdict.sees_better and verdict.same_actions
         served = decided or in_vain
-        asks = lost or (not served and halves and (self._is_other or (verdict.sees_better and not self._is_borne)))
+        asks = lost or (not served and halves and (self._is_other or (verdict.sees_better and not self._in_vain)))
         if asks or served or drifted:
             self.anew = not drifted and not served and (self.anew or not self._is_other)
             self.served, self._waiting_since_ns = served, None
-            self._is_other, self._is_borne = asks and not served, not decided and not asks
+            self._is_other, self._in_vain = asks and not served, in_vain and not decided
             return asks
         self.served = False
         if not waits or self._waiting_since_ns is None or now_ns < self._waiting_since_ns:

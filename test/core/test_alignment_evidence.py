@@ -123,3 +123,7 @@ def test_the_begin_of_a_change_is_found(toy: Trained, left: int) -> None:
         newest = RunningLoss(baseline.plain, baseline.relative, np.concatenate([before[:left], after[left:]]))
         times = np.arange(len(before))[:, None] * np.array([[10, 10]]) + np.array([[0, 20]])
         assert abs(changed_at(baseline, newest, times) - 10 * left) <= 30, row
+        changed = running(policy, BODIES[row], token, 7 + row)
+        found, whole = (drift(baseline, one, CONFIG.watch) for one in (newest, changed))
+        assert found.factor < found.factor_since  # what came before the change says nothing of its size
+        assert found.factor_since == pytest.approx(whole.factor, rel=0.5)

@@ -58,17 +58,11 @@ def attempt(accepted: bool, *, mean: float, sees_better: bool = False, same_acti
 
 
 def test_a_drift_that_the_policy_may_bear_does_not_interrupt_its_work() -> None:
-    """Of a bumped camera the relative loss doubles, as it does in new poses; what follows asks for no motion either."""
+    """Of a bumped camera the relative loss doubles, as it does in new poses; then it is for an attempt to say."""
     surely, wanted = attempt(False, mean=HALF, sees_better=True), MotionWanted()
     assert not wanted.after(report(drift=True, since=2.6), 0, PATIENCE)
-    assert not wanted.after(surely, SECOND, PATIENCE)
-    assert wanted.after(report(drift=True), 2 * SECOND, PATIENCE)  # until it is worse
-    assert wanted.after(surely, 3 * SECOND, PATIENCE)
-    for decided in (attempt(True, mean=HALF), dataclasses.replace(surely, state=State.WATCH)):
-        wanted = MotionWanted()
-        wanted.after(report(drift=True, since=2.6), 0, PATIENCE)
-        assert not wanted.after(decided, SECOND, PATIENCE)
-        assert wanted.after(surely, 2 * SECOND, PATIENCE)  # or there is another token, or another cause to collect
+    assert not wanted.after(attempt(False, mean=HALF), SECOND, PATIENCE)
+    assert wanted.after(surely, 2 * SECOND, PATIENCE)
 
 
 HALF = -0.67
