@@ -9,7 +9,7 @@ _HALVED = 2 * (1 / 2 - 1) / (1 / 2 + 1)
 
 _LOST = 4.0
 """Times the baseline's that the relative loss since a drift is when a policy has lost its way: with a servo that turns
-the other way it was 6 to 15, with a bumped camera, or in new poses that were taken for a change, at most 2.6."""
+the other way it was 5.7 to 15, with a bumped camera, or in new poses that were taken for a change, 1.8 to 3.2."""
 
 
 class MotionWanted:
