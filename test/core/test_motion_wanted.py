@@ -17,6 +17,8 @@ from selfalign_core.types import EToken
 SECOND = 10**9
 PATIENCE = 5 * SECOND
 TOKEN = EToken(np.zeros((1, 4), np.float32), 0, "arm", "digest")
+HALF = -0.67
+"""The relative difference of a loss that falls by half."""
 
 
 def report(missing: str | None = None, *, drift: bool | None = None, since: float = 5.0) -> StageReport:
@@ -63,10 +65,6 @@ def test_a_drift_that_the_policy_may_bear_does_not_interrupt_its_work() -> None:
     assert not wanted.after(report(drift=True, since=2.6), 0, PATIENCE)
     assert not wanted.after(attempt(False, mean=HALF), SECOND, PATIENCE)
     assert wanted.after(surely, 2 * SECOND, PATIENCE)
-
-
-HALF = -0.67
-"""The relative difference of a loss that falls by half."""
 
 
 def test_an_attempt_after_a_drift_asks_again_until_one_is_decided() -> None:
