@@ -56,7 +56,7 @@ from selfalign_core.alignment.reports import StageReport, State, fit_words
 from selfalign_core.alignment.scoring import Prepared, Scorer
 from selfalign_core.alignment.screen import screen
 from selfalign_core.alignment.trusted import Trusted
-from selfalign_core.alignment.watch import RunningLoss, changed_at, drift, references, running_loss
+from selfalign_core.alignment.watch import RunningLoss, drift, references, running_loss
 from selfalign_core.device_turns import HandBack
 from selfalign_core.errors import InputError
 from selfalign_core.policy import Policy
@@ -361,7 +361,7 @@ class SelfAligner:
         baseline, running = self._baseline, self._newest_loss(evidence, round_)
         result = drift(baseline, running, self.config.watch)
         if result.fired:
-            self._restart(changed_at(baseline, running, evidence.spans))
+            self._restart(int(evidence.spans[result.begin, 0]))
             self._lost, self._refuted = baseline, True
             changed = evidence.select(np.flatnonzero(evidence.spans[:, 0] >= self._since_ns))
             if back := self._return(changed, round_):

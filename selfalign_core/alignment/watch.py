@@ -32,13 +32,14 @@ class RunningLoss:
 class Drift:
     """``z``: how many standard errors the newer losses lie above the baseline; ``fired`` if that is too many.
 
-    ``factor``: newer loss over the baseline's, relative to the references'; ``factor_since``: of those since the change
-    alone, if there was one.
+    ``factor``: newer loss over the baseline's, relative to the references'. If there was a change, ``begin`` is the row
+    of the changed robot's first transition, and ``factor_since`` that of those from there on.
     """
 
     z: float
     factor: float
     fired: bool
+    begin: int
     factor_since: float
 
     @property
@@ -95,13 +96,9 @@ def drift(baseline: RunningLoss, newest: RunningLoss, config: Watch) -> Drift:
     """
     rises = [_z(baseline.plain, newest.plain), _z(baseline.relative, newest.relative)]
     rise = newest.series - baseline.relative.mean
-    factor, since = (math.exp(min(float(part.mean()), 50.0)) for part in (rise, rise[_change(rise) :]))
-    return Drift(min(rises), factor, min(rises) > config.sigmas, since)
-
-
-def changed_at(baseline: RunningLoss, newest: RunningLoss, spans: np.ndarray) -> int:
-    """Begin [ns] of the first transition, at ``spans`` (B, 2), of the changed robot."""
-    return int(spans[_change(newest.series - baseline.relative.mean), 0])
+    begin = _change(rise)
+    factor, since = (math.exp(min(float(part.mean()), 50.0)) for part in (rise, rise[begin:]))
+    return Drift(min(rises), factor, min(rises) > config.sigmas, begin, since)
 
 
 def _change(rise: np.ndarray) -> int:

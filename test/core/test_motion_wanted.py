@@ -24,7 +24,7 @@ HALF = -0.67
 def report(missing: str | None = None, *, drift: bool | None = None, since: float = 5.0) -> StageReport:
     """Of a round that looked at motion unless ``missing`` is None, and for drift unless that is None."""
     excitation = None if missing is None else Excitation(("elbow",), (0.1,), (0.1,), (missing,) if missing else ())
-    found = None if drift is None else Drift(4.0 if drift else 0.0, 2.0, drift, since)
+    found = None if drift is None else Drift(4.0 if drift else 0.0, 2.0, drift, 0, since)
     return StageReport(State.COLLECT, "", TOKEN, excitation=excitation, drift=found)
 
 
