@@ -22,12 +22,12 @@ class Collect:
     """What has to be seen before a token is changed.
 
     ``fit_count`` transitions to identify and refine on, then ``guard_count`` newer ones to judge by, one every
-    ``stride`` control steps; soon after a change, and after what was fitted on, they may lie as near as ``min_stride``.
-    After an undecided refusal it goes on collecting, for ``attempts`` in a row, each judged by transitions that none
-    before has seen and fitted on ``fit_count`` that are spread over the newest ``memory``: another way of moving is no
-    reason to forget. Each joint's commanded change must spread by ``min_command`` and at least one joint must really
-    move by ``min_motion`` (standard deviations, rad or m) in what is fitted; in what it is judged by a joint must move,
-    too. ``max_value`` is the largest normalised state or action that is believed.
+    ``stride`` control steps; soon after a start or a change, and after what was fitted on, they may lie as near as
+    ``min_stride``. After an undecided refusal it goes on collecting, for ``attempts`` in a row, each judged by
+    transitions that none before has seen and fitted on ``fit_count`` that are spread over the newest ``memory``:
+    another way of moving is no reason to forget. Each joint's commanded change must spread by ``min_command`` and at
+    least one joint must really move by ``min_motion`` (standard deviations, rad or m) in what is fitted; in what it is
+    judged by a joint must move, too. ``max_value`` is the largest normalised state or action that is believed.
     """
 
     fit_count: int = 20

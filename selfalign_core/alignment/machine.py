@@ -131,14 +131,15 @@ class SelfAligner:
     def stride(self, now_ns: int) -> int:
         """Control steps between the transitions to hand in.
 
-        They spread over the time since :attr:`since_ns`: the sooner after a change, the nearer together, so that a
-        first attempt need not wait for the last one's spread. Those to judge a shadow by spread over the time since
-        what it was fitted on.
+        They spread over the time since :attr:`since_ns`, or since the oldest that was handed in when there were not as
+        many as wanted: the sooner after a start or a change, the nearer together, so that a first attempt need not wait
+        for the last one's spread. Those to judge a shadow by spread over the time since what it was fitted on.
         """
         config, shadow = self.config.collect, self._shadow
         if self._state is State.WATCH:
             return config.stride
-        count, since_ns = (config.count, self._since_ns) if shadow is None else (config.guard_count, shadow.end_ns)
+        oldest_ns = max(self._since_ns, self._oldest_ns)
+        count, since_ns = (config.count, oldest_ns) if shadow is None else (config.guard_count, shadow.end_ns)
         steps = round(self._steps(now_ns - since_ns)) - self.policy.transition_horizon
         return min(max(steps // count, config.min_stride), config.stride)
 
@@ -243,6 +244,8 @@ class SelfAligner:
     def short_of(self, found: int, now_ns: int) -> StageReport:
         """What :meth:`advance` says to ``found`` transitions, fewer than ``needed``, without a look at them."""
         self._look_at_the_clock(now_ns)
+        steps = (found + 1) * self.stride(now_ns) + self.policy.transition_horizon
+        self._oldest_ns = now_ns - round(steps * self.policy.dt * 1e9)
         return StageReport(self._state, f"{self._doing}: {found} of {self.needed} transitions", self.token, found)
 
     def advance(
@@ -260,6 +263,8 @@ class SelfAligner:
         """
         self._scorer.check(batch)
         self._look_at_the_clock(now_ns)
+        if 0 < len(batch) < self.wanted:
+            self._oldest_ns = int(spans(batch)[:, 0].min())
         evidence, round_ = self._evidence(batch), self._round(now_ns, should_stop)
         try:
             if self._state is State.COLLECT:
@@ -444,7 +449,7 @@ class SelfAligner:
 
     def _restart(self, since_ns: int) -> None:
         """Collect from ``since_ns`` on."""
-        self._state, self._since_ns = State.COLLECT, since_ns
+        self._state, self._since_ns, self._oldest_ns = State.COLLECT, since_ns, since_ns
         self._undecided, self._unproven, self._judged_ns = 0, False, since_ns
         self._baseline: RunningLoss | None = None
         self._lost: RunningLoss | None = None  # the baseline that a drift has left; until an attempt

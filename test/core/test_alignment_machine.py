@@ -142,6 +142,26 @@ def test_soon_after_a_change_it_makes_do_with_transitions_that_lie_nearer(toy: T
         assert stride == 3 or 20 * stride <= n  # those that are asked for fit into the time there was
 
 
+@pytest.mark.parametrize("before", [0, 100])
+def test_soon_after_a_start_as_well_but_not_if_enough_was_recorded_before(toy: Trained, before: int) -> None:
+    collect = Collect(fit_count=16, guard_count=4, stride=8, min_stride=3, memory=32)
+    config = dataclasses.replace(CONFIG, collect=collect)
+    aligner, robot, asked, seen = aligner_of(toy, config), Robot(BODIES[5]), [], 0
+    robot.move(max(before, 1))
+    while not seen and robot.now_ns < 10**12:
+        asked.append(aligner.stride(robot.now_ns))
+        batch = robot.newest(aligner.wanted, aligner.since_ns, asked[-1])
+        if len(batch) < aligner.needed:
+            aligner.short_of(len(batch), robot.now_ns)
+        else:
+            aligner.advance(batch, robot.now_ns)
+            seen = len(batch)
+        robot.move(1)
+    assert asked[0] == 8  # how long it has moved shows in what there is
+    assert set(asked[1:]) == (set() if before else {3})
+    assert seen == (aligner.wanted if before else 16)
+
+
 def test_another_way_of_moving_changes_nothing(toy: Trained) -> None:
     aligner, robot = aligner_of(toy, deployed=2), Robot(BODIES[2])
     live(aligner, robot, 30)

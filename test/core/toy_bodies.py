@@ -221,5 +221,5 @@ class Robot:
                 self._buffer.add_action(int(batch.frame_stamps[row]) + step * STEP_NS, action)
         self.now_ns += 6 * pairs * STEP_NS
 
-    def newest(self, count: int, since_ns: int) -> TransitionBatch:
-        return self._buffer.newest(count, since_ns=since_ns)
+    def newest(self, count: int, since_ns: int, stride: int = 1) -> TransitionBatch:
+        return self._buffer.newest(count, since_ns=since_ns, stride=stride)
