@@ -63,7 +63,7 @@ def _draw_arms(plt: Any, rows: Sequence[dict[str, Any]]) -> Any:
             axis.set_ylabel(unit)
             axis.set_ylim(bottom=0)
             axis.set_title(f"{range_} the training range")
-    axes[0, 0].legend(fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", fontsize=8, ncols=3)
     return figure
 
 
