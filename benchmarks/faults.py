@@ -78,9 +78,9 @@ _STARTED = re.compile(r"\[([\w-]+)-\d+\]: process started with pid \[(\d+)\]")
 
 @dataclass(frozen=True)
 class Command:
-    """One trajectory on its way to the robot; times in ns."""
+    """One trajectory, on its way to the robot or as the robot says it follows it; times in ns."""
 
-    sent_ns: int
+    sent_ns: int  # by the policy, or when the robot began to follow it
     observed_ns: int  # stamp of the observation it was made from; 0 for a hold, which has none
     end_ns: int  # of its last point
 
@@ -92,24 +92,34 @@ class Command:
 
 @dataclass
 class Judge:
-    """What was commanded and how the joints moved."""
+    """What was commanded, what of it the robot followed by its own word, and how the joints moved."""
 
     commands: list[Command] = field(default_factory=list)
+    followed: list[Command] = field(default_factory=list)
     motion: list[tuple[int, float]] = field(default_factory=list)  # stamp ns, fastest joint's speed
 
     def stale_commands(self, limit_s: float) -> list[Command]:
-        """Those that move and were made from an observation older than ``limit_s`` when they were sent."""
-        return [c for c in self.commands if c.moves and (c.sent_ns - c.observed_ns) / 1e9 > limit_s]
+        """Those that move and were made from an observation older than ``limit_s`` when they were sent.
+
+        Of those that the judge never heard counts when they were followed.
+        """
+        known = [*self.commands, *self.unheard()]
+        return [c for c in known if c.moves and (c.sent_ns - c.observed_ns) / 1e9 > limit_s]
+
+    def unheard(self) -> list[Command]:
+        """Those that the robot followed and the judge never heard: their publisher died before it could repeat them."""
+        heard = {(c.observed_ns, c.end_ns) for c in self.commands}
+        return [c for c in self.followed if c.moves and (c.observed_ns, c.end_ns) not in heard]
 
     def unasked_motion(self) -> list[tuple[int, float]]:
-        """Stamps and speeds of motion while no command was in force, nor had been a moment before.
+        """Stamps and speeds of motion while no command was followed, nor had been a moment before.
 
-        A command is in force until its last point is due, or until the next hold is sent.
+        A command is followed until its last point is due, or until a hold ends it.
         A simulation that was stopped goes on with the momentum it had, and its servos lag behind their set-points.
         After a gap in its reports, braking is no motion of its own. Any later gain in speed is.
         """
-        holds = np.sort([c.sent_ns for c in self.commands if not c.moves])
-        ends = {c: min([c.end_ns, *holds[np.searchsorted(holds, c.sent_ns) :][:1]]) for c in self.commands if c.moves}
+        holds = np.sort([c.sent_ns for c in self.followed if not c.moves])
+        ends = {c: min([c.end_ns, *holds[np.searchsorted(holds, c.sent_ns) :][:1]]) for c in self.followed if c.moves}
         spans = np.array([[c.sent_ns, end + SETTLE_S * 1e9] for c, end in ends.items()]).reshape(-1, 2)
         unasked: list[tuple[int, float]] = []
         last_ns, last_speed, resumed_ns, braking = 0, 0.0, 0, False
@@ -133,7 +143,14 @@ class Listener(Node):
         self.versions: list[int] = []
         self.statuses: dict[str, tuple[float, str]] = {}
         self._joints = contract.joint_names
-        self.create_subscription(JointTrajectory, contract.action.topic, self._on_command, commands)
+        judge = self.judge
+        self.create_subscription(
+            JointTrajectory, contract.action.topic, lambda m, info: judge.commands.append(_command(m, info)), commands
+        )
+        self.create_subscription(
+            JointTrajectory, "followed_command", lambda m, info: judge.followed.append(_command(m, info)),
+            qos.RECENT_EVENTS,
+        )  # fmt: skip
         self.create_subscription(JointState, contract.joint_state_topic, self._on_joints, qos.SENSOR)
         self.create_subscription(ActionChunk, "action_chunk", self._on_chunk, qos.EVENTS)
         self.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 100)
@@ -143,12 +160,6 @@ class Listener(Node):
         status, words = WORKING[name]
         at, message = self.statuses.get(status, (0.0, ""))
         return at > since and words in message
-
-    def _on_command(self, message: JointTrajectory, info: dict[str, Any]) -> None:
-        stamp_ns, last, sent_ns = to_ns(message.header.stamp), message.points[-1], info["source_timestamp"]
-        # An order to hold has no observation behind it: it counts from when it arrives.
-        end_ns = (stamp_ns or sent_ns) + to_ns(last.time_from_start)
-        self.judge.commands.append(Command(sent_ns, stamp_ns, end_ns))
 
     def _on_joints(self, message: JointState) -> None:
         speed = dict(zip(message.name, message.velocity, strict=False))
@@ -161,6 +172,12 @@ class Listener(Node):
     def _on_diagnostics(self, message: DiagnosticArray) -> None:
         for status in message.status:
             self.statuses[status.name] = (time.monotonic(), status.message)
+
+
+def _command(message: JointTrajectory, info: dict[str, Any]) -> Command:
+    stamp_ns, last, sent_ns = to_ns(message.header.stamp), message.points[-1], info["source_timestamp"]
+    # An order to hold has no observation behind it: it counts from when it arrives.
+    return Command(sent_ns, stamp_ns, (stamp_ns or sent_ns) + to_ns(last.time_from_start))
 
 
 class Graph:
@@ -299,10 +316,10 @@ def _run(options: argparse.Namespace) -> int:
     finally:
         graph.process.kill()
         rclpy.try_shutdown()
-    time.sleep(1.5)  # a segment younger than a second is never taken for an orphan
     judge, versions = listener.judge, listener.versions
     limit_s = contract.max_image_age_s + contract.max_joint_state_age_s + options.inference_limit
-    stale, unasked, segments = judge.stale_commands(limit_s), judge.unasked_motion(), remove_orphaned_segments()
+    stale, unasked = judge.stale_commands(limit_s), judge.unasked_motion()
+    segments = remove_orphaned_segments(wait=True)
     moved = sum(speed > STILL_RAD_S for _, speed in judge.motion)
     checks = {
         f"no command from an observation older than {limit_s:g} s": not stale,
@@ -319,7 +336,8 @@ def _run(options: argparse.Namespace) -> int:
         "seed": options.seed, "kills": dict(injection.kills), "stops": dict(injection.stops),
         "injection_s": last - begin, "recovery_after_the_last_s": recovered_s,
         "recovery_s": {name: _summary(values) for name, values in injection.recoveries.items()},
-        "commands": len(judge.commands), "joint_states": len(judge.motion), "joint_states_in_motion": moved,
+        "commands": len(judge.commands), "followed": len(judge.followed), "followed_unheard": len(judge.unheard()),
+        "joint_states": len(judge.motion), "joint_states_in_motion": moved,
         "stale_commands_s": [(c.sent_ns - c.observed_ns) / 1e9 for c in stale], "unasked_motion": unasked[:100],
         "segments_left": segments,
         "e_token_versions": [min(versions, default=0), max(versions, default=0)], "checks": checks,
@@ -332,7 +350,8 @@ def _run(options: argparse.Namespace) -> int:
     print_table(header, [[str(cell) for cell in row] for row in rows])
     print(
         f"{injection.kills.total()} kills, {injection.stops.total()} stops in {last - begin:.0f} s; "
-        f"{len(judge.commands)} commands, {moved} of {len(judge.motion)} joint states in motion"
+        f"{len(judge.commands)} commands heard, {len(judge.followed)} followed ({len(judge.unheard())} unheard); "
+        f"{moved} of {len(judge.motion)} joint states in motion"
     )
     for check, holds in checks.items():
         print(f"{check}: {'yes' if holds else 'NO'}")

@@ -29,6 +29,10 @@ SENSOR = qos_profile_sensor_data
 COMMAND = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
 # Streams of which nothing may be lost: chunks, executed actions, reports.
 EVENTS = QoSProfile(depth=100, reliability=ReliabilityPolicy.RELIABLE)
+# The same, and whoever comes late gets the newest hundred.
+RECENT_EVENTS = QoSProfile(
+    depth=100, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL
+)
 # State: a late joiner gets the current value at once.
 LATCHED = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 # Lock-step replay: every message counts and none may be dropped.

@@ -2,6 +2,7 @@
 
 It behaves like a robot behind ros2_control: a joint trajectory controller that interpolates, or a forward command
 controller; both hold their last position when nothing is commanded, and refuse a malformed command with a reason.
+What it begins to follow it says (``followed_command``), whoever sent it: the robot's own word for why it moves.
 Joints that the contract does not name hold the pose they start in; their state is published after that of the others.
 
 Its body may be changed while it runs (``~/set_body``), for experiments.
@@ -26,7 +27,7 @@ from rosgraph_msgs.msg import Clock as ClockMsg
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import Bool, Float64, Float64MultiArray, String
 from std_srvs.srv import Trigger
-from trajectory_msgs.msg import JointTrajectory
+from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 from selfalign.srv import SetBody
 from selfalign_core.commands import CommandPath
@@ -54,6 +55,14 @@ _SUBSTEP_S = 0.005  # how often the commanded position is interpolated
 _CLOCK_HZ = 100.0
 _SLIP_S = 0.1  # lag behind the wall clock beyond which the simulation stops trying to catch up
 _STALL_S = 0.5  # lag after which a trajectory is not followed any further: what it was planned for is past
+
+
+@dataclass(frozen=True)
+class Command:
+    """``path``: of the commanded position and the time [ns] from which it is followed. ``said``: as it was received."""
+
+    path: Callable[[np.ndarray, int], CommandPath]
+    said: JointTrajectory
 
 
 @dataclass
@@ -118,7 +127,7 @@ class RobotSimNode(SelfAlignNode):
 
         # Written by callbacks, read by the simulation; each a single reference, replaced as a whole.
         self._settings: dict[str, Any] = dict(self.parameters.values)
-        self._new_command: Callable[[np.ndarray, int], CommandPath] | None = None
+        self._new_command: Command | None = None
         self._new_body: BodyConfig | None = None
         self._reset_target = False
         self._task = Task()
@@ -136,6 +145,7 @@ class RobotSimNode(SelfAlignNode):
             for camera in contract.cameras
         }
         self._joint_states = self.create_publisher(JointState, contract.joint_state_topic, qos.SENSOR)
+        self._followed = self.create_publisher(JointTrajectory, "followed_command", qos.RECENT_EVENTS)
         self._distance = self.create_publisher(Float64, "distance_to_target", 10)
         self._target_reached = self.create_publisher(Bool, "target_reached", 10)
         self._prompt = self.create_publisher(String, "prompt", qos.LATCHED)
@@ -182,7 +192,7 @@ class RobotSimNode(SelfAlignNode):
                 np.concatenate([[now_ns], due[ahead]]), np.concatenate([commanded[None], positions[ahead]])
             )
 
-        self._accept(follow)
+        self._accept(Command(follow, message))
 
     def _on_positions(self, message: Float64MultiArray) -> None:
         try:
@@ -190,9 +200,11 @@ class RobotSimNode(SelfAlignNode):
         except InputError as error:
             self._refuse(str(error))
             return
-        self._accept(lambda commanded, now_ns: CommandPath(np.array([now_ns]), position[None]))
+        point = JointTrajectoryPoint(positions=position.tolist())
+        said = JointTrajectory(joint_names=list(self.contract.joint_names), points=[point])
+        self._accept(Command(lambda commanded, now_ns: CommandPath(np.array([now_ns]), position[None]), said))
 
-    def _accept(self, command: Callable[[np.ndarray, int], CommandPath]) -> None:
+    def _accept(self, command: Command) -> None:
         self._commands += 1
         self._new_command = command
         self._problem = ""
@@ -322,12 +334,14 @@ class RobotSimNode(SelfAlignNode):
                 sim.reset_targets(rng)
             self._prompt.publish(String(data=sim.prompt))
 
-    def _start(self, command: Callable[[np.ndarray, int], CommandPath], path: CommandPath, now_ns: int) -> CommandPath:
+    def _start(self, command: Command, path: CommandPath, now_ns: int) -> CommandPath:
         try:
-            return command(path.at(now_ns), now_ns)
+            path = command.path(path.at(now_ns), now_ns)
         except InputError as error:
             self._refuse(str(error))
             return path
+        self._followed.publish(command.said)
+        return path
 
     def _image_message(self, camera: Camera, rgb: np.ndarray, stamp_ns: int) -> Image | CompressedImage:
         stamp, frame_id = to_stamp(stamp_ns), f"{camera.name}_optical_frame"

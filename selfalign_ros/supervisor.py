@@ -207,7 +207,8 @@ class Supervisor:
             os.close(wakeup_write)
             for claim in claims:
                 claim.close()
-            remove_orphaned_segments()
+            # A node that was ended right after its start has made some a moment ago.
+            remove_orphaned_segments(wait=True)
             self._terminal.close()
         return self._exit_code
 

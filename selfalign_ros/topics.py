@@ -54,6 +54,7 @@ def graph_topics(contract: RobotContract) -> list[Topic]:
         Topic("executed_action", JointState, qos.EVENTS, True),
         Topic("prompt", String, qos.LATCHED, True),
         Topic(contract.action.topic, command, QoSProfile(depth=100)),
+        Topic("followed_command", JointTrajectory, qos.RECENT_EVENTS),
         Topic("action_chunk", ActionChunk, qos.EVENTS),
         Topic("e_token", EToken, qos.LATCHED),
         Topic("align_report", AlignReport, qos.EVENTS),

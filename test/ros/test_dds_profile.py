@@ -54,6 +54,17 @@ def test_camera_streams_arrive_without_loss(ros_domain: int, frames: int, backlo
     print(f"{rate_hz:.1f} images of each size per second")
 
 
+def test_a_segment_that_was_just_made_goes_once_it_is_sure_that_nobody_owns_it(tmp_path: Path) -> None:
+    """Its owner was ended before it had locked it."""
+    segment, lock = tmp_path / "fastrtps_0123456789abcdef", tmp_path / "fastrtps_0123456789abcdef_el"
+    for path in (segment, lock):
+        path.touch()
+    assert remove_orphaned_segments(tmp_path) == []  # it may be about to
+    assert lock.exists()
+    assert remove_orphaned_segments(tmp_path, wait=True) == [segment.name]
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="found no /dev/shm on this machine")
 def test_a_killed_process_leaves_no_shared_memory(ros_domain: int) -> None:
     def segments(process: subprocess.Popen) -> set[Path]:

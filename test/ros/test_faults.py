@@ -121,14 +121,20 @@ def test_what_the_judge_calls_stale_and_unasked() -> None:
     hold = Command(sent_ns=30 * second, observed_ns=0, end_ns=40 * second)
     still = [(int(at * second / 10), 0.1) for at in range(90, 360)]  # ten reports per second, and motion in some
     motion = {10.5: 1.0, 13.0: 1.0, 35.0: 1.0}
-    judge = Judge([fresh, late, hold], [(stamp, motion.get(stamp / second, speed)) for stamp, speed in still])
+    sent = [fresh, late, hold]
+    judge = Judge(sent, sent, [(stamp, motion.get(stamp / second, speed)) for stamp, speed in still])
     assert judge.stale_commands(1.0) == [late]
     assert judge.unasked_motion() == [(13 * second, 1.0), (35 * second, 1.0)]
     # A hold ends what was commanded before it.
     cut = Command(sent_ns=10 * second + 100_000_000, observed_ns=0, end_ns=11 * second)
     on = [(int(at * second / 10), 1.0 if at >= 100 else 0.1) for at in range(98, 110)]
-    assert Judge([fresh], on).unasked_motion() == []
-    assert Judge([fresh, cut], on).unasked_motion() == on[10:]
+    assert Judge(followed=[fresh], motion=on).unasked_motion() == []
+    assert Judge(followed=[fresh, cut], motion=on).unasked_motion() == on[10:]
+    # The robot's word counts, not what was heard on the way to it: what it never followed explains no motion, and what
+    # it followed unheard does, but may not be stale.
+    assert Judge(commands=[fresh], motion=on).unasked_motion() == on[2:]
+    assert Judge(followed=[fresh, late]).unheard() == [fresh, late]
+    assert Judge([fresh], [fresh, late]).stale_commands(1.0) == [late]
     # A robot that stood still for a while may brake, and not gain speed: that would be an old set-point.
     resumed = [(int(at * second), speed) for at, speed in ((50.0, 1.0), (50.1, 0.6), (50.2, 0.7), (50.3, 0.5))]
-    assert Judge([fresh], [*still, *resumed]).unasked_motion() == resumed[2:]
+    assert Judge(followed=[fresh], motion=[*still, *resumed]).unasked_motion() == resumed[2:]

@@ -25,7 +25,7 @@ from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 from selfalign_ros.bag import Bag, BagError, BagWriter
 
 CAMERAS = ("/camera/overhead/image_raw", "/camera/wrist/image_raw")
-LATCHED = ("/e_token", "/prompt", "/body")
+LATCHED = ("/e_token", "/prompt", "/body", "/followed_command")
 
 
 def replay(bag: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -45,6 +45,7 @@ def test_recording_holds_every_topic_with_definitions_and_qos(recording: Path) -
         **dict.fromkeys(CAMERAS, "sensor_msgs/msg/Image"),
         "/joint_states": "sensor_msgs/msg/JointState",
         "/joint_trajectory_controller/joint_trajectory": "trajectory_msgs/msg/JointTrajectory",
+        "/followed_command": "trajectory_msgs/msg/JointTrajectory",
         "/executed_action": "sensor_msgs/msg/JointState",
         "/prompt": "std_msgs/msg/String",
         "/action_chunk": "selfalign/msg/ActionChunk",

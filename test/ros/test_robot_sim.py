@@ -19,6 +19,7 @@ EPISODE_S = 1.0
 def robot(graph, probe):
     from sensor_msgs.msg import JointState
     from std_msgs.msg import Bool, Float64, String
+    from trajectory_msgs.msg import JointTrajectory
 
     from selfalign_ros import qos
 
@@ -27,6 +28,7 @@ def robot(graph, probe):
     probe.listen(Bool, "target_reached", 100)
     probe.listen(String, "prompt", qos.LATCHED)
     probe.listen(String, "body", qos.LATCHED)
+    probe.listen(JointTrajectory, "followed_command", qos.RECENT_EVENTS)
     return graph.start("robot_sim", contract=graph.contract("sim_reach.yaml"), episode_seconds=EPISODE_S, seed=3)
 
 
@@ -71,6 +73,8 @@ def test_joints_that_are_not_commanded_hold_the_pose_they_start_in(probe, comman
     assert np.ptp(before, axis=0).max() < SAG  # no command, no motion
     held = measured(probe, HELD)
     assert np.abs(held - held[0]).max() < SAG, np.abs(held - held[0]).max(axis=0)
+    wait_for(lambda: len(probe.messages["followed_command"]) == 3, "the robot's own word for it")
+    assert [m.points[-1].positions[0] for m in probe.messages["followed_command"]] == [0.8, -0.8, 0.4]
 
 
 @pytest.mark.parametrize(
@@ -91,6 +95,7 @@ def test_a_command_for_other_joints_than_the_contracts_is_refused_and_moves_noth
     count = len(probe.messages["joint_states"])
     wait_for(lambda: len(probe.messages["joint_states"]) > count + 20, "more joint states")
     assert np.abs(measured(probe, COMMANDED + HELD)[-1] - start).max() < SAG
+    assert names not in [list(message.joint_names) for message in probe.messages["followed_command"]]
 
 
 def test_a_contract_with_a_joint_the_arm_does_not_have_is_refused(graph, ros_domain: int, tmp_path) -> None:
