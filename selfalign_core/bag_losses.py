@@ -48,16 +48,7 @@ def transitions_of_bag(
         chosen = np.array(apart, np.int64)
         if len(chosen) > most:
             chosen = chosen[np.linspace(0, len(chosen) - 1, most).round().astype(np.int64)]
-        rows, index = np.unique(np.concatenate([chosen, chosen + horizon]), return_inverse=True)
-        return TransitionBatch(
-            cameras=dataset.meta.cameras,
-            frames=dataset.images[rows],
-            frame_states=dataset.states[rows],
-            frame_stamps=dataset.stamps[rows],
-            obs_index=index[: len(chosen)],
-            next_index=index[len(chosen) :],
-            actions=dataset.actions[chosen[:, None] + np.arange(horizon)],
-        )
+        return dataset.transitions(chosen, horizon)
 
 
 def score_change(

@@ -25,6 +25,7 @@ from selfalign_core.data.dataset_meta import PLAY, DatasetMeta
 from selfalign_core.data.dataset_writer import DatasetWriter
 from selfalign_core.data.partial import DatasetError
 from selfalign_core.transforms import NormStats, load_norm_stats
+from selfalign_core.types import TransitionBatch
 
 _ROWS_PER_CHECK = 2048
 
@@ -92,6 +93,19 @@ class TransitionDataset:
             for i in chosen
         ]
         return np.concatenate([np.zeros(0, np.int64), *rows])
+
+    def transitions(self, starts: np.ndarray, horizon: int) -> TransitionBatch:
+        """Those of ``horizon`` actions from the rows ``starts`` (B,) on, which :meth:`starts` has given."""
+        rows, index = np.unique(np.concatenate([starts, starts + horizon]), return_inverse=True)
+        return TransitionBatch(
+            cameras=self.meta.cameras,
+            frames=self.images[rows],
+            frame_states=self.states[rows],
+            frame_stamps=self.stamps[rows],
+            obs_index=index[: len(starts)],
+            next_index=index[len(starts) :],
+            actions=self.actions[starts[:, None] + np.arange(horizon)],
+        )
 
     def split(
         self, holdout: float, *, by: Literal["episode", "embodiment"], seed: int = 0

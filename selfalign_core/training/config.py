@@ -67,13 +67,18 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class DataSection:
-    """``path``: dataset directory. ``holdout``: share of episodes, or of embodiments, kept for evaluation alone."""
+    """``path``: dataset directory. ``holdout``: share of episodes, or of embodiments, kept for evaluation alone.
+
+    ``statistics``: which normalise states and actions, the dataset's or those of ``model.init``, for parts that stand
+    still read numbers as they learned to.
+    """
 
     path: str
     holdout: float = 0.1
     holdout_by: Literal["episode", "embodiment"] = "episode"
     state_norm: NormMode = "quantile"
     action_norm: NormMode = "quantile"
+    statistics: Literal["data", "init"] = "data"
     tokenizer: str | None = None
     """tokenizer.json or its directory; by default the one in ``model.init``, else one word list of all prompts."""
 
@@ -118,6 +123,8 @@ class BankSection:
     ``init_std``: standard deviation of the normal initialisation. ``noise_std``: of the noise that is added to the
     token of every training sample, so that the experts learn to read a token's neighbours as nearly the same body.
     ``deploy``: the embodiment whose token the policy is written with; the bank's mean by default.
+    ``tokens``: file of tokens by embodiment (:mod:`aligned_tokens`) for bodies that ``model.init`` does not know. All
+    tokens stand still then, and the policy is written with the bank and the E-Token of ``model.init``.
     """
 
     mode: Literal["embodiment", "shared"] = "embodiment"
@@ -125,10 +132,15 @@ class BankSection:
     init_std: float = 1.0
     noise_std: float = 0.0
     deploy: str | None = None
+    tokens: str | None = None
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "capacity")
         _at_least(self, 0, "init_std", "noise_std")
+        if self.tokens is not None:
+            for name, expected in (("mode", "embodiment"), ("capacity", None), ("deploy", None)):
+                found = getattr(self, name)
+                _require(found == expected, name, found, f"{expected!r} beside tokens, which leave the bank as it is")
 
 
 @dataclass(frozen=True)
@@ -230,6 +242,9 @@ class TrainConfig:
         _require(
             self.ema_decay is None or 0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "a number in [0, 1) or null"
         )
+        of_init = {"bank.tokens": self.bank.tokens is not None, "data.statistics": self.data.statistics == "init"}
+        for key, wanted in of_init.items():
+            _require(not wanted or self.model.init is not None, "model.init", None, f"a checkpoint, for {key}")
         _require(self.optim.warmup_steps < self.steps, "optim.warmup_steps", self.optim.warmup_steps, "less than steps")
         if self.cache_features:
             _require(

@@ -6,7 +6,7 @@ Nothing here depends on ranks, precision or steps.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from selfalign_core.model.pi0 import Pi0
 from selfalign_core.policy import TINY_WORDS, Policy
 from selfalign_core.policy_config import PolicyConfig, is_foreign
 from selfalign_core.tokenizer import load_tokenizer, word_tokenizer
+from selfalign_core.training.aligned_tokens import load_tokens
 from selfalign_core.training.bank import SHARED_KEY, TokenBank, bank_mean
 from selfalign_core.training.config import TrainConfig
 
@@ -32,35 +33,54 @@ KnownBank = tuple[tuple[str, ...], Tensor]
 
 @dataclass(frozen=True)
 class Start:
-    """The float32 ``model`` to train and what a policy is beside it; ``known``: the checkpoint's bank if it has one."""
+    """The float32 ``model`` to train and what a policy is beside it.
+
+    ``known``: the checkpoint's bank if it has one, ``embodiment``: the body whose token it carries. ``found``: tokens
+    of other bodies, which stand still like the bank's.
+    """
 
     model: Pi0
     policy_config: PolicyConfig
     tokenizer: Any
     stats: Mapping[str, Any]
     known: KnownBank | None
+    embodiment: str = ""
+    found: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: TrainConfig, dataset: TransitionDataset) -> Start:
         """Raises ``ConfigError`` or ``CheckpointError`` if ``config``, its checkpoint and ``dataset`` do not fit."""
-        model, tokenizer, known = _model(config, dataset.meta.dt_ns / 1e9)
-        tokenizer = _tokenizer(config, dataset, model.config, tokenizer)
+        origin = _origin(config, dataset.meta.dt_ns / 1e9)
+        model = origin.model
+        tokenizer = _tokenizer(config, dataset, model.config, origin.tokenizer)
         policy_config = _policy_config(config, dataset, model.config)
         normalised = {config.data.state_norm, config.data.action_norm} != {"identity"}
-        return cls(model, policy_config, tokenizer, dataset.norm_stats if normalised else {}, known)
+        stats = origin.stats if config.data.statistics == "init" else dataset.norm_stats
+        if normalised and not stats:
+            raise ConfigError(f"data.statistics: found none in {config.model.init}, expected those of the checkpoint")
+        found = {}
+        if config.bank.tokens is not None:
+            if origin.known is None:
+                raise ConfigError(f"bank.tokens: found no bank in {config.model.init}, expected one to leave as it is")
+            found = load_tokens(config.bank.tokens, model_digest=origin.digest)
+        return cls(
+            model, policy_config, tokenizer, stats if normalised else {}, origin.known, origin.embodiment, found
+        )
 
     def new_bank(self, config: TrainConfig, dataset: TransitionDataset, episodes: np.ndarray) -> TokenBank | None:
         """A token for every embodiment in ``episodes``, or one for all; None if the model has no E-Token.
 
+        Of tokens that stand still there is one for every embodiment, also of held-out ones: none is trained on.
+
         Raises:
-            ConfigError: the key to deploy is not among them.
+            ConfigError: the key to deploy is not among them, or a body has no token that could stand still.
         """
         section, model = config.bank, self.model.config
         if not model.use_peft_prefix_token:
             return None
         keys: Sequence[str] = (SHARED_KEY,)
         if section.mode == "embodiment":
-            used = np.unique(dataset.embodiment_of[episodes])
+            used = np.unique(dataset.embodiment_of[episodes if section.tokens is None else slice(None)])
             keys = [dataset.meta.embodiments[i] for i in used]
         bank = TokenBank(
             keys,
@@ -74,26 +94,44 @@ class Start:
             raise ConfigError(f"bank.deploy: found {section.deploy!r}, expected one of the bank's keys: {bank.keys}")
         if self.known is not None:  # bodies that the checkpoint knows keep their tokens, new ones start from its mean
             known, weight = self.known
+            tokens = {**self.found, **dict(zip(known, weight, strict=False))}
+            if section.tokens is not None and (missing := [key for key in keys if key not in tokens]):
+                raise ConfigError(
+                    f"bank.tokens: found no token of {', '.join(missing[:3])} ({len(missing)} of {len(keys)} bodies) "
+                    f"in {section.tokens} or {config.model.init}, expected one for every body of {dataset.path}"
+                )
             mean = bank_mean(weight[: len(known)])
             with torch.no_grad():
                 for row, key in enumerate(keys):
-                    bank.weight[row] = weight[known.index(key)] if key in known else mean
+                    bank.weight[row] = tokens.get(key, mean)
         return bank
 
 
-def _model(config: TrainConfig, dt: float) -> tuple[Pi0, Any, KnownBank | None]:
-    """The model, and the tokenizer and bank of its checkpoint if it has them."""
+@dataclass(frozen=True)
+class _Origin:
+    """What a checkpoint has beside its model, or nothing."""
+
+    model: Pi0
+    tokenizer: Any = None
+    stats: Mapping[str, Any] = field(default_factory=dict)
+    known: KnownBank | None = None
+    embodiment: str = ""
+    digest: str = ""
+
+
+def _origin(config: TrainConfig, dt: float) -> _Origin:
     section = config.model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         if section.init is None:
-            return Pi0(section.build()), None, None
+            return _Origin(Pi0(section.build()))
         path = Path(section.init)
         changes = section.changes
         if is_foreign(path):
-            known = read_foreign(path).config.model
-            model = load_model(path, known.replace(**changes), initialise=section.initialise, seed=config.seed).float()
-            return model, load_tokenizer(config.data.tokenizer or path), None
+            read = read_foreign(path)
+            changed = read.config.model.replace(**changes)
+            model = load_model(path, changed, initialise=section.initialise, seed=config.seed).float()
+            return _Origin(model, load_tokenizer(config.data.tokenizer or path), read.stats)
         policy = Policy.from_checkpoint(path, dt=dt, initialise=section.initialise)
         if changes:
             changed = ModelConfig.from_dict({**policy.config.model.to_dict(), **changes})
@@ -105,7 +143,7 @@ def _model(config: TrainConfig, dt: float) -> tuple[Pi0, Any, KnownBank | None]:
         model = policy.model.float().requires_grad_(True)
         model.paligemma_with_expert.gemma_expert.lm_head.requires_grad_(False)
         bank = None if policy.bank is None else (policy.config.bank_keys, policy.bank)
-        return model, policy.tokenizer, bank
+        return _Origin(model, policy.tokenizer, policy.stats, bank, policy.e_token.embodiment, policy.digest)
 
 
 def _tokenizer(config: TrainConfig, dataset: TransitionDataset, model: ModelConfig, of_checkpoint: Any) -> Any:

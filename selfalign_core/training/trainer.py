@@ -40,6 +40,7 @@ from selfalign_core.training.inputs import (
 )
 from selfalign_core.training.logging import LOG_NAME, RunLog
 from selfalign_core.training.optim import (
+    TOKEN_PARAMETERS,
     Ema,
     Trained,
     clip_gradients,
@@ -115,6 +116,7 @@ class Trainer:
         start = Start.of(config, self.dataset)
         model, self.policy_config = start.model, start.policy_config
         self.tokenizer, self.stats = start.tokenizer, start.stats
+        self._kept = None if config.bank.tokens is None else start  # has the bank that the policy is written with
         self.alignment = config.losses == "all" and model.config.alignment_expert is not None
         check_fits(self.policy_config, self.dataset)
         bank = start.new_bank(config, self.dataset, train)
@@ -154,7 +156,7 @@ class Trainer:
 
     def _freeze(self) -> None:
         config, model = self.config, self.joint.model
-        freeze(self.joint, config.freeze)
+        freeze(self.joint, config.freeze if self._kept is None else (*config.freeze, *TOKEN_PARAMETERS))
         unreached = unreached_parameters(
             model.config, alignment=self.alignment, cached=config.cache_features, cameras=len(self.dataset.meta.cameras)
         )
@@ -492,7 +494,10 @@ class Trainer:
         values = {name: value.float() if value.is_floating_point() else value for name, value in values.items()}
         weight, keys, deploy = values.pop("bank.weight", None), (), self.config.bank.deploy
         state = {name.removeprefix("model."): value for name, value in values.items()}
-        if weight is not None:
+        if self._kept is not None:
+            keys, weight = self._kept.known
+            deploy = self._kept.embodiment
+        elif weight is not None:
             keys = self.joint.bank.keys
             deployed = bank_mean(weight[: len(keys)]) if deploy is None else weight[keys.index(deploy)].clone()
             state["peft_prefix_token"] = deployed

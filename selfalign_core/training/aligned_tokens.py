@@ -1,0 +1,149 @@
+"""Tokens that alignment finds for the bodies of a dataset which a policy does not know, to train its actions on.
+
+    python -m selfalign_core.training.aligned_tokens CHECKPOINT DATASET --output tokens.safetensors --jobs 2
+
+Alignment looks for what the self-supervised losses call the best token. That says where signs and gains are, and less
+exactly where things are than the token that a body is trained with. An action expert that has met such tokens reads
+from the image what they do not tell (``bank.tokens`` of a training configuration). For every body: identification and
+refinement as the aligner has them, on as many transitions as one attempt of it fits on, spread over the body's
+recordings. No guard: it would only keep the worse half of the tokens from being trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import sys
+import time
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from selfalign_core.alignment.budget import Budget
+from selfalign_core.alignment.config import AlignConfig
+from selfalign_core.alignment.identify import identify
+from selfalign_core.alignment.refine import refine
+from selfalign_core.alignment.scoring import Scorer
+from selfalign_core.alignment.trusted import Trusted
+from selfalign_core.checkpoint import write_atomically
+from selfalign_core.data.command_line import run_command
+from selfalign_core.data.dataset import TransitionDataset
+from selfalign_core.data.partial import DatasetError
+from selfalign_core.errors import CheckpointError
+from selfalign_core.policy import Policy
+from selfalign_core.types import TransitionBatch
+
+FORMAT = "selfalign-tokens-1"
+
+
+def unknown_bodies(policy: Policy, dataset: TransitionDataset) -> list[str]:
+    """Embodiments of ``dataset`` of which ``policy``'s bank has no token."""
+    return [name for name in dataset.meta.embodiments if name not in policy.config.bank_keys]
+
+
+def aligned_token(policy: Policy, dataset: TransitionDataset, embodiment: str, align: AlignConfig) -> Tensor:
+    """(T, W): from the trusted token that fits the body best, refined. A function of its arguments alone.
+
+    Raises:
+        DatasetError: no transition fits into the body's recordings. InputError: they do not fit the policy.
+    """
+    seed = dataset.meta.embodiments.index(embodiment)
+    batch = _spread(dataset, seed, policy.transition_horizon, align.collect.fit_count)
+    scorer, trusted = Scorer(policy, (align.lambda_perc, align.lambda_dyn, align.lambda_inv)), Trusted.of(policy)
+    scorer.check(batch)
+    data, deployed = scorer.prepare(batch), torch.from_numpy(policy.e_token.data).to(policy.dim_mask.device)
+    found = identify(scorer, data, deployed, trusted, align.identify, seed=seed, budget=_unlimited())
+    return refine(scorer, data, found.token, trusted, align, seed=seed, budget=_unlimited()).token.cpu()
+
+
+def _spread(dataset: TransitionDataset, embodiment: int, horizon: int, count: int) -> TransitionBatch:
+    """At most ``count`` transitions, evenly spread over the recordings of a body."""
+    starts = dataset.starts(horizon, episodes=np.flatnonzero(dataset.embodiment_of == embodiment))
+    if not len(starts):
+        name = dataset.meta.embodiments[embodiment]
+        raise DatasetError(f"{dataset.path}: found no {horizon + 1} frames in a row of {name!r}, expected some")
+    chosen = np.linspace(0, len(starts) - 1, min(count, len(starts))).round().astype(np.int64)
+    return dataset.transitions(starts[chosen], horizon)
+
+
+def _unlimited() -> Budget:
+    return Budget(None, time.monotonic)
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def save_tokens(path: str | Path, tokens: Mapping[str, Tensor], model_digest: str) -> None:
+    """Write tokens (T, W) by embodiment as safetensors, atomically."""
+    metadata = {"format": FORMAT, "model_digest": model_digest}
+    write_atomically(Path(path), lambda temporary: save_file(dict(tokens), temporary, metadata))
+
+
+def load_tokens(path: str | Path, *, model_digest: str) -> dict[str, Tensor]:
+    """Tokens by embodiment, float32.
+
+    Raises:
+        CheckpointError: the file cannot be read, is no file of tokens, or they are of another model.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata, names = file.metadata() or {}, list(file.keys())
+            tokens = {name: file.get_tensor(name).float() for name in names}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: found {error}, expected a file of tokens by embodiment") from error
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: found format {metadata.get('format')!r}, expected {FORMAT!r}")
+    owner = metadata.get("model_digest", "")
+    if owner != model_digest:
+        raise CheckpointError(f"{path}: found tokens of model {owner[:12]!r}, expected model {model_digest[:12]!r}")
+    return tokens
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+@lru_cache(maxsize=1)
+def _opened(checkpoint: str, dataset: str) -> tuple[Policy, TransitionDataset]:
+    data = TransitionDataset(dataset)
+    return Policy.from_checkpoint(checkpoint, dt=data.meta.dt_ns / 1e9), data
+
+
+def _work(task: tuple[str, str, str]) -> Tensor:
+    *paths, embodiment = task
+    torch.set_num_threads(1)  # processes share the cores
+    return aligned_token(*_opened(*paths), embodiment, AlignConfig().without_budgets())
+
+
+def _run(options: argparse.Namespace) -> None:
+    policy, dataset = _opened(options.checkpoint, options.dataset)
+    names = unknown_bodies(policy, dataset)
+    if not names:
+        raise DatasetError(f"{dataset.path}: found only bodies that {options.checkpoint} knows, expected others")
+    tasks = [(options.checkpoint, options.dataset, name) for name in names]
+    with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = list(tqdm(pool.map(_work, tasks), total=len(tasks), unit="body", mininterval=1.0))
+    save_tokens(options.output, dict(zip(names, found, strict=True)), policy.digest)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m selfalign_core.training.aligned_tokens",
+        description="Find a token by alignment for every body of a dataset that a policy does not know.",
+    )
+    parser.add_argument("checkpoint", help="directory of the policy")
+    parser.add_argument("dataset", help="dataset directory")
+    parser.add_argument("--output", required=True, help="safetensors file to write")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    return run_command(lambda: _run(parser.parse_args(arguments)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
