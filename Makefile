@@ -58,7 +58,7 @@ train:  ## train a policy: CONFIG=my.yaml ARGS='--resume data.path=DATASET'
 evaluate:  ## closed-loop episodes in the simulator: CHECKPOINT=directory
 	@$(BOOTSTRAP) run python3 -m selfalign_core.evaluate $(CHECKPOINT) $(ARGS)
 
-tiny-policy:  ## make the shipped policy from nothing (about two hours on 2 cores), in runs/tiny_policy
+tiny-policy:  ## make the shipped policy from nothing (about two and a half hours on 2 cores), in runs/tiny_policy
 	@$(BOOTSTRAP) run tools/tiny_policy.sh
 
 # Studies. One thread each: they run side by side, and their work is too small to split.

@@ -11,22 +11,25 @@ import pytest
 from selfalign_core.data import sim_demos
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "tiny_policy.sh"
-# Stands in for python3: notes module and arguments, makes what --output and --json name, fails in the module of FAIL.
+# Stands in for python3: notes module and arguments, makes what --output and --json name (a file if it has a suffix),
+# fails in the module of FAIL.
 PYTHON = """#!/bin/bash
 module=$2
 echo "$module" >> calls.txt
 echo "$*" >> arguments.txt
 [ "$module" = "${FAIL:-}" ] && exit 3
 while [ $# -gt 0 ]; do
-  [ "$1" = --output ] && mkdir -p "$2"
+  [ "$1" = --output ] && case "$2" in *.safetensors) touch "$2" ;; *) mkdir -p "$2" ;; esac
   [ "$1" = --json ] && mkdir -p "$(dirname "$2")" && touch "$2"
   shift
 done
 exit 0
 """
-DEMOS, PRETRAIN, TRAIN, EVALUATE = (
-    f"selfalign_core.{name}" for name in ("data.sim_demos", "training.pretrain", "train", "evaluate")
+DEMOS, PRETRAIN, TRAIN, TOKENS, EVALUATE = (
+    f"selfalign_core.{name}"
+    for name in ("data.sim_demos", "training.pretrain", "train", "training.aligned_tokens", "evaluate")
 )
+STAGES = [DEMOS, PRETRAIN, TRAIN, DEMOS, TRAIN, DEMOS, TOKENS, TRAIN, EVALUATE]
 
 
 @pytest.fixture
@@ -48,23 +51,26 @@ def run(folder: Path, fail: str = "") -> tuple[int, list[str], str]:
 
 def test_a_first_run_goes_through_all_stages_and_says_where_the_policy_is(folder: Path) -> None:
     code, calls, output = run(folder)
-    assert (code, calls) == (0, [DEMOS, PRETRAIN, TRAIN, DEMOS, TRAIN, EVALUATE])
-    assert "runs/tiny_policy/many/policy" in output and "policies/tiny_reach" in output
+    assert (code, calls) == (0, STAGES)
+    assert "runs/tiny_policy/aligned/policy" in output and "policies/tiny_reach" in output
 
 
-def test_both_stages_have_the_same_bodies_and_no_recording_in_common(folder: Path) -> None:
+def test_the_joint_stages_have_the_same_bodies_and_the_last_one_others_and_no_recording_is_in_two(folder: Path) -> None:
     run(folder)
     lines = [line.split()[2:] for line in (folder / "arguments.txt").read_text().splitlines() if DEMOS in line]
-    first, second = (sim_demos._parser().parse_args(line) for line in lines)
+    first, second, last = (sim_demos._parser().parse_args(line) for line in lines)
     assert (first.seed, first.families) == (second.seed, second.families) and first.bodies < second.bodies
     assert second.episodes_seed not in (None, first.seed, first.episodes_seed)
+    assert last.seed not in (first.seed, second.episodes_seed)
 
 
 def test_what_is_there_is_not_made_again(folder: Path) -> None:
     run(folder)
-    assert run(folder)[:2] == (0, [TRAIN, TRAIN])  # each finds its last checkpoint, and is done
+    assert run(folder)[:2] == (0, [TRAIN, TRAIN, TRAIN])  # each finds its last checkpoint, and is done
 
 
 def test_it_goes_on_with_the_stage_that_failed(folder: Path) -> None:
     assert run(folder, fail=PRETRAIN)[:2] == (3, [DEMOS, PRETRAIN])
-    assert run(folder)[:2] == (0, [PRETRAIN, TRAIN, DEMOS, TRAIN, EVALUATE])
+    assert run(folder)[:2] == (0, STAGES[1:])
+    (folder / "runs/tiny_policy/aligned_tokens.safetensors").unlink()
+    assert run(folder, fail=TOKENS)[:2] == (3, [TRAIN, TRAIN, TOKENS])
