@@ -28,7 +28,7 @@ import rclpy
 import yaml
 from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.node import Node
-from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.qos import QoSProfile
 from sensor_msgs.msg import JointState
 from trajectory_msgs.msg import JointTrajectory
 
@@ -58,10 +58,6 @@ QUICK_TO_ACCEPT = {
     "guard_inverse_margin": 0.0, "niceness": 0,
 }  # fmt: skip
 """Of the aligner: about every second token passes, so that there are some to be lost."""
-LATE_TOO = QoSProfile(
-    depth=100, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL
-)
-"""Of commands: what was sent before the judge knew the publisher reaches it all the same."""
 START_S = 180.0
 RECOVERY_S = 90.0
 STILL_RAD_S = 0.2
@@ -297,13 +293,13 @@ def _run(options: argparse.Namespace) -> int:
     parameters = output / "parameters.yaml"
     # The robot may know a policy that was just started before the judge does: what it has commanded by then is kept.
     name = f"qos_overrides./{contract.action.topic}.publisher"
-    latched = {f"{name}.durability": "transient_local", f"{name}.depth": LATE_TOO.depth}
+    latched = {f"{name}.durability": "transient_local", f"{name}.depth": qos.RECENT_EVENTS.depth}
     settings = {"/**/aligner": {"ros__parameters": QUICK_TO_ACCEPT}, "/**/policy": {"ros__parameters": latched}}
     parameters.write_text(yaml.safe_dump(settings))
     rclpy.init(args=[])
     graph = Graph(output / "graph.log", [f"params_file:={parameters}", *options.arguments])
     try:
-        listener = Listener(contract, LATE_TOO)
+        listener = Listener(contract, qos.RECENT_EVENTS)
         injection = Injection(graph, listener, seed=options.seed, gap_s=tuple(options.gap))
         begin = time.monotonic()
         if lacking := wait_until_all_work(injection, listener, begin, START_S):
