@@ -89,7 +89,7 @@ class Bench:
     def __init__(self, policy: Policy, count: int):
         self.policy, self.config = policy, AlignConfig()
         self.batch = random_transitions(policy, count)
-        self.scorer = Scorer(policy, (self.config.lambda_perc, self.config.lambda_dyn, self.config.lambda_inv))
+        self.scorer = Scorer(policy, self.config.weights)
         self.prepared = self.scorer.prepare(self.batch)
         self.token = policy.model.peft_prefix_token.detach().clone().requires_grad_(True)
         self._seed = 0

@@ -121,7 +121,7 @@ def _full(lab: Lab) -> Found:
     guard = batch.select(np.arange(len(batch) - len(newer), len(batch)))
     verdict = judge(
         stage.scorer, stage.scorer.prepare(guard), newer, deployed, shadow, stage.trusted, align.guard,
-        seed=lab.index, budget=_unlimited(),
+        seed=lab.index, budget=Budget.unlimited(),
     )  # fmt: skip
     token = shadow if verdict.accepted else deployed
     seconds = time.process_time() - begin
@@ -159,21 +159,17 @@ class _Stages:
 
     def __init__(self, lab: Lab, align: AlignConfig):
         policy = lab.policy
-        self.scorer = Scorer(policy, (align.lambda_perc, align.lambda_dyn, align.lambda_inv))
+        self.scorer = Scorer(policy, align.weights)
         self.trusted, self._align, self._seed = Trusted.of(policy), align, lab.index
         self._deployed = torch.from_numpy(policy.e_token.data)
 
     def identify(self, batch: TransitionBatch) -> Identification:
         return identify(
             self.scorer, self.scorer.prepare(batch), self._deployed, self.trusted, self._align.identify,
-            seed=self._seed, budget=_unlimited(),
+            seed=self._seed, budget=Budget.unlimited(),
         )  # fmt: skip
 
     def refine(self, batch: TransitionBatch, start: Tensor) -> Tensor:
         data = self.scorer.prepare(batch)
-        found = refine(self.scorer, data, start, self.trusted, self._align, seed=self._seed, budget=_unlimited())
+        found = refine(self.scorer, data, start, self.trusted, self._align, seed=self._seed, budget=Budget.unlimited())
         return found.token
-
-
-def _unlimited() -> Budget:
-    return Budget(None, time.monotonic)

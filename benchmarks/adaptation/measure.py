@@ -81,8 +81,7 @@ class Measure:
 
     @cached_property
     def _scorer(self) -> Scorer:
-        align = self.lab.settings.align
-        return Scorer(self.lab.policy, (align.lambda_perc, align.lambda_dyn, align.lambda_inv))
+        return Scorer(self.lab.policy, self.lab.settings.align.weights)
 
     @cached_property
     def _prepared(self) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 Clock = Callable[[], float]
@@ -28,6 +29,11 @@ class Budget:
     ):
         self._limit_ms, self._clock, self._should_stop, self._owed_ms = limit_ms, clock, should_stop, owed_ms
         self._begin = clock()
+
+    @classmethod
+    def unlimited(cls) -> Budget:
+        """For stages that run by themselves, beside no robot."""
+        return cls(None, time.monotonic)
 
     def elapsed_ms(self) -> float:
         return 1e3 * (self._clock() - self._begin)

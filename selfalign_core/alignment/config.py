@@ -179,6 +179,11 @@ class AlignConfig:
         _at_least(self, 0, "frame_cache_mib")
         _positive(self, "policy_wait_ms")
 
+    @property
+    def weights(self) -> tuple[float, float, float]:
+        """λ_p, λ_d, λ_i."""
+        return self.lambda_perc, self.lambda_dyn, self.lambda_inv
+
     def without_budgets(self) -> AlignConfig:
         """The same settings with no limit on any stage's time: what lock-step replay and tests need."""
         stages = {

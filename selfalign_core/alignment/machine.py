@@ -87,7 +87,7 @@ class SelfAligner:
         self._joints = tuple(joints) or tuple(f"joint {i}" for i in range(policy.state_dim))
         self._hand_back = HandBack(policy.model, policy.turns, config.policy_wait_ms)
         self._frames = FrameCache(policy, *_frame_limits(config))
-        self._scorer = Scorer(policy, _weights(config), prompt=prompt, frames=self._frames)
+        self._scorer = Scorer(policy, config.weights, prompt=prompt, frames=self._frames)
         self._trusted = Trusted.of(policy)
         self._references = references(self._trusted, config.watch.references)
         self._seed, self._clock, self._now_ns = seed, clock, -(2**62)
@@ -150,8 +150,8 @@ class SelfAligner:
         old, self.config = self.config, config
         self._frames.limit_bytes, self._frames.limit_frames = _frame_limits(config)
         self._hand_back.limit_ms = config.policy_wait_ms
-        if (_weights(old), old.watch.references) != (_weights(config), config.watch.references):
-            self._scorer = Scorer(self.policy, _weights(config), prompt=self._prompt, frames=self._frames)
+        if (old.weights, old.watch.references) != (config.weights, config.watch.references):
+            self._scorer = Scorer(self.policy, config.weights, prompt=self._prompt, frames=self._frames)
             self._references = references(self._trusted, config.watch.references)
             self._shadow = None
             self.align_now()
@@ -475,10 +475,6 @@ class SelfAligner:
 
     def _tensor(self, token: EToken) -> Tensor:
         return torch.from_numpy(np.array(token.data, np.float32)).to(self.policy.dim_mask.device)
-
-
-def _weights(config: AlignConfig) -> tuple[float, float, float]:
-    return config.lambda_perc, config.lambda_dyn, config.lambda_inv
 
 
 def _frame_limits(config: AlignConfig) -> tuple[int, int]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import sys
-import time
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
@@ -57,11 +56,11 @@ def aligned_token(policy: Policy, dataset: TransitionDataset, embodiment: str, a
     """
     seed = dataset.meta.embodiments.index(embodiment)
     batch = _spread(dataset, seed, policy.transition_horizon, align.collect.fit_count)
-    scorer, trusted = Scorer(policy, (align.lambda_perc, align.lambda_dyn, align.lambda_inv)), Trusted.of(policy)
+    scorer, trusted = Scorer(policy, align.weights), Trusted.of(policy)
     scorer.check(batch)
     data, deployed = scorer.prepare(batch), torch.from_numpy(policy.e_token.data).to(policy.dim_mask.device)
-    found = identify(scorer, data, deployed, trusted, align.identify, seed=seed, budget=_unlimited())
-    return refine(scorer, data, found.token, trusted, align, seed=seed, budget=_unlimited()).token.cpu()
+    found = identify(scorer, data, deployed, trusted, align.identify, seed=seed, budget=Budget.unlimited())
+    return refine(scorer, data, found.token, trusted, align, seed=seed, budget=Budget.unlimited()).token.cpu()
 
 
 def _spread(dataset: TransitionDataset, embodiment: int, horizon: int, count: int) -> TransitionBatch:
@@ -72,10 +71,6 @@ def _spread(dataset: TransitionDataset, embodiment: int, horizon: int, count: in
         raise DatasetError(f"{dataset.path}: found no {horizon + 1} frames in a row of {name!r}, expected some")
     chosen = np.linspace(0, len(starts) - 1, min(count, len(starts))).round().astype(np.int64)
     return dataset.transitions(starts[chosen], horizon)
-
-
-def _unlimited() -> Budget:
-    return Budget(None, time.monotonic)
 
 
 # ------------------------------------------------------------------------------------------------ files
