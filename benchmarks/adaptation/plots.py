@@ -90,13 +90,16 @@ def _draw_shifts(plt: Any, runs: Sequence[dict[str, Any]]) -> Any:
     shifts = list(dict.fromkeys(run["shift"] for run in runs))
     figure, axes = plt.subplots(len(shifts), 1, figsize=(9, 2.8 * len(shifts)), squeeze=False, layout="constrained")
     for axis, shift in zip(axes[:, 0], shifts, strict=True):
-        for aligned, label, colour in ((False, "unaligned", _COLOURS[0]), (True, LABELS[OURS], _COLOURS[4])):
+        for aligned, label, colour, width in (
+            (False, "unaligned", _COLOURS[0], 4.0),  # wider, so that it shows below one that never differs
+            (True, LABELS[OURS], _COLOURS[4], 1.5),
+        ):
             group = [run for run in runs if (run["shift"], run["aligned"]) == (shift, aligned)]
             if not group:
                 continue
             mean = np.mean([run["distance"] for run in group], axis=0)
             smooth = np.convolve(np.pad(mean, (_SMOOTH - 1, 0), "edge"), np.ones(_SMOOTH) / _SMOOTH, "valid")
-            axis.plot(np.arange(len(mean)) / 4, 100 * smooth, color=colour, label=label)
+            axis.plot(np.arange(len(mean)) / 4, 100 * smooth, color=colour, lw=width, label=label)
             for kind, marker in (("accepted", "^"), ("refused", "x"), ("drift", "|")):
                 times = [event["time"] for run in group for event in run["events"] if event["kind"] == kind]
                 if times:
@@ -105,6 +108,10 @@ def _draw_shifts(plt: Any, runs: Sequence[dict[str, Any]]) -> Any:
             axis.axvline(second, color="k", lw=0.8, ls="--")
         axis.set_ylabel("distance [cm]")
         axis.set_title(f"{shift}: shift at {BEFORE_S:.0f} s, back at {BEFORE_S + SHIFTED_S:.0f} s")
-        axis.legend(fontsize=7, ncols=5)
     axes[-1, 0].set_xlabel("time [s]")
+    drawn = {}
+    for axis in axes[:, 0]:
+        lines, labels = axis.get_legend_handles_labels()
+        drawn.update(zip(labels, lines, strict=True))
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", fontsize=8, ncols=5)
     return figure
