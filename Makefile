@@ -42,12 +42,12 @@ bringup:  ## start the simulated robot and the three nodes
 	  $(if $(PARAMS),params_file:=$(PARAMS)) $(ARGS)
 
 record:  ## record a run as a bag: BAG=directory DURATION=20
-	@$(if $(BAG),,$(error make record needs BAG=directory))$(BOOTSTRAP) run python3 -m selfalign_ros.record \
+	@$(if $(BAG),,$(error make record needs BAG=directory))$(BOOTSTRAP) run python3 -m selfalign_ros.tools.record \
 	  --output $(BAG) $(if $(DURATION),--duration $(DURATION)) $(if $(PARAMS),--params $(PARAMS)) $(ARGS)
 
 # CHECKPOINT counts only when it was given: otherwise that of the parameters is replayed.
 replay:  ## play a bag through the same nodes, in lock-step: BAG=directory, AGAINST=other.yaml compares
-	@$(if $(BAG),,$(error make replay needs BAG=directory))$(BOOTSTRAP) run python3 -m selfalign_ros.replay \
+	@$(if $(BAG),,$(error make replay needs BAG=directory))$(BOOTSTRAP) run python3 -m selfalign_ros.tools.replay \
 	  $(BAG) $(if $(REPORT),--report $(REPORT)) $(if $(PARAMS),--params $(PARAMS)) \
 	  $(if $(filter command environment,$(origin CHECKPOINT)),--checkpoint $(CHECKPOINT)) \
 	  $(if $(AGAINST),--against $(AGAINST)) $(if $(AGAINST_CHECKPOINT),--against-checkpoint $(AGAINST_CHECKPOINT)) $(ARGS)
@@ -64,64 +64,64 @@ tiny-policy:  ## make the shipped policy from nothing (about two and a half hour
 # Studies. One thread each: they run side by side, and their work is too small to split.
 train-step: export OMP_NUM_THREADS := 1
 train-step:  ## time and memory of a training step with and without the alignment expert
-	@$(BOOTSTRAP) run python3 -m benchmarks.train_step --json runs/train_step.json $(ARGS)
+	@$(BOOTSTRAP) run python3 -m benchmarks.speed.train_step --json runs/train_step.json $(ARGS)
 
 held-out: export OMP_NUM_THREADS := 1
 held-out:  ## losses on recordings and bodies never trained on, before and after: of a run of make tiny-policy
 	@[ -d runs/tiny_policy/unseen ] || $(BOOTSTRAP) run python3 -m selfalign_core.data.sim_demos \
 	  --output runs/tiny_policy/unseen --bodies 17 --episodes 4 --frames 36 --seed 77
-	@$(BOOTSTRAP) run python3 -m benchmarks.held_out runs/tiny_policy/joint --bodies runs/tiny_policy/unseen \
+	@$(BOOTSTRAP) run python3 -m benchmarks.studies.held_out runs/tiny_policy/joint --bodies runs/tiny_policy/unseen \
 	  --json runs/held_out.json $(ARGS)
 
 ablations: export OMP_NUM_THREADS := 1
 ablations:  ## training without its parts, one after another (about 2 hours); starts from that of make tiny-policy
-	@$(BOOTSTRAP) run python3 -m benchmarks.ablations --config config/training/tiny_policy.yaml \
+	@$(BOOTSTRAP) run python3 -m benchmarks.studies.ablations --config config/training/tiny_policy.yaml \
 	  --output runs/ablations $(ARGS)
 
 adaptation: export OMP_NUM_THREADS := 1
 adaptation:  ## unseen bodies with and without alignment: CHECKPOINT=directory
-	@$(BOOTSTRAP) run python3 -m benchmarks.adaptation $(CHECKPOINT) --output runs/adaptation $(ARGS)
+	@$(BOOTSTRAP) run python3 -m benchmarks.studies.adaptation $(CHECKPOINT) --output runs/adaptation $(ARGS)
 
 adaptation-seeds: export OMP_NUM_THREADS := 1
 adaptation-seeds:  ## the study's arms for three seeds of the training, in a reduced setting (two to three hours of a core)
-	@$(BOOTSTRAP) run python3 -m benchmarks.adaptation.seeds --output runs/adaptation_seeds $(ARGS)
+	@$(BOOTSTRAP) run python3 -m benchmarks.studies.adaptation.seeds --output runs/adaptation_seeds $(ARGS)
 
 adaptation-in-graph:  ## a body that changes in the running graph, or that it never saw; to 2.5 minutes a run: ARGS='--shifts servo'
-	@$(BOOTSTRAP) run python3 -m benchmarks.adaptation.in_graph --output runs/in_graph $(ARGS)
+	@$(BOOTSTRAP) run python3 -m benchmarks.studies.adaptation.in_graph --output runs/in_graph $(ARGS)
 
 image-path: export OMP_NUM_THREADS := 1
 image-path:  ## time per camera frame from message to model input, against plain cv2
-	@$(BOOTSTRAP) run python3 -m benchmarks.image_path --json benchmarks/results/image_path.json $(ARGS)
+	@$(BOOTSTRAP) run python3 -m benchmarks.speed.image_path --json benchmarks/results/image_path.json $(ARGS)
 
 latency: export OMP_NUM_THREADS := 1
 latency:  ## time of an action chunk stage by stage, plain and fast, beside the least time: ARGS='--device cuda'
-	@$(BOOTSTRAP) run python3 -m benchmarks.latency --checkpoint $(CHECKPOINT) --json runs/latency.json $(ARGS)
+	@$(BOOTSTRAP) run python3 -m benchmarks.speed.latency --checkpoint $(CHECKPOINT) --json runs/latency.json $(ARGS)
 
 align-speed: export OMP_NUM_THREADS := 1
 align-speed:  ## time and memory of an alignment step, against a joint pass of the whole model
-	@$(BOOTSTRAP) run python3 -m benchmarks.align_speed --checkpoint $(CHECKPOINT) --json runs/align_speed.json $(ARGS)
+	@$(BOOTSTRAP) run python3 -m benchmarks.speed.align_speed --checkpoint $(CHECKPOINT) --json runs/align_speed.json $(ARGS)
 
 interference: export OMP_NUM_THREADS := 1
 interference:  ## latencies of the policy with alignment off, at 1 Hz and without pause
-	@$(BOOTSTRAP) run python3 -m benchmarks.interference --checkpoint $(CHECKPOINT) \
+	@$(BOOTSTRAP) run python3 -m benchmarks.speed.interference --checkpoint $(CHECKPOINT) \
 	  --json runs/interference.json $(ARGS)
 
 pipeline: export OMP_NUM_THREADS := 1
 pipeline:  ## from a camera's message to the robot's command: what is not the model
-	@$(BOOTSTRAP) run python3 -m benchmarks.pipeline --checkpoint $(CHECKPOINT) --json runs/pipeline.json $(ARGS)
+	@$(BOOTSTRAP) run python3 -m benchmarks.speed.pipeline --checkpoint $(CHECKPOINT) --json runs/pipeline.json $(ARGS)
 
 soak:  ## simulated operation at real rates, an hour unless DURATION=seconds: memory flat, no chunk missed
-	@$(BOOTSTRAP) run python3 -m benchmarks.soak $(if $(DURATION),--duration $(DURATION)) $(ARGS)
+	@$(BOOTSTRAP) run python3 -m benchmarks.studies.soak $(if $(DURATION),--duration $(DURATION)) $(ARGS)
 
 handover: export OMP_NUM_THREADS := 1
 handover:  ## jerk, stalls and success per hand-over between chunks, at injected latencies: CHECKPOINT=directory
-	@$(BOOTSTRAP) run python3 -m benchmarks.handover $(CHECKPOINT) --json runs/handover.json $(ARGS)
+	@$(BOOTSTRAP) run python3 -m benchmarks.studies.handover $(CHECKPOINT) --json runs/handover.json $(ARGS)
 
 faults:  ## SIGKILL and SIGSTOP of every node at random times, 50 kills: judged at the simulated robot
-	@$(BOOTSTRAP) run python3 -m benchmarks.faults $(ARGS)
+	@$(BOOTSTRAP) run python3 -m benchmarks.studies.faults $(ARGS)
 
 sros2-policies:  ## write config/sros2/policies.xml anew, from the running nodes (docs/sros2.md)
-	@$(BOOTSTRAP) run python3 -m selfalign_ros.security_policy --output config/sros2/policies.xml \
+	@$(BOOTSTRAP) run python3 -m selfalign_ros.tools.security_policy --output config/sros2/policies.xml \
 	  contract:=contracts/sim_arm.yaml checkpoint:=tiny $(ARGS)
 
 lint:  ## ruff

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from selfalign_core.checkpoint import write_atomically
 from selfalign_core.errors import SelfAlignError
+from selfalign_core.policy.checkpoint import write_atomically
 
 MIB = 2**20
 

@@ -3,14 +3,14 @@
     ros2 launch selfalign bringup.launch.py --show-args
     ros2 launch selfalign bringup.launch.py duration:=30 report:=out.json
 
-The graph itself is declared in ``selfalign_ros.graph``, for this file and
-for ``python -m selfalign_ros.bringup`` alike.
+The graph itself is declared in ``selfalign_ros.graph.declaration``, for this file and
+for ``python -m selfalign_ros.tools.bringup`` alike.
 """
 
 from launch import LaunchDescription
 
-from selfalign_ros.graph import BRINGUP
-from selfalign_ros.launch_description import launch_description
+from selfalign_ros.graph.declaration import BRINGUP
+from selfalign_ros.graph.launch_description import launch_description
 
 
 def generate_launch_description() -> LaunchDescription:

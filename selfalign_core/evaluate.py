@@ -21,12 +21,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from selfalign_core.checkpoint import write_atomically
 from selfalign_core.data.dataset import run_command
 from selfalign_core.errors import ConfigError
-from selfalign_core.evaluation.animation import check_animation_path, save_animation
-from selfalign_core.evaluation.rollout import PolicyPlanner, RolloutConfig
-from selfalign_core.evaluation.table import (
+from selfalign_core.policy import Policy
+from selfalign_core.policy.checkpoint import write_atomically
+from selfalign_core.sim import JOINTS
+from selfalign_core.study.animation import check_animation_path, save_animation
+from selfalign_core.study.rollout import PolicyPlanner, RolloutConfig
+from selfalign_core.study.table import (
     ROWS,
     default_rows,
     episode_record,
@@ -38,8 +40,6 @@ from selfalign_core.evaluation.table import (
     summarise,
     unseen_bodies,
 )
-from selfalign_core.policy import Policy
-from selfalign_core.sim import JOINTS
 
 
 def _parser() -> argparse.ArgumentParser:

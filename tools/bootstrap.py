@@ -12,7 +12,7 @@ Uses the standard library only, and knows nothing of what the package does.
     tools/bootstrap.py                              prepare only
     tools/bootstrap.py run COMMAND...               prepare, then run a command in the environment
     tools/bootstrap.py launch NAME [KEY:=VALUE...]  prepare, then `ros2 launch selfalign NAME.launch.py` or,
-                                                    without it, `python3 -m selfalign_ros.NAME`
+                                                    without it, `python3 -m selfalign_ros.tools.NAME`
     tools/bootstrap.py env                          prepare, then print the environment as shell exports
 """
 
@@ -92,7 +92,7 @@ def write_stamp(path: Path, stamp: dict[str, str]) -> None:
 def build_digest(install: str, *surroundings: str) -> str:
     """Hash of what the build depends on: its inputs, what is installed, which launch files and mains there are."""
     names = [path.name for path in sorted(ROOT.glob("launch/*.py"))]
-    names += [path.name for path in sorted(ROOT.glob("selfalign_ros/*.py")) if "\ndef main(" in path.read_text()]
+    names += [path.name for path in sorted(ROOT.glob("selfalign_ros/*/*.py")) if "\ndef main(" in path.read_text()]
     return digest(*BUILD_INPUTS, extra=(install, *surroundings, *names))
 
 
@@ -497,7 +497,7 @@ def launch_command(env: dict[str, str], name: str, arguments: list[str]) -> list
     """The command that starts launch/NAME.launch.py here; arguments are KEY:=VALUE as for `ros2 launch`."""
     if shutil.which("ros2", path=env["PATH"]) and succeeds("ros2", "launch", "--help", env=env):
         return ["ros2", "launch", "selfalign", f"{name}.launch.py", *arguments]
-    return ["python3", "-m", f"selfalign_ros.{name}", *arguments]
+    return ["python3", "-m", f"selfalign_ros.tools.{name}", *arguments]
 
 
 def main(arguments: list[str]) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from selfalign_core.alignment.config import Collect
-from selfalign_core.types import TransitionBatch
+from selfalign_core.robot.types import TransitionBatch
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The last accepted tokens of one robot, in memory and in one file.
 
-The file is an E-Token file (:func:`selfalign_core.checkpoint.load_e_token` reads the newest token of it) with the
-earlier tokens in its metadata, written atomically: after a crash it holds all of the old or all of the new.
+The file is an E-Token file (:func:`selfalign_core.policy.checkpoint.load_e_token` reads the newest token of it) with
+the earlier tokens in its metadata, written atomically: after a crash it holds all of the old or all of the new.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-from selfalign_core.checkpoint import load_e_token, save_e_token
 from selfalign_core.errors import CheckpointError, InputError
-from selfalign_core.types import EToken
+from selfalign_core.policy.checkpoint import load_e_token, save_e_token
+from selfalign_core.robot.types import EToken
 
 _KEY = "history"
 

@@ -46,7 +46,7 @@ from selfalign_core.alignment.config import AlignConfig, Guard
 from selfalign_core.alignment.earlier import find_return
 from selfalign_core.alignment.evidence import Evidence, split, to_judge_by
 from selfalign_core.alignment.excitation import measure_excitation, with_newer
-from selfalign_core.alignment.frames import FrameCache
+from selfalign_core.alignment.frame_cache import FrameCache
 from selfalign_core.alignment.guard import judge
 from selfalign_core.alignment.history import Accepted, History
 from selfalign_core.alignment.identify import Identification
@@ -57,10 +57,10 @@ from selfalign_core.alignment.scoring import Prepared, Scorer
 from selfalign_core.alignment.screen import screen
 from selfalign_core.alignment.trusted import Trusted
 from selfalign_core.alignment.watch import RunningLoss, drift, references, running_loss
-from selfalign_core.device_turns import HandBack
 from selfalign_core.errors import InputError
+from selfalign_core.model.device_turns import HandBack
 from selfalign_core.policy import Policy
-from selfalign_core.types import EToken, TransitionBatch
+from selfalign_core.robot.types import EToken, TransitionBatch
 
 
 class SelfAligner:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from selfalign_core.types import TransitionBatch
+from selfalign_core.robot.types import TransitionBatch
 
 
 @dataclass(frozen=True)

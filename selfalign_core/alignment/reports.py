@@ -11,7 +11,7 @@ from selfalign_core.alignment.identify import Identification
 from selfalign_core.alignment.refine import Refinement
 from selfalign_core.alignment.scoring import AlignLosses
 from selfalign_core.alignment.watch import Drift
-from selfalign_core.types import EToken
+from selfalign_core.robot.types import EToken
 
 
 class State(enum.Enum):

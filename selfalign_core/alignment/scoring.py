@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selfalign_core.alignment.frames import MAX_FRAMES, Encoded, FrameCache, Look, never
+from selfalign_core.alignment.frame_cache import MAX_FRAMES, Encoded, FrameCache, Look, never
 from selfalign_core.errors import ConfigError, InputError
 from selfalign_core.model import flow_matching as flow
 from selfalign_core.model.gemma import PrefixCache
 from selfalign_core.model.pi0 import AlignmentLosses as SampleLosses
 from selfalign_core.model.pi0 import AlignmentNoise, ModelInputs, Transitions
 from selfalign_core.policy import Policy
-from selfalign_core.types import TransitionBatch
+from selfalign_core.robot.types import TransitionBatch
 
 _MAX_ROWS = 64
 """Rows of one pass; more do not fit a core's cache. Bounds memory and time, not results."""

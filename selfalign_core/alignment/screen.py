@@ -8,7 +8,7 @@ import numpy as np
 
 from selfalign_core.alignment.config import Collect
 from selfalign_core.policy import Policy
-from selfalign_core.types import TransitionBatch
+from selfalign_core.robot.types import TransitionBatch
 
 
 def screen(

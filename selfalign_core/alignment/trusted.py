@@ -13,7 +13,7 @@ from torch import Tensor
 
 from selfalign_core.alignment.config import Guard
 from selfalign_core.policy import Policy
-from selfalign_core.training.bank import bank_mean, bank_spread, principal_directions
+from selfalign_core.policy.bank import bank_mean, bank_spread, principal_directions
 
 DEPLOYED, MEAN = "deployed", "mean of the bank"
 

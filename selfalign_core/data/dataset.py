@@ -24,8 +24,8 @@ from selfalign_core.data.command_line import run_command
 from selfalign_core.data.dataset_meta import PLAY, DatasetMeta
 from selfalign_core.data.dataset_writer import DatasetWriter
 from selfalign_core.data.partial import DatasetError
-from selfalign_core.transforms import NormStats, load_norm_stats
-from selfalign_core.types import TransitionBatch
+from selfalign_core.policy.transforms import NormStats, load_norm_stats
+from selfalign_core.robot.types import TransitionBatch
 
 _ROWS_PER_CHECK = 2048
 

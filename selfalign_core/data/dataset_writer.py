@@ -19,7 +19,7 @@ from numpy.lib import format as npy
 from selfalign_core.data.dataset_meta import DEFAULT_STATISTICS_HORIZON, PLAY, DatasetMeta, Episode, expect
 from selfalign_core.data.partial import DatasetError, PartialDirectory
 from selfalign_core.data.statistics import norm_stats_of
-from selfalign_core.transforms import save_norm_stats
+from selfalign_core.policy.transforms import save_norm_stats
 
 
 class DatasetWriter:

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from selfalign_core.contract import RobotContract
 from selfalign_core.data.command_line import image_size_argument, run_command
 from selfalign_core.data.dataset import TransitionDataset, describe
 from selfalign_core.data.dataset_writer import DatasetWriter
@@ -31,7 +30,8 @@ from selfalign_core.data.rosbag_frames import Frames, make_frames
 from selfalign_core.data.rosbag_options import Options
 from selfalign_core.data.rosbag_recording import IMAGE_TYPES, read_recording
 from selfalign_core.errors import InputError
-from selfalign_core.images import decode_compressed, decode_image, resize_with_pad
+from selfalign_core.robot.contract import RobotContract
+from selfalign_core.robot.images import decode_compressed, decode_image, resize_with_pad
 
 
 @dataclass

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from selfalign_core.contract import RobotContract
 from selfalign_core.data.rosbag_options import Options
+from selfalign_core.robot.contract import RobotContract
 
 _NS = 1_000_000_000
 _OLDEST_ACTION = 1.5  # control steps that an action stays in force if no other comes

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from selfalign_core.contract import RobotContract
 from selfalign_core.data.rosbag_file import NS, BagError, BagFile
 from selfalign_core.data.rosbag_frames import Command, Commands, Segment, Track
 from selfalign_core.data.rosbag_options import Options
 from selfalign_core.errors import InputError
+from selfalign_core.robot.contract import RobotContract
 
 EXECUTED_TOPIC = "executed_action"
 PROMPT_TOPIC = "prompt"

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from selfalign_core.data.command_line import image_size_argument, run_command
 from selfalign_core.data.dataset_writer import DatasetWriter
 from selfalign_core.errors import ConfigError
-from selfalign_core.images import resize_with_pad
+from selfalign_core.robot.images import resize_with_pad
 from selfalign_core.sim import FAMILIES, JOINTS, TARGET_NAMES, ArmSim, BodyConfig, PlayPolicy, ReachExpert, prompt_for
 
 REACH_JOINTS = JOINTS[:3]

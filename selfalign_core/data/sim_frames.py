@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from selfalign_core.images import resize_with_pad
+from selfalign_core.robot.images import resize_with_pad
 from selfalign_core.sim import FAMILIES, JOINTS, TARGET_NAMES, ArmSim, BodyConfig, BodyRanges
 
 ARM_POINTS = ("upper_arm_body", "elbow_body", "wrist_body", "gripper_body")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from selfalign_core.data.dataset_meta import Episode
-from selfalign_core.transforms import NormStats
+from selfalign_core.policy.transforms import NormStats
 
 _ROWS_PER_BLOCK = 2048
 _QUANTILE_ROWS = 1_000_000  # above this many rows, quantiles are those of a random million

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selfalign_core.config import GemmaSize
+from selfalign_core.model.config import GemmaSize
 from selfalign_core.model.masks import additive_mask
 
 ROPE_BASE = 10000.0

@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from selfalign_core.config import ModelConfig, VisionSize
 from selfalign_core.errors import InputError
+from selfalign_core.model.config import ModelConfig, VisionSize
 from selfalign_core.model.gemma import GemmaStack, PrefixCache
 from selfalign_core.model.masks import make_position_ids, prefix_att_2d_mask
 from selfalign_core.model.siglip import SiglipVision

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selfalign_core.config import ModelConfig
 from selfalign_core.errors import InputError
 from selfalign_core.model import flow_matching as flow
+from selfalign_core.model.config import ModelConfig
 from selfalign_core.model.gemma import PrefixCache
 from selfalign_core.model.layout import AlignmentLayout
 from selfalign_core.model.masks import (

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selfalign_core.config import VisionSize
+from selfalign_core.model.config import VisionSize
 
 LAYER_NORM_EPS = 1e-6
 

@@ -32,13 +32,13 @@ from selfalign_core.alignment.identify import identify
 from selfalign_core.alignment.refine import refine
 from selfalign_core.alignment.scoring import Scorer
 from selfalign_core.alignment.trusted import Trusted
-from selfalign_core.checkpoint import write_atomically
 from selfalign_core.data.command_line import run_command
 from selfalign_core.data.dataset import TransitionDataset
 from selfalign_core.data.partial import DatasetError
 from selfalign_core.errors import CheckpointError
 from selfalign_core.policy import Policy
-from selfalign_core.types import TransitionBatch
+from selfalign_core.policy.checkpoint import write_atomically
+from selfalign_core.robot.types import TransitionBatch
 
 FORMAT = "selfalign-tokens-1"
 

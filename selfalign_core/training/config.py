@@ -19,9 +19,9 @@ from typing import Any, Literal
 
 import yaml
 
-from selfalign_core.config import ModelConfig
 from selfalign_core.errors import ConfigError
-from selfalign_core.transforms import NormMode
+from selfalign_core.model.config import ModelConfig
+from selfalign_core.policy.transforms import NormMode
 
 
 def _require(condition: bool, where: str, found: object, expected: str) -> None:

@@ -17,17 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from selfalign_core.config import ModelConfig
 from selfalign_core.data.dataset import TransitionDataset
 from selfalign_core.data.loader import Batch, Loader
 from selfalign_core.errors import ConfigError, InputError
 from selfalign_core.model import flow_matching as flow
+from selfalign_core.model.config import ModelConfig
 from selfalign_core.model.pi0 import AlignmentNoise, Losses, ModelInputs, Pi0
-from selfalign_core.policy_config import PolicyConfig
-from selfalign_core.tokenizer import PromptTokenizer
-from selfalign_core.training.bank import TokenBank
+from selfalign_core.policy.bank import TokenBank
+from selfalign_core.policy.config import PolicyConfig
+from selfalign_core.policy.tokenizer import PromptTokenizer
+from selfalign_core.policy.transforms import Normalizer, NormStats, pad_to_dim, to_delta
 from selfalign_core.training.state import expect_shared
-from selfalign_core.transforms import Normalizer, NormStats, pad_to_dim, to_delta
 
 
 @dataclass(frozen=True)

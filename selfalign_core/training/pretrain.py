@@ -25,16 +25,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from selfalign_core.config import ModelConfig
 from selfalign_core.data.partial import PartialDirectory
 from selfalign_core.data.sim_demos import REACH_JOINTS
 from selfalign_core.data.sim_frames import POINTS, Frames, random_frames
 from selfalign_core.errors import ConfigError, SelfAlignError
+from selfalign_core.model.config import ModelConfig
 from selfalign_core.model.pi0 import Pi0
-from selfalign_core.policy import TINY_WORDS, Policy
-from selfalign_core.policy_config import PolicyConfig
+from selfalign_core.policy.config import PolicyConfig
+from selfalign_core.policy.policy import TINY_WORDS, Policy
+from selfalign_core.policy.tokenizer import PromptTokenizer, word_tokenizer
 from selfalign_core.sim import TARGET_NAMES, prompt_for
-from selfalign_core.tokenizer import PromptTokenizer, word_tokenizer
 from selfalign_core.training.inputs import pixels
 
 HELD_OUT = 1000

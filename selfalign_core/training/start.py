@@ -14,17 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selfalign_core.checkpoint import load_model
-from selfalign_core.config import ModelConfig
 from selfalign_core.data.dataset import TransitionDataset
 from selfalign_core.errors import ConfigError
-from selfalign_core.foreign_checkpoints import read_foreign
+from selfalign_core.model.config import ModelConfig
 from selfalign_core.model.pi0 import Pi0
-from selfalign_core.policy import TINY_WORDS, Policy
-from selfalign_core.policy_config import PolicyConfig, is_foreign
-from selfalign_core.tokenizer import load_tokenizer, word_tokenizer
+from selfalign_core.policy.bank import SHARED_KEY, TokenBank, bank_mean
+from selfalign_core.policy.checkpoint import load_model
+from selfalign_core.policy.config import PolicyConfig, is_foreign
+from selfalign_core.policy.foreign import read_foreign
+from selfalign_core.policy.policy import TINY_WORDS, Policy
+from selfalign_core.policy.tokenizer import load_tokenizer, word_tokenizer
 from selfalign_core.training.aligned_tokens import load_tokens
-from selfalign_core.training.bank import SHARED_KEY, TokenBank, bank_mean
 from selfalign_core.training.config import TrainConfig
 
 KnownBank = tuple[tuple[str, ...], Tensor]

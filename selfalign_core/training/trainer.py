@@ -19,15 +19,15 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from selfalign_core.checkpoint import write_atomically
 from selfalign_core.data.dataset import TransitionDataset
 from selfalign_core.data.loader import Batch, Loader
 from selfalign_core.errors import CheckpointError, ConfigError, SelfAlignError
 from selfalign_core.model.gemma import GemmaStack
 from selfalign_core.model.pi0 import Losses, Pi0
 from selfalign_core.policy import Policy
+from selfalign_core.policy.bank import MEAN_ROW, TokenBank, bank_mean, bank_spread
+from selfalign_core.policy.checkpoint import write_atomically
 from selfalign_core.training import lora
-from selfalign_core.training.bank import MEAN_ROW, TokenBank, bank_mean, bank_spread
 from selfalign_core.training.config import TrainConfig
 from selfalign_core.training.inputs import (
     Encoder,

@@ -16,7 +16,7 @@ from selfalign_core.alignment.scoring import Scorer
 from selfalign_core.alignment.trusted import Trusted
 from selfalign_core.model.pi0 import AlignmentLosses
 from selfalign_core.policy import Policy
-from selfalign_core.types import TransitionBatch
+from selfalign_core.robot.types import TransitionBatch
 
 WEIGHTS = (0.3, 1.0, 3.0)
 CONFIG = AlignConfig().without_budgets()

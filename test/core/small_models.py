@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selfalign_core.config import GemmaSize, ModelConfig, VisionSize
+from selfalign_core.model.config import GemmaSize, ModelConfig, VisionSize
 from selfalign_core.model.pi0 import AlignmentNoise, ModelInputs, Pi0, Transitions
 from selfalign_core.policy import Policy
-from selfalign_core.policy_config import PolicyConfig
-from selfalign_core.tokenizer import word_tokenizer
-from selfalign_core.types import Observation, TransitionBatch
+from selfalign_core.policy.config import PolicyConfig
+from selfalign_core.policy.tokenizer import word_tokenizer
+from selfalign_core.robot.types import Observation, TransitionBatch
 
 WORDS = ("pick", "up", "the", "red", "cube")
 

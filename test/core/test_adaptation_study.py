@@ -12,25 +12,25 @@ import torch
 import yaml
 from small_models import small_model
 
-from benchmarks.adaptation import long_run, own_policy, right, seeds, shifts, study, summary
-from benchmarks.adaptation.__main__ import main
-from benchmarks.adaptation.arms import ARMS, EXPERT, FULL, MEAN, NEAREST, OURS, UNALIGNED, Found, find_token
-from benchmarks.adaptation.expert_fit import ExpertFit, fit_token
-from benchmarks.adaptation.lab import DT_NS, Lab, transitions
-from benchmarks.adaptation.long_run import LongRun
-from benchmarks.adaptation.measure import Measure, close_environments
-from benchmarks.adaptation.settings import FAMILIES, Settings, contract_for, draw_body
-from benchmarks.adaptation.work import Cache, policy_of
+from benchmarks.studies.adaptation import long_run, own_policy, right, seeds, shifts, study, summary
+from benchmarks.studies.adaptation.__main__ import main
+from benchmarks.studies.adaptation.arms import ARMS, EXPERT, FULL, MEAN, NEAREST, OURS, UNALIGNED, Found, find_token
+from benchmarks.studies.adaptation.expert_fit import ExpertFit, fit_token
+from benchmarks.studies.adaptation.lab import DT_NS, Lab, transitions
+from benchmarks.studies.adaptation.long_run import LongRun
+from benchmarks.studies.adaptation.measure import Measure, close_environments
+from benchmarks.studies.adaptation.settings import FAMILIES, Settings, contract_for, draw_body
+from benchmarks.studies.adaptation.work import Cache, policy_of
 from selfalign_core.alignment import SelfAligner, StageReport
-from selfalign_core.alignment.calibration import CalibrationConfig
 from selfalign_core.alignment.config import AlignConfig, Collect, Guard, Identify, Refine
 from selfalign_core.alignment.motion import MotionWanted
 from selfalign_core.errors import ConfigError
 from selfalign_core.policy import Policy
-from selfalign_core.policy_config import PolicyConfig
+from selfalign_core.policy.config import PolicyConfig
+from selfalign_core.policy.tokenizer import word_tokenizer
+from selfalign_core.policy.transforms import NormStats
+from selfalign_core.robot.calibration import CalibrationConfig
 from selfalign_core.sim import JOINTS, TARGET_NAMES, BodyConfig, BodyRanges, prompt_for
-from selfalign_core.tokenizer import word_tokenizer
-from selfalign_core.transforms import NormStats
 
 QUICK = AlignConfig(
     collect=Collect(fit_count=4, guard_count=4, min_command=0.0, min_motion=0.0),

@@ -28,8 +28,8 @@ from small_models import (
 from torch import Tensor
 
 import selfalign_core
-from selfalign_core.config import ModelConfig
 from selfalign_core.errors import ConfigError, InputError
+from selfalign_core.model.config import ModelConfig
 from selfalign_core.model.gemma import PrefixCache
 from selfalign_core.model.pi0 import AlignmentNoise, ModelInputs, Pi0, Transitions
 

@@ -13,7 +13,7 @@ from toy_bodies import BODIES, Robot, Trained, recording_of
 from selfalign_core.alignment import AlignConfig, SelfAligner, StageReport, State
 from selfalign_core.alignment.config import Collect, Guard, Identify, Refine, Watch
 from selfalign_core.errors import InputError
-from selfalign_core.types import EToken
+from selfalign_core.robot.types import EToken
 
 CONFIG = AlignConfig(
     collect=Collect(fit_count=16, guard_count=10, attempts=3),

@@ -18,7 +18,7 @@ from selfalign_core.alignment.config import Collect, Guard, Identify, Refine
 from selfalign_core.errors import InputError
 from selfalign_core.model.pi0 import AlignmentLosses
 from selfalign_core.policy import Policy
-from selfalign_core.types import TransitionBatch
+from selfalign_core.robot.types import TransitionBatch
 
 SECOND = 1_000_000_000
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import random_batch, small_policy
 
-from selfalign_core.alignment.frames import FrameCache
+from selfalign_core.alignment.frame_cache import FrameCache
 from selfalign_core.alignment.scoring import Scorer
 from selfalign_core.errors import ConfigError
 

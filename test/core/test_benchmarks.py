@@ -14,14 +14,15 @@ import pytest
 import yaml
 from training_runs import SMALL_MODEL, train, trainer, values, write_dataset
 
-from benchmarks import ablations, handover, held_out, train_step
 from benchmarks.report import interval, print_table, write_json
-from benchmarks.scores import Scorer, draw, halves
+from benchmarks.speed import train_step
+from benchmarks.studies import ablations, handover, held_out
+from benchmarks.studies.scores import Scorer, draw, halves
 from selfalign_core.data.dataset import TransitionDataset
 from selfalign_core.data.loader import Batch, Loader
 from selfalign_core.errors import ConfigError, InputError
 from selfalign_core.policy import Policy
-from selfalign_core.training.bank import MEAN_ROW
+from selfalign_core.policy.bank import MEAN_ROW
 from selfalign_core.training.trainer import LOSSES, Trainer
 
 MODEL = {**SMALL_MODEL, "action_horizon": 8}

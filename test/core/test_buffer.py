@@ -12,9 +12,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from selfalign_core.buffer import TransitionBuffer
 from selfalign_core.errors import InputError
-from selfalign_core.types import TransitionBatch
+from selfalign_core.robot.buffer import TransitionBuffer
+from selfalign_core.robot.types import TransitionBatch
 
 DT = 100
 CAMERAS = ("front", "wrist")

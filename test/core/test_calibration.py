@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfalign_core.alignment.calibration import CalibrationConfig, calibration_motion
-from selfalign_core.contract import ActionInterface, Camera, Joint, RobotContract
 from selfalign_core.errors import ConfigError, InputError
+from selfalign_core.robot.calibration import CalibrationConfig, calibration_motion
+from selfalign_core.robot.contract import ActionInterface, Camera, Joint, RobotContract
 
 CONTRACTS = Path(__file__).parents[2] / "config" / "contracts"
 

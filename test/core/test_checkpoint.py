@@ -17,8 +17,11 @@ from safetensors.torch import save_file
 from small_models import random_actions, random_inputs, small_config, small_model
 from torch import Tensor
 
-from selfalign_core import checkpoint as checkpoint_module
-from selfalign_core.checkpoint import (
+from selfalign_core.errors import CheckpointError
+from selfalign_core.model.config import GemmaSize, ModelConfig, VisionSize
+from selfalign_core.model.pi0 import Pi0
+from selfalign_core.policy import checkpoint as checkpoint_module
+from selfalign_core.policy.checkpoint import (
     infer_model_config,
     load_e_token,
     load_e_token_losses,
@@ -30,10 +33,7 @@ from selfalign_core.checkpoint import (
     save_e_token,
     save_model,
 )
-from selfalign_core.config import GemmaSize, ModelConfig, VisionSize
-from selfalign_core.errors import CheckpointError
-from selfalign_core.model.pi0 import Pi0
-from selfalign_core.types import EToken
+from selfalign_core.robot.types import EToken
 
 PALI = "paligemma_with_expert.paligemma."
 EMBED, HEAD = PALI + "model.language_model.embed_tokens.weight", PALI + "lm_head.weight"
@@ -465,8 +465,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
 MEASURE = """
 import torch
-from selfalign_core.checkpoint import load_model
-from selfalign_core.config import ModelConfig
+from selfalign_core.policy.checkpoint import load_model
+from selfalign_core.model.config import ModelConfig
 
 def peak():
     with open("/proc/self/status") as status:
@@ -514,7 +514,7 @@ def test_loading_peaks_at_little_more_than_the_file(tmp_path: Path) -> None:
     assert size > 390e6
     result = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tmp_path)],
-        capture_output=True, text=True, check=False, cwd=Path(checkpoint_module.__file__).parents[1],
+        capture_output=True, text=True, check=False, cwd=Path(checkpoint_module.__file__).parents[2],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr

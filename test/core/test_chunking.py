@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from small_models import random_actions, random_inputs, random_observation, small_model, small_policy
 
-from selfalign_core.chunking import METHODS, DelayEstimate, Handover, actions_at, choose_method
-from selfalign_core.commands import CommandLimiter, plan_path
 from selfalign_core.errors import ConfigError, InputError
 from selfalign_core.model.pi0 import Guidance
 from selfalign_core.policy import Policy
-from selfalign_core.transforms import NormStats
-from selfalign_core.types import ActionChunk
+from selfalign_core.policy.transforms import NormStats
+from selfalign_core.robot.chunking import METHODS, DelayEstimate, Handover, actions_at, choose_method
+from selfalign_core.robot.commands import CommandLimiter, plan_path
+from selfalign_core.robot.types import ActionChunk
 
 DT = 50_000_000
 HORIZON = 16

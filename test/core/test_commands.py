@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfalign_core.commands import CommandLimiter, CommandPath, plan_path, step_in_force
+from selfalign_core.robot.commands import CommandLimiter, CommandPath, plan_path, step_in_force
 
 DT = 50_000_000
 LIMITER = CommandLimiter(lower=np.array([-1.0, 0.0]), upper=np.array([1.0, 0.5]), speed=np.array([2.0, 1.0]))

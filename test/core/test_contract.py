@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from selfalign_core.contract import ContractError, RobotContract
+from selfalign_core.robot.contract import ContractError, RobotContract
 from selfalign_core.sim import CAMERAS, JOINTS
 
 CONTRACTS = Path(__file__).parents[2] / "config" / "contracts"

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from rosbags.rosbag2 import StoragePlugin, Writer
 from rosbags.typesys import Stores, get_typestore
 
-from selfalign_core.contract import RobotContract
 from selfalign_core.data.dataset import TransitionDataset
 from selfalign_core.data.partial import DatasetError
 from selfalign_core.data.rosbag import convert, main
 from selfalign_core.data.rosbag_file import BagError, find_bags
 from selfalign_core.data.rosbag_frames import Segment, Track, make_frames
 from selfalign_core.data.rosbag_options import Options
+from selfalign_core.robot.contract import RobotContract
 
 NS = 1_000_000_000
 BEGIN = 1_700_000_000 * NS

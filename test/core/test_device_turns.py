@@ -18,12 +18,12 @@ from small_models import random_batch, random_observation, small_policy
 from torch import Tensor
 
 from selfalign_core.alignment.scoring import Scorer
-from selfalign_core.device_turns import DeviceTurns, HandBack
 from selfalign_core.errors import ConfigError
-from selfalign_core.fast import FastSampler
+from selfalign_core.model.device_turns import DeviceTurns, HandBack
+from selfalign_core.model.fast import FastSampler
 from selfalign_core.model.gemma import GemmaLayer
 from selfalign_core.model.pi0 import Pi0
-from selfalign_core.torch_state import use_stream
+from selfalign_core.model.torch_state import use_stream
 
 
 class Alignment:
@@ -90,7 +90,7 @@ def test_a_policy_that_never_gets_ready_does_not_stop_alignment(file: Path) -> N
 
 def test_a_claim_ends_with_its_process(file: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from selfalign_core.device_turns import DeviceTurns\n"
+        "import sys, time; from pathlib import Path; from selfalign_core.model.device_turns import DeviceTurns\n"
         f"with DeviceTurns(Path({str(file)!r})).claimed(): print('claimed', flush=True); time.sleep(600)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

@@ -14,8 +14,8 @@ from small_models import (
     small_model,
 )
 
-from selfalign_core.config import GemmaSize, ModelConfig
 from selfalign_core.errors import ConfigError, InputError
+from selfalign_core.model.config import GemmaSize, ModelConfig
 from selfalign_core.model.pi0 import Losses, Pi0
 
 ALIGNMENT_LOSSES = ("perception", "dynamics", "inverse_dynamics")

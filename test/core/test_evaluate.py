@@ -14,14 +14,14 @@ from small_models import small_model
 from selfalign_core.data.sim_demos import main as record_demos
 from selfalign_core.errors import ConfigError, InputError
 from selfalign_core.evaluate import main
-from selfalign_core.evaluation.rollout import Episode, PolicyPlanner, RolloutConfig, rollout
-from selfalign_core.evaluation.statistics import mean_interval, share_interval
-from selfalign_core.evaluation.table import WRONG_PROMPT, find_bodies, plan_row, unseen_bodies
 from selfalign_core.policy import Policy
-from selfalign_core.policy_config import PolicyConfig
+from selfalign_core.policy.config import PolicyConfig
+from selfalign_core.policy.tokenizer import word_tokenizer
+from selfalign_core.policy.transforms import NormStats
 from selfalign_core.sim import JOINTS, TARGET_NAMES, BodyConfig, ReachEnv, prompt_for
-from selfalign_core.tokenizer import word_tokenizer
-from selfalign_core.transforms import NormStats
+from selfalign_core.study.rollout import Episode, PolicyPlanner, RolloutConfig, rollout
+from selfalign_core.study.statistics import mean_interval, share_interval
+from selfalign_core.study.table import WRONG_PROMPT, find_bodies, plan_row, unseen_bodies
 
 KEYS = ("nominal", "left", "right")
 REACH = [0, 1, 2]

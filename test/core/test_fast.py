@@ -13,8 +13,8 @@ from test_golden import CASES, FILES, golden, inputs_of, loaded
 from torch import Tensor
 
 from selfalign_core.errors import InputError
-from selfalign_core.fast import FastSampler
-from selfalign_core.fast.sampler import compiled
+from selfalign_core.model.fast import FastSampler
+from selfalign_core.model.fast.sampler import compiled
 from selfalign_core.model.pi0 import ModelInputs, Pi0
 
 FLOAT32 = 1e-5

@@ -7,15 +7,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from selfalign_core.checkpoint import model_state
-from selfalign_core.config import GemmaSize, ModelConfig, VisionSize
 from selfalign_core.errors import CheckpointError, ConfigError
-from selfalign_core.foreign_checkpoints import fit_to_robot, read_foreign
+from selfalign_core.model.config import GemmaSize, ModelConfig, VisionSize
 from selfalign_core.model.pi0 import Pi0
 from selfalign_core.policy import Policy
-from selfalign_core.policy_config import image_size_of, is_foreign
-from selfalign_core.tokenizer import word_tokenizer
-from selfalign_core.types import Observation
+from selfalign_core.policy.checkpoint import model_state
+from selfalign_core.policy.config import image_size_of, is_foreign
+from selfalign_core.policy.foreign import fit_to_robot, read_foreign
+from selfalign_core.policy.tokenizer import word_tokenizer
+from selfalign_core.robot.types import Observation
 
 STATE_DIM, ACTION_DIM, HORIZON = 4, 3, 5
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from selfalign_core.contract import Joint
-from selfalign_core.frozen import FreezeLimits, PictureRun
+from selfalign_core.robot.contract import Joint
+from selfalign_core.robot.frozen import FreezeLimits, PictureRun
 
 MS = 1_000_000
 JOINTS = (Joint("pan", "rad", -2, 2, 3, 0.1, 0), Joint("slide", "m", 0, 1, 3, 0.1, 0))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_models import random_inputs, small_config
 
-from selfalign_core.config import ModelConfig
+from selfalign_core.model.config import ModelConfig
 from selfalign_core.model.pi0 import Pi0
 
 VOCABULARY, ACTIONS = 257152, 32

@@ -14,9 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from selfalign_core.checkpoint import infer_model_config, load_model, open_tensors
-from selfalign_core.config import GemmaSize, ModelConfig, VisionSize
 from selfalign_core.model import flow_matching as flow
+from selfalign_core.model.config import GemmaSize, ModelConfig, VisionSize
 from selfalign_core.model.masks import (
     make_att_2d_masks,
     make_position_ids,
@@ -24,6 +23,7 @@ from selfalign_core.model.masks import (
     suffix_over_prefix_mask,
 )
 from selfalign_core.model.pi0 import ModelInputs, Pi0
+from selfalign_core.policy.checkpoint import infer_model_config, load_model, open_tensors
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 CASES = ("pi0_seed0", "pi05_seed0")

@@ -8,7 +8,13 @@ import cv2
 import numpy as np
 import pytest
 
-from selfalign_core.images import SUPPORTED_ENCODINGS, decode_compressed, decode_image, decode_resized, resize_with_pad
+from selfalign_core.robot.images import (
+    SUPPORTED_ENCODINGS,
+    decode_compressed,
+    decode_image,
+    decode_resized,
+    resize_with_pad,
+)
 
 
 def picture(height: int = 12, width: int = 10) -> np.ndarray:

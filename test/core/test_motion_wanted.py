@@ -12,7 +12,7 @@ from selfalign_core.alignment.excitation import Excitation
 from selfalign_core.alignment.guard import Verdict
 from selfalign_core.alignment.motion import MotionWanted
 from selfalign_core.alignment.watch import Drift
-from selfalign_core.types import EToken
+from selfalign_core.robot.types import EToken
 
 SECOND = 10**9
 PATIENCE = 5 * SECOND

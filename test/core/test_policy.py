@@ -14,13 +14,13 @@ import pytest
 import torch
 from small_models import WORDS, random_observation, small_policy
 
-from selfalign_core.config import GemmaSize, ModelConfig, VisionSize
-from selfalign_core.contract import RobotContract
 from selfalign_core.errors import CheckpointError, ConfigError, InputError
+from selfalign_core.model.config import GemmaSize, ModelConfig, VisionSize
 from selfalign_core.policy import Policy
-from selfalign_core.policy_config import PolicyConfig, image_size_of, model_config_of, transition_horizon_of
-from selfalign_core.transforms import NormStats
-from selfalign_core.types import EToken, Observation
+from selfalign_core.policy.config import PolicyConfig, image_size_of, model_config_of, transition_horizon_of
+from selfalign_core.policy.transforms import NormStats
+from selfalign_core.robot.contract import RobotContract
+from selfalign_core.robot.types import EToken, Observation
 
 CONTRACTS = Path(__file__).resolve().parents[2] / "config" / "contracts"
 POLICIES = Path(__file__).resolve().parents[2] / "policies"
@@ -527,7 +527,7 @@ def test_loading_and_running_a_policy_imports_only_what_it_needs() -> None:
 import sys
 import numpy as np
 from selfalign_core.policy import Policy
-from selfalign_core.types import Observation
+from selfalign_core.robot.types import Observation
 policy = Policy.from_checkpoint({str(POLICIES / "tiny_reach")!r}, dt=0.05)
 images = {{camera: np.zeros((8, 8, 3), np.uint8) for camera in policy.config.cameras}}
 policy.infer(Observation(images, np.zeros(policy.state_dim, np.float32), "reach the red cube"))

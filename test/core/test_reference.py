@@ -13,7 +13,7 @@ import pytest
 import torch
 from small_models import random_actions, random_inputs, random_transitions, randomise
 
-from selfalign_core.config import GemmaSize, ModelConfig, VisionSize
+from selfalign_core.model.config import GemmaSize, ModelConfig, VisionSize
 from selfalign_core.model.pi0 import AlignmentNoise, ModelInputs, Pi0, Transitions
 
 TOLERANCE = 5e-5

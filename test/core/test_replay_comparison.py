@@ -12,10 +12,10 @@ import torch
 from small_models import random_batch, small_policy
 
 from selfalign_core.alignment.scoring import Scorer
-from selfalign_core.bag_losses import LOSSES, score_change
 from selfalign_core.errors import InputError
-from selfalign_core.replay_comparison import compare, table
-from selfalign_core.types import EToken
+from selfalign_core.robot.types import EToken
+from selfalign_core.study.bag_losses import LOSSES, score_change
+from selfalign_core.study.replay_comparison import compare, table
 
 NS = 10**9
 DT_NS = NS // 10

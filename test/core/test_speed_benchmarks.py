@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from small_models import small_policy
 
-from benchmarks import align_speed, latency
-from benchmarks.work import Card, Work, count
-from selfalign_core.config import ModelConfig
+from benchmarks.speed import align_speed, latency
+from benchmarks.speed.work import Card, Work, count
+from selfalign_core.model.config import ModelConfig
 
 POLICY = Path(__file__).resolve().parents[2] / "policies" / "tiny_reach"
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from selfalign_core.errors import CheckpointError, InputError
-from selfalign_core.tokenizer import PromptTokenizer, load_tokenizer, word_tokenizer
+from selfalign_core.policy.tokenizer import PromptTokenizer, load_tokenizer, word_tokenizer
 
 WORDS = ("pick", "up", "the", "red", "cube")
 

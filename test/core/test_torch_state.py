@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from selfalign_core.contract import RobotContract
 from selfalign_core.errors import ConfigError
+from selfalign_core.model.torch_state import check_device, seeded, use_stream, use_threads
 from selfalign_core.policy import Policy
-from selfalign_core.torch_state import check_device, seeded, use_stream, use_threads
+from selfalign_core.robot.contract import RobotContract
 
 CONTRACT = Path(__file__).parents[2] / "config" / "contracts" / "sim_reach.yaml"
 

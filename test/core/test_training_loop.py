@@ -16,10 +16,10 @@ from training_runs import train, trainer, write_dataset
 
 from selfalign_core.errors import CheckpointError, ConfigError
 from selfalign_core.policy import Policy
+from selfalign_core.robot.types import Observation
 from selfalign_core.training.logging import LogError, read_log
 from selfalign_core.training.state import list_checkpoints
 from selfalign_core.training.trainer import LOSSES, Gap, Trainer, TrainingError
-from selfalign_core.types import Observation
 
 FROZEN = {"freeze": ["vision_tower", "projector"], "cache_features": True}
 TIMING = {"kind", "samples_per_s", "step_s", "wait_s", "memory_mib"}

@@ -12,7 +12,7 @@ from training_runs import config, trainer, values, write_dataset
 
 from selfalign_core.data.loader import Loader
 from selfalign_core.errors import ConfigError, InputError
-from selfalign_core.training.bank import MEAN_ROW, TokenBank, principal_directions
+from selfalign_core.policy.bank import MEAN_ROW, TokenBank, principal_directions
 from selfalign_core.training.config import OptimSection, TrainConfig
 from selfalign_core.training.optim import Ema, has_decay, lr_factor
 

@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 from safetensors.numpy import save_file
 
 from selfalign_core.errors import CheckpointError, InputError
-from selfalign_core.transforms import (
+from selfalign_core.policy.transforms import (
     Normalizer,
     NormStats,
     load_norm_stats,

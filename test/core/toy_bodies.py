@@ -14,14 +14,14 @@ import torch
 from small_models import small_config
 from torch import Tensor, nn
 
-from selfalign_core.buffer import TransitionBuffer
-from selfalign_core.config import GemmaSize
+from selfalign_core.model.config import GemmaSize
 from selfalign_core.model.flow_matching import sample_time
 from selfalign_core.model.pi0 import Losses, ModelInputs, Pi0
 from selfalign_core.policy import Policy
-from selfalign_core.policy_config import PolicyConfig
-from selfalign_core.tokenizer import word_tokenizer
-from selfalign_core.types import TransitionBatch
+from selfalign_core.policy.config import PolicyConfig
+from selfalign_core.policy.tokenizer import word_tokenizer
+from selfalign_core.robot.buffer import TransitionBuffer
+from selfalign_core.robot.types import TransitionBatch
 
 BODIES = [(sag, offset) for offset in (-0.9, -0.3, 0.3, 0.9) for sag in (0.8, -0.8)]
 STEPS, BATCH = 300, 32

@@ -17,7 +17,7 @@ from graph_assertions import assert_identical, assert_replay_report
 from graph_fixtures import GraphRun
 from node_testing import ROOT
 
-from selfalign_ros.graph import BRINGUP, RECORD, REPLAY, GraphDeclaration
+from selfalign_ros.graph.declaration import BRINGUP, RECORD, REPLAY, GraphDeclaration
 
 pytestmark = pytest.mark.skipif(
     shutil.which("ros2") is None or importlib.util.find_spec("launch_ros") is None,

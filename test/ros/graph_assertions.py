@@ -51,7 +51,7 @@ def write_quick_parameters(folder: Path) -> Path:
 def listen(probe: Probe) -> None:
     """Record what the assertions look at."""
     from selfalign.msg import ActionChunk, AlignReport, EToken
-    from selfalign_ros import qos
+    from selfalign_ros.bridge import qos
 
     probe.listen(ActionChunk, "action_chunk", qos.EVENTS)
     probe.listen(AlignReport, "align_report", qos.EVENTS)
@@ -61,7 +61,7 @@ def listen(probe: Probe) -> None:
 def record_bag(probe: Probe, folder: Path, parameters: Path) -> Path:
     """A bag of a real run, long enough for two attempts to align."""
     listen(probe)
-    run = GraphRun.module("selfalign_ros.record", "--output", "bag", "--params", str(parameters), cwd=folder)
+    run = GraphRun.module("selfalign_ros.tools.record", "--output", "bag", "--params", str(parameters), cwd=folder)
     try:
         wait_for(lambda: sum(r.attempted for r in list(probe.messages["align_report"])) >= 2, "two attempts to align")
         assert run.stop() == 0, run.output

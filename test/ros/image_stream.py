@@ -19,8 +19,8 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image
 from std_msgs.msg import UInt32
 
-from selfalign_ros import qos
-from selfalign_ros.conversions import image_message, to_stamp
+from selfalign_ros.bridge import qos
+from selfalign_ros.bridge.conversions import image_message, to_stamp
 
 SIZES = ((480, 640), (720, 1280))
 RATE_HZ = 30.0

@@ -22,7 +22,7 @@ from typing import Any, TextIO
 import pytest
 import yaml
 
-from selfalign_ros.supervisor import free_domain
+from selfalign_ros.graph.supervisor import free_domain
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 120.0
@@ -60,7 +60,7 @@ class NodeProcess:
     def __init__(self, kind: str, folder: Path, parameters: dict[str, Any], remappings: dict[str, str]) -> None:
         self.kind = kind
         self._path = folder / f"{kind}-{time.monotonic_ns()}.log"
-        command = [sys.executable, "-m", f"selfalign_ros.{kind}_node", "--ros-args"]
+        command = [sys.executable, "-m", f"selfalign_ros.nodes.{kind}_node", "--ros-args"]
         for name, value in parameters.items():
             text = str(value).lower() if isinstance(value, bool) else str(value)
             command += ["-p", f"{name}:={text or repr('')}"]

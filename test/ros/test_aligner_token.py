@@ -11,7 +11,7 @@ pytestmark = pytest.mark.ros
 def test_an_aligner_that_hears_late_of_a_newer_token_in_use_publishes_that_in_place_of_its_own(probe, graph) -> None:
     """The policy refuses what is behind its own token, and holds until it is told otherwise."""
     from selfalign.msg import EToken
-    from selfalign_ros import qos
+    from selfalign_ros.bridge import qos
 
     probe.listen(EToken, "e_token", qos.LATCHED)
     graph.start("aligner", contract=graph.contract("sim_arm_forward.yaml"), token_folder="")

@@ -26,7 +26,7 @@ def test_a_run_from_start_to_stop(probe: Probe, tmp_path: Path) -> None:
     listen(probe)
     parameters = write_quick_parameters(tmp_path)
     arguments = ("--params", str(parameters), "--report", "run.json", "token_folder:=kept")
-    run = GraphRun.module("selfalign_ros.bringup", *arguments, cwd=tmp_path)
+    run = GraphRun.module("selfalign_ros.tools.bringup", *arguments, cwd=tmp_path)
     try:
         assert_outputs_appear(probe)
         assert_parameters_tune(probe)
@@ -86,7 +86,7 @@ def _check_report(folder: Path) -> None:
 
 def test_a_robot_without_cameras_gives_no_chunk_and_says_so(ros_domain: int, tmp_path: Path) -> None:
     run = GraphRun.module(
-        "selfalign_ros.bringup", "use_sim:=false", "--duration", "4", "--report", "none.json", cwd=tmp_path
+        "selfalign_ros.tools.bringup", "use_sim:=false", "--duration", "4", "--report", "none.json", cwd=tmp_path
     )
     try:
         assert run.wait() == 1  # stopped by itself
@@ -101,7 +101,7 @@ def test_a_robot_without_cameras_gives_no_chunk_and_says_so(ros_domain: int, tmp
 def test_a_report_that_cannot_be_written_is_refused_before_the_run(ros_domain: int, tmp_path: Path, place: str) -> None:
     (tmp_path / "file").touch()
     path = tmp_path / place
-    run = GraphRun.module("selfalign_ros.bringup", "use_sim:=false", f"report:={path}", cwd=tmp_path)
+    run = GraphRun.module("selfalign_ros.tools.bringup", "use_sim:=false", f"report:={path}", cwd=tmp_path)
     try:
         assert run.wait() == 2
     finally:
@@ -118,7 +118,7 @@ def test_a_parameter_file_that_cannot_be_read_stops_everything_at_once(
     path = tmp_path / "mine.yaml"
     if text is not None:
         path.write_text(text)
-    run = GraphRun.module("selfalign_ros.bringup", f"params_file:={path}", cwd=tmp_path)
+    run = GraphRun.module("selfalign_ros.tools.bringup", f"params_file:={path}", cwd=tmp_path)
     try:
         assert run.wait() == 2
     finally:
@@ -140,7 +140,7 @@ def broken_contract(tmp_path: Path) -> Path:
 def test_a_broken_contract_stops_everything_and_names_the_key(
     ros_domain: int, broken_contract: Path, tmp_path: Path
 ) -> None:
-    run = GraphRun.module("selfalign_ros.bringup", f"contract:={broken_contract}", cwd=tmp_path)
+    run = GraphRun.module("selfalign_ros.tools.bringup", f"contract:={broken_contract}", cwd=tmp_path)
     try:
         assert run.wait() == 2
     finally:

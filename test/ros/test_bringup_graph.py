@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from selfalign_ros.bringup import given_arguments, graph_parser
-from selfalign_ros.graph import BRINGUP, RECORD, REPLAY, Graph, GraphDeclaration, GraphError, NodeProcess
-from selfalign_ros.resources import config_file
-from selfalign_ros.security_policy import NodeInterface, from_xml, to_xml
-from selfalign_ros.supervisor import default_command
+from selfalign_ros.graph.declaration import BRINGUP, RECORD, REPLAY, Graph, GraphDeclaration, GraphError, NodeProcess
+from selfalign_ros.graph.supervisor import default_command
+from selfalign_ros.life.resources import config_file
+from selfalign_ros.tools.bringup import given_arguments, graph_parser
+from selfalign_ros.tools.security_policy import NodeInterface, from_xml, to_xml
 
 ROOT = Path(__file__).parents[2]
 # Enough to assemble each graph with everything in it.
@@ -44,7 +44,7 @@ def test_every_parameter_that_is_passed_exists(name: str) -> None:
         unknown = set(node.parameters) - set(known[kind]) - {"use_sim_time"}
         assert not unknown, f"{node.name} gets {unknown}"
         # Every module with a main function becomes an executable for `ros2 run`.
-        assert "\ndef main(" in (ROOT / "selfalign_ros" / f"{node.executable}.py").read_text()
+        assert "\ndef main(" in (ROOT / f"{node.module.replace('.', '/')}.py").read_text()
 
 
 def test_default_graph_is_the_three_nodes_and_the_simulated_robot() -> None:
@@ -200,7 +200,7 @@ def test_arguments_are_taken_in_both_forms() -> None:
 @pytest.mark.parametrize("module", ["bringup", "record", "replay"])
 def test_commands_document_their_arguments_and_refuse_others(module: str) -> None:
     declaration = {"bringup": BRINGUP, "record": RECORD, "replay": REPLAY}[module]
-    command = [sys.executable, "-m", f"selfalign_ros.{module}"]
+    command = [sys.executable, "-m", f"selfalign_ros.tools.{module}"]
     shown = subprocess.run([*command, "--show-args"], capture_output=True, text=True, check=True).stdout
     for argument in declaration.arguments:
         assert f"'{argument.name}'" in shown and argument.description in shown
@@ -223,7 +223,7 @@ def test_commands_document_their_arguments_and_refuse_others(module: str) -> Non
 def test_composed_nodes_share_one_process_with_the_arguments_each_would_have_alone(
     declaration: GraphDeclaration, given: dict[str, str], members: list[str], others: list[str]
 ) -> None:
-    from selfalign_ros.composition import split
+    from selfalign_ros.tools.composition import split
 
     apart = declaration(given)
     assert apart.processes == apart.nodes
@@ -232,7 +232,7 @@ def test_composed_nodes_share_one_process_with_the_arguments_each_would_have_alo
     composition, *rest = graph.processes
     assert (composition.name, [node.name for node in rest]) == ("composition", others)
     command = default_command(composition)
-    assert command[1:3] == ["-m", "selfalign_ros.composition"]
+    assert command[1:3] == ["-m", "selfalign_ros.tools.composition"]
     found, of_process = split(command[3:])
     assert [(member.executable, list(member.arguments)) for member in found] == [
         (graph.node(name).executable, graph.node(name).ros_arguments()) for name in members
@@ -253,7 +253,7 @@ def test_composed_nodes_share_one_process_with_the_arguments_each_would_have_alo
 )
 def test_a_composition_of_what_cannot_be_composed_is_refused(words: list[str], message: str) -> None:
     from selfalign_core.errors import ConfigError
-    from selfalign_ros.composition import split
+    from selfalign_ros.tools.composition import split
 
     with pytest.raises(ConfigError, match=message):
         split(words)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from selfalign_ros.run_picture import draw
-from selfalign_ros.run_summary import (
+from selfalign_core.study.run_picture import draw
+from selfalign_core.study.run_summary import (
     LOSSES,
     SETS,
     AlignRecord,

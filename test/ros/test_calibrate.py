@@ -28,7 +28,7 @@ def running(graph, probe):
     from trajectory_msgs.msg import JointTrajectory
 
     from selfalign.msg import ActionChunk
-    from selfalign_ros import qos
+    from selfalign_ros.bridge import qos
 
     probe.listen(ActionChunk, "action_chunk", qos.EVENTS)
     probe.listen(JointState, "executed_action", qos.EVENTS)
@@ -49,7 +49,7 @@ def last_calibration(probe) -> str:
 
 def executed(probe, start: int) -> tuple[np.ndarray, np.ndarray]:
     """Times (N,) s and positions (N, joints) since message ``start``."""
-    from selfalign_ros.conversions import to_ns
+    from selfalign_ros.bridge.conversions import to_ns
 
     messages = list(probe.messages["executed_action"])[start:]
     times = np.array([to_ns(message.header.stamp) for message in messages])
@@ -130,8 +130,8 @@ def test_around_home_it_goes_there_first(probe) -> None:
 
 
 def test_ended_on_its_way_home_it_gets_there_first(graph) -> None:
-    from selfalign_core.contract import RobotContract
-    from selfalign_ros.calibration import Calibration
+    from selfalign_core.robot.contract import RobotContract
+    from selfalign_ros.nodes.calibration import Calibration
 
     contract = RobotContract.from_yaml(graph.contract("sim_reach.yaml", max_age_s=5.0, joints=JOINTS))
     start, settings = np.array([0.8, -1.0, 0.3]), {"duration_s": 5.0, "amplitude": 0.3, "seed": 0}

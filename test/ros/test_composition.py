@@ -12,7 +12,7 @@ from node_testing import Probe, wait_for
 def test_three_nodes_in_one_process_work_come_back_when_it_is_killed_and_end(probe: Probe, tmp_path: Path) -> None:
     listen(probe)
     parameters = str(write_quick_parameters(tmp_path))
-    run = GraphRun.module("selfalign_ros.bringup", "--params", parameters, "composed:=true", cwd=tmp_path)
+    run = GraphRun.module("selfalign_ros.tools.bringup", "--params", parameters, "composed:=true", cwd=tmp_path)
     try:
         assert_outputs_appear(probe)
         assert_parameters_tune(probe)

@@ -13,8 +13,8 @@ import pytest
 from image_stream import SIZES, topic
 from node_testing import ROOT, TIMEOUT_S, wait_for
 
-from selfalign_ros.graph import BRINGUP
-from selfalign_ros.shared_memory import remove_orphaned_segments
+from selfalign_ros.graph.declaration import BRINGUP
+from selfalign_ros.graph.shared_memory import remove_orphaned_segments
 
 BACKLOG = 4
 

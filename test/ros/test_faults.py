@@ -13,7 +13,7 @@ from graph_assertions import QUICK_ALIGNER
 from node_testing import wait_for
 from std_srvs.srv import Trigger
 
-from benchmarks.faults import STILL_RAD_S, Command, Judge, Listener
+from benchmarks.studies.faults import STILL_RAD_S, Command, Judge, Listener
 
 pytestmark = [pytest.mark.ros, pytest.mark.long]
 
@@ -24,7 +24,7 @@ MAX_AGE_S = 1.0
 @pytest.fixture(scope="module")
 def listener(graph, probe) -> Iterator[Listener]:
     """The four nodes, once for all tests of this file, and who judges them."""
-    from selfalign_core.contract import RobotContract
+    from selfalign_core.robot.contract import RobotContract
 
     path = graph.contract(max_age_s=MAX_AGE_S)
     listener = Listener(RobotContract.from_yaml(path))

@@ -79,7 +79,7 @@ class Follower:
                 ours = os.getsid(int(folder.name)) == self.process.pid
             except OSError:  # it has just ended
                 continue
-            if ours and (words[1:3] == ["-m", f"selfalign_ros.{name}"] or f"{name}.launch.py" in words):
+            if ours and (words[1:3] == ["-m", f"selfalign_ros.tools.{name}"] or f"{name}.launch.py" in words):
                 return int(folder.name)
         return None
 
@@ -91,7 +91,7 @@ def folder(probe: Probe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from std_msgs.msg import String
 
     from selfalign.msg import ActionChunk
-    from selfalign_ros import qos
+    from selfalign_ros.bridge import qos
 
     folder = tmp_path_factory.mktemp("guide")
     for name in COPIED:

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import image_path
-from selfalign_core.contract import Camera, RobotContract
+from benchmarks.speed import image_path
 from selfalign_core.errors import InputError
 from selfalign_core.policy import Policy
-from selfalign_ros.conversions import decode
-from selfalign_ros.resources import config_file
+from selfalign_core.robot.contract import Camera, RobotContract
+from selfalign_ros.bridge.conversions import decode
+from selfalign_ros.life.resources import config_file
 
 MESSAGES = image_path.cases(240, 320)
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks.adaptation import graph_run
-from benchmarks.adaptation.graph_run import Course, report_of
-from benchmarks.adaptation.in_graph import figures_of
-from benchmarks.adaptation.long_run import PATIENCE_NS
-from benchmarks.adaptation.shifts import CALIBRATION
+from benchmarks.studies.adaptation import graph_run
+from benchmarks.studies.adaptation.graph_run import Course, report_of
+from benchmarks.studies.adaptation.in_graph import figures_of
+from benchmarks.studies.adaptation.long_run import PATIENCE_NS
+from benchmarks.studies.adaptation.shifts import CALIBRATION
 
 
 @pytest.fixture

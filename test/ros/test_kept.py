@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from selfalign_core.alignment import AlignConfig, SelfAligner
-from selfalign_core.checkpoint import save_e_token
-from selfalign_core.contract import RobotContract
 from selfalign_core.policy import Policy
-from selfalign_core.types import EToken
-from selfalign_ros.kept import KeptFile, StopLatch
-from selfalign_ros.resources import config_file, state_folder
+from selfalign_core.policy.checkpoint import save_e_token
+from selfalign_core.robot.contract import RobotContract
+from selfalign_core.robot.types import EToken
+from selfalign_ros.life.kept import KeptFile, StopLatch
+from selfalign_ros.life.resources import config_file, state_folder
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,8 @@ def policy(contract: RobotContract) -> Policy:
 
 @pytest.fixture(scope="module")
 def nodes(probe) -> Iterator[dict]:
-    from selfalign_ros.aligner_node import AlignerNode
-    from selfalign_ros.policy_node import PolicyNode
+    from selfalign_ros.nodes.aligner_node import AlignerNode
+    from selfalign_ros.nodes.policy_node import PolicyNode
 
     nodes = {"policy": PolicyNode(), "aligner": AlignerNode()}
     yield nodes

@@ -32,7 +32,7 @@ def running(graph, probe, contract_path, checkpoint):
     from trajectory_msgs.msg import JointTrajectory
 
     from selfalign.msg import ActionChunk, EToken
-    from selfalign_ros import qos
+    from selfalign_ros.bridge import qos
 
     probe.listen(ActionChunk, "action_chunk", qos.EVENTS)
     probe.listen(EToken, "e_token", qos.LATCHED)

@@ -15,7 +15,7 @@ from rclpy.context import Context
 from rclpy.node import Node
 from std_srvs.srv import Trigger
 
-from selfalign_ros.security_policy import from_xml, interface_of
+from selfalign_ros.tools.security_policy import from_xml, interface_of
 
 pytestmark = pytest.mark.ros
 
@@ -36,7 +36,7 @@ def running(graph, probe, contract_path):
     from trajectory_msgs.msg import JointTrajectory
 
     from selfalign.msg import ActionChunk, AlignReport, EToken
-    from selfalign_ros import qos
+    from selfalign_ros.bridge import qos
 
     probe.listen(ActionChunk, "action_chunk", qos.EVENTS)
     probe.listen(AlignReport, "align_report", qos.EVENTS)
@@ -78,7 +78,7 @@ def test_robot_follows_the_trajectories(probe) -> None:
 
 
 def test_trajectory_starts_in_the_future_and_ends_with_its_chunk(probe) -> None:
-    from selfalign_ros.conversions import to_ns
+    from selfalign_ros.bridge.conversions import to_ns
 
     chunks = {to_ns(chunk.header.stamp): chunk for chunk in list(probe.messages["action_chunk"])}
     trajectories = [t for t in list(probe.messages[COMMANDS]) if to_ns(t.header.stamp) in chunks]
@@ -286,7 +286,7 @@ def test_a_token_can_be_rolled_back_and_reset(probe) -> None:
 def test_robot_refuses_a_malformed_command_and_says_why(probe, graph, points, reason) -> None:
     from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
-    from selfalign_ros import qos
+    from selfalign_ros.bridge import qos
 
     message = JointTrajectory(joint_names=list(probe.messages["joint_states"][-1].name))
     if points:

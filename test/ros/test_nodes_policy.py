@@ -105,7 +105,7 @@ def policy(graph, probe, contract_path, kept):
     from std_msgs.msg import Float64MultiArray
 
     from selfalign.msg import ActionChunk, EToken
-    from selfalign_ros import qos
+    from selfalign_ros.bridge import qos
 
     probe.listen(Float64MultiArray, COMMANDS, qos.EVENTS)
     probe.listen(JointState, "executed_action", qos.EVENTS)
@@ -123,7 +123,7 @@ def wait_for_model(probe) -> None:
 
 @pytest.fixture(scope="module")
 def robot(policy, probe, contract_path) -> Iterator[FakeRobot]:
-    from selfalign_core.contract import RobotContract
+    from selfalign_core.robot.contract import RobotContract
 
     robot = FakeRobot(probe, RobotContract.from_yaml(contract_path))
     yield robot
@@ -203,8 +203,8 @@ def test_fault_at_start_is_named_and_nothing_is_ever_commanded(policy, probe, ro
 
 
 def test_healthy_robot_is_moved_within_limits_from_where_it_is(policy, probe, robot, contract_path) -> None:
-    from selfalign_core.contract import RobotContract
-    from selfalign_ros.conversions import to_ns
+    from selfalign_core.robot.contract import RobotContract
+    from selfalign_ros.bridge.conversions import to_ns
 
     contract = RobotContract.from_yaml(contract_path)
     start = np.array([0.3, -0.2, 0.1, 0.0, -0.1, 0.2, 0.5])
@@ -391,7 +391,7 @@ def test_diagnostics_tell_latencies_as_percentiles(policy, probe, robot) -> None
 @pytest.fixture(scope="module")
 def tokens(policy, probe, robot):
     from selfalign.msg import EToken
-    from selfalign_ros import qos
+    from selfalign_ros.bridge import qos
 
     return probe.publisher(EToken, "e_token", qos.LATCHED)
 
@@ -473,7 +473,7 @@ def test_with_a_second_publisher_no_token_is_taken_and_both_are_named(policy, pr
     import rclpy
 
     from selfalign.msg import EToken
-    from selfalign_ros import qos
+    from selfalign_ros.bridge import qos
 
     robot.behaviour = Behaviour()
     probe.wait_for_status("policy: connections", "all compatible")
@@ -516,7 +516,7 @@ def test_bad_parameter_is_refused_with_a_reason(policy, probe, name, value, part
 def test_prompt_follows_the_topic_and_the_parameter_whichever_came_last(policy, probe, robot) -> None:
     from std_msgs.msg import String
 
-    from selfalign_ros import qos
+    from selfalign_ros.bridge import qos
 
     def prompt() -> str:
         return {v.key: v.value for v in probe.status(CHUNKS).values}["prompt"]

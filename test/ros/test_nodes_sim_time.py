@@ -58,7 +58,7 @@ class Simulation:
     def _tick(self, ticks: int) -> None:
         from rosgraph_msgs.msg import Clock
 
-        from selfalign_ros.conversions import image_message, joint_state_message, to_stamp
+        from selfalign_ros.bridge.conversions import image_message, joint_state_message, to_stamp
 
         self.now_ns += round(TICK_S * S)
         self._clock.publish(Clock(clock=to_stamp(self.now_ns)))
@@ -76,8 +76,8 @@ def simulation(graph, probe) -> Iterator[Simulation]:
     from trajectory_msgs.msg import JointTrajectory
 
     from selfalign.msg import ActionChunk
-    from selfalign_core.contract import RobotContract
-    from selfalign_ros import qos
+    from selfalign_core.robot.contract import RobotContract
+    from selfalign_ros.bridge import qos
 
     path = graph.contract(max_age_s=1.0)
     probe.listen(JointTrajectory, COMMANDS, qos.EVENTS)
@@ -91,8 +91,8 @@ def simulation(graph, probe) -> Iterator[Simulation]:
 
 
 def test_the_policy_lives_by_simulated_time_and_holds_when_it_jumps_back(probe, simulation: Simulation) -> None:
-    from selfalign_core.contract import RobotContract
-    from selfalign_ros.conversions import to_ns
+    from selfalign_core.robot.contract import RobotContract
+    from selfalign_ros.bridge.conversions import to_ns
 
     contract: RobotContract = simulation._contract
     chunks, commands, executed = (probe.messages[name] for name in ("action_chunk", COMMANDS, "executed_action"))

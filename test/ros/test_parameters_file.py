@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from selfalign_core.alignment import AlignConfig
-from selfalign_ros.aligner_node import align_config
-from selfalign_ros.parameters import ParameterSpec, load_specs
-from selfalign_ros.resources import config_folder
+from selfalign_ros.life.parameters import ParameterSpec, load_specs
+from selfalign_ros.life.resources import config_folder
+from selfalign_ros.nodes.aligner_node import align_config
 
 
 def test_a_file_of_that_name_in_the_working_directory_changes_nothing(
@@ -75,7 +75,7 @@ def load_and_dump(kind: str, path: Path) -> dict[str, Any]:
     import rclpy
     from rclpy.context import Context
 
-    from selfalign_ros.parameters import Parameters
+    from selfalign_ros.life.parameters import Parameters
 
     context = Context()
     rclpy.init(args=["--ros-args", "--params-file", str(path)], context=context)
@@ -111,7 +111,7 @@ def test_a_sites_settings_of_one_topic_change_that_topic_alone(ros_domain: int) 
     from rclpy.qos import ReliabilityPolicy
     from sensor_msgs.msg import JointState
 
-    from selfalign_ros import qos
+    from selfalign_ros.bridge import qos
 
     context = Context()
     override = "qos_overrides./joint_states.subscription.reliability:=reliable"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmarks import pipeline
+from benchmarks.speed import pipeline
 
 
 def test_every_part_of_the_way_is_timed(tmp_path: Path, monkeypatch) -> None:

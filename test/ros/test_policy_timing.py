@@ -24,7 +24,7 @@ class Stage:
     """A policy node on the simulated arm's contract, with a clock that is set and jobs that end when told to."""
 
     def __init__(self) -> None:
-        from selfalign_ros.policy_node import PolicyNode
+        from selfalign_ros.nodes.policy_node import PolicyNode
 
         self.now_ns = 100 * S
         self.commands: list[Any] = []
@@ -50,14 +50,14 @@ class Stage:
         gc.collect()
 
     def joints(self, stamp_ns: int, position: float = 0.0) -> None:
-        from selfalign_ros.conversions import joint_state_message
+        from selfalign_ros.bridge.conversions import joint_state_message
 
         names = self.node.contract.joint_names
         message = joint_state_message(names, np.full(len(names), position), stamp_ns)
         self.node.inputs.joint_states._on_arrival(message)
 
     def images(self, stamp_ns: int, cameras: Any = None, brightness: int = 0) -> None:
-        from selfalign_ros.conversions import image_message, to_stamp
+        from selfalign_ros.bridge.conversions import image_message, to_stamp
 
         for camera in cameras or self.node.contract.cameras:
             rgb = np.full((camera.height, camera.width, 3), brightness, np.uint8)
@@ -79,9 +79,9 @@ class Stage:
 
     def end_inference(self, stamp_ns: int) -> None:
         """The running inference answers with a chunk for an observation of that stamp."""
-        from selfalign_core.types import ActionChunk
-        from selfalign_ros.policy_node import Inference
-        from selfalign_ros.worker import Outcome
+        from selfalign_core.robot.types import ActionChunk
+        from selfalign_ros.life.worker import Outcome
+        from selfalign_ros.nodes.policy_node import Inference
 
         contract = self.node.contract
         actions = np.full((16, len(contract.joints)), 0.1, np.float32)
@@ -174,7 +174,7 @@ def test_an_inference_begun_before_a_stop_moves_nothing_after_it_was_cleared(sta
 def test_a_stop_is_kept_whatever_becomes_of_the_tokens(stage: Stage, tmp_path: Path) -> None:
     from std_srvs.srv import Trigger
 
-    from selfalign_ros.policy_node import PolicyNode
+    from selfalign_ros.nodes.policy_node import PolicyNode
 
     assert stage.node._on_stop(Trigger.Request(), Trigger.Response()).success
     for folder in ("''", str(tmp_path)):
@@ -279,11 +279,11 @@ def test_a_picture_that_stays_the_same_while_the_robot_moves_ends_the_motion(sta
 
 
 def test_images_taken_too_far_apart_are_no_observation(stage: Stage) -> None:
-    from selfalign_core.contract import RobotContract
     from selfalign_core.errors import InputError
-    from selfalign_ros import qos
-    from selfalign_ros.inputs import SensorInputs
-    from selfalign_ros.resources import config_file
+    from selfalign_core.robot.contract import RobotContract
+    from selfalign_ros.bridge import qos
+    from selfalign_ros.life.resources import config_file
+    from selfalign_ros.nodes.inputs import SensorInputs
 
     contract = RobotContract.from_yaml(config_file("contracts/sim_arm.yaml"))
     stage.node.contract = dataclasses.replace(contract, max_camera_skew_s=0.1)

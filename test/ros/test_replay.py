@@ -22,14 +22,14 @@ from PIL import Image
 from rosbags.rosbag2 import Reader
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 
-from selfalign_ros.bag import Bag, BagError, BagWriter
+from selfalign_ros.tools.bag import Bag, BagError, BagWriter
 
 CAMERAS = ("/camera/overhead/image_raw", "/camera/wrist/image_raw")
 LATCHED = ("/e_token", "/prompt", "/body", "/followed_command")
 
 
 def replay(bag: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "selfalign_ros.replay", str(bag), *arguments]
+    command = [sys.executable, "-m", "selfalign_ros.tools.replay", str(bag), *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
@@ -102,7 +102,7 @@ def test_type_hashes_are_those_of_ros(recording: Path) -> None:
 
 def test_an_existing_folder_is_not_overwritten(ros_domain: int, tmp_path: Path) -> None:
     (tmp_path / "bag").mkdir()
-    run = GraphRun.module("selfalign_ros.record", "--output", "bag", cwd=tmp_path)
+    run = GraphRun.module("selfalign_ros.tools.record", "--output", "bag", cwd=tmp_path)
     try:
         assert run.wait() == 2
     finally:
@@ -215,7 +215,7 @@ def test_a_comparison_that_cannot_be_made_is_refused_before_anything_starts(tmp_
 
 
 def test_differences_are_named() -> None:
-    from selfalign_ros.replay_node import first_difference
+    from selfalign_ros.tools.replay_node import first_difference
 
     one: dict[str, Any] = {
         "chunks": [{"stamp_ns": 1, "sha256": "aa"}, {"stamp_ns": 2, "sha256": "bb"}],
@@ -322,7 +322,7 @@ def test_an_altered_message_is_found(tmp_path: Path) -> None:
 
 
 def _refusing_replay(bag: Path, *arguments: str) -> str:
-    command = [sys.executable, "-m", "selfalign_ros.replay_node", "--ros-args", "-p", f"bag:={bag}"]
+    command = [sys.executable, "-m", "selfalign_ros.tools.replay_node", "--ros-args", "-p", f"bag:={bag}"]
     command += ["-p", "contract:=contracts/sim_arm.yaml", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2, result.stdout + result.stderr

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from selfalign_core.errors import ConfigError
-from selfalign_ros import resources
-from selfalign_ros.resources import checkpoint_folder
+from selfalign_ros.life import resources
+from selfalign_ros.life.resources import checkpoint_folder
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ def robot(graph, probe):
     from std_msgs.msg import Bool, Float64, String
     from trajectory_msgs.msg import JointTrajectory
 
-    from selfalign_ros import qos
+    from selfalign_ros.bridge import qos
 
     probe.listen(JointState, "joint_states", qos.SENSOR)
     probe.listen(Float64, "distance_to_target", 100)
@@ -36,7 +36,7 @@ def robot(graph, probe):
 def commands(probe, robot):
     from trajectory_msgs.msg import JointTrajectory
 
-    from selfalign_ros import qos
+    from selfalign_ros.bridge import qos
 
     publisher = probe.publisher(JointTrajectory, COMMANDS, qos.COMMAND)
     wait_for(lambda: publisher.get_subscription_count() >= 1, "the robot listens to commands")

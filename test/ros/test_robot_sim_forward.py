@@ -11,7 +11,7 @@ def test_a_forward_command_is_followed_at_once_and_said_to_be(graph, probe) -> N
     from std_msgs.msg import Float64MultiArray
     from trajectory_msgs.msg import JointTrajectory
 
-    from selfalign_ros import qos
+    from selfalign_ros.bridge import qos
 
     probe.listen(JointState, "joint_states", qos.SENSOR)
     probe.listen(JointTrajectory, "followed_command", qos.RECENT_EVENTS)

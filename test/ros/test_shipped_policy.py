@@ -11,11 +11,11 @@ from node_testing import Probe, wait_for
 def test_the_first_bringup_reaches_one_target_after_another(probe: Probe, tmp_path: Path) -> None:
     from std_msgs.msg import Bool, String
 
-    from selfalign_ros import qos
+    from selfalign_ros.bridge import qos
 
     probe.listen(Bool, "target_reached", 100)
     probe.listen(String, "prompt", qos.LATCHED)
-    run = GraphRun.module("selfalign_ros.bringup", cwd=tmp_path)
+    run = GraphRun.module("selfalign_ros.tools.bringup", cwd=tmp_path)
     try:
         reached = probe.messages["target_reached"]
         wait_for(lambda: sum(message.data for message in list(reached)) >= 3, "three targets reached")

@@ -16,14 +16,14 @@ import pytest
 from graph_fixtures import GraphRun, is_alive
 from node_testing import wait_for
 
-from selfalign_ros.graph import GraphError, NodeProcess
-from selfalign_ros.supervisor import RespawnPolicy, check_domain, free_domain
+from selfalign_ros.graph.declaration import GraphError, NodeProcess
+from selfalign_ros.graph.supervisor import RespawnPolicy, check_domain, free_domain
 
 # Nodes are small scripts here; what is tested is what happens to processes.
 RUNNER = """
 import json, sys
-from selfalign_ros.graph import Graph, NodeProcess
-from selfalign_ros.supervisor import RespawnPolicy, Supervisor
+from selfalign_ros.graph.declaration import Graph, NodeProcess
+from selfalign_ros.graph.supervisor import RespawnPolicy, Supervisor
 request = json.loads(sys.argv[1])
 graph = Graph(tuple(NodeProcess(executable="none", **node) for node in request["nodes"]), **request["graph"])
 command = lambda node: [sys.executable, "-S", "-u", "-c", request["scripts"][node.name]]

@@ -14,7 +14,7 @@ from node_testing import Probe, wait_for
 from std_srvs.srv import Trigger
 
 from selfalign.msg import ActionChunk, AlignReport, EToken
-from selfalign_ros import qos
+from selfalign_ros.bridge import qos
 
 ROBOTS = ("left", "right")
 SHARED = {"/diagnostics", "/parameter_events", "/rosout"}
@@ -42,7 +42,8 @@ def robots(probe: Probe, tmp_path_factory: pytest.TempPathFactory) -> Iterator[d
 
 
 def start(folder: Path, parameters: Path, name: str) -> GraphRun:
-    return GraphRun.module("selfalign_ros.bringup", f"namespace:={name}", f"params_file:={parameters}", cwd=folder)
+    arguments = (f"namespace:={name}", f"params_file:={parameters}")
+    return GraphRun.module("selfalign_ros.tools.bringup", *arguments, cwd=folder)
 
 
 def test_chunks_tokens_and_commands_stay_with_their_robot(robots: dict[str, GraphRun], probe: Probe) -> None:

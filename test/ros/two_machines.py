@@ -46,7 +46,7 @@ def parameters(tmp_path: Path) -> str:
 
 def start(folder: Path, parameters: str, nodes: str, prefix: list[str], *more: str) -> GraphRun:
     arguments = [f"nodes:={nodes}", f"params_file:={parameters}", "discovery_range:=SUBNET", *more]
-    return GraphRun([*prefix, sys.executable, "-m", "selfalign_ros.bringup", *arguments], folder)
+    return GraphRun([*prefix, sys.executable, "-m", "selfalign_ros.tools.bringup", *arguments], folder)
 
 
 def set_link(state: str) -> None:

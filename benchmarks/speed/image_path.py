@@ -1,0 +1,164 @@
+"""Time per camera frame from the ROS message to the model's input, against a plain cv2 pipeline on the same image.
+
+Both sides end with the same tensor, (1, 3, height, width) float32 in [-1, 1]. The plain pipeline does what a node
+without this package would: view the bytes, convert the colours, resize (area averaging), pad, scale. The two take
+turns, frame by frame, so that whatever else the machine does meets both; the ratio is that of their medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from sensor_msgs.msg import CompressedImage, Image
+from torch import Tensor
+
+from benchmarks.report import print_table, record, run_command, write_json
+from selfalign_core.errors import ConfigError
+from selfalign_core.policy import Policy
+from selfalign_core.robot.contract import Camera, RobotContract
+from selfalign_ros.bridge.conversions import decode, fill
+from selfalign_ros.life.resources import config_file
+
+SIZES = ((480, 640), (720, 1280))
+INPUT = 224
+CONVERSIONS = {"rgb8": None, "bgr8": cv2.COLOR_BGR2RGB, "mono8": cv2.COLOR_GRAY2RGB, "rgba8": cv2.COLOR_RGBA2RGB}
+COMPRESSED = {"jpeg": (".jpg", [cv2.IMWRITE_JPEG_QUALITY, 90]), "png": (".png", [])}
+PADDING = 64
+"""Bytes at the end of each row in the cases named so."""
+
+
+def picture(height: int, width: int) -> np.ndarray:
+    """(height, width, 3) uint8 RGB: smooth shapes with a little noise, about as hard to compress as a camera's."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (height // 40, width // 40, 3), dtype=np.uint8)
+    smooth = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC).astype(np.int16)
+    return np.clip(smooth + rng.normal(0, 3, smooth.shape), 0, 255).astype(np.uint8)
+
+
+def raw_message(rgb: np.ndarray, encoding: str, padding: int = 0) -> Image:
+    """``rgb`` as a camera of that encoding would send it, ``padding`` bytes after each row."""
+    height, width = rgb.shape[:2]
+    pixels = {
+        "rgb8": rgb,
+        "bgr8": rgb[..., ::-1],
+        "mono8": rgb[..., :1],
+        "rgba8": np.concatenate([rgb, np.full_like(rgb[..., :1], 255)], axis=-1),
+    }[encoding]
+    rows = np.pad(pixels.reshape(height, -1), ((0, 0), (0, padding)))
+    message = Image(height=height, width=width, step=rows.shape[1], encoding=encoding)
+    message.data = fill("B", rows)
+    return message
+
+
+def compressed_message(rgb: np.ndarray, kind: str) -> CompressedImage:
+    """``rgb`` as JPEG (quality 90) or PNG."""
+    suffix, options = COMPRESSED[kind]
+    _, data = cv2.imencode(suffix, rgb[..., ::-1], options)
+    return CompressedImage(format=kind, data=fill("B", data.ravel()))
+
+
+def plain(message: Image | CompressedImage, size: int) -> Tensor:
+    """The same with numpy and cv2 alone."""
+    buffer = np.frombuffer(message.data, np.uint8)
+    if isinstance(message, CompressedImage):
+        rgb = cv2.cvtColor(cv2.imdecode(buffer, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+    else:
+        conversion = CONVERSIONS[message.encoding]
+        channels = {"mono8": 1, "rgba8": 4}.get(message.encoding, 3)
+        rows = buffer.reshape(message.height, message.step)[:, : message.width * channels]
+        pixels = rows.reshape(message.height, message.width, channels)
+        rgb = pixels if conversion is None else cv2.cvtColor(pixels, conversion)
+    height, width = rgb.shape[:2]
+    ratio = max(height, width) / size
+    fitted_height, fitted_width = int(height / ratio), int(width / ratio)
+    fitted = cv2.resize(rgb, (fitted_width, fitted_height), interpolation=cv2.INTER_AREA)
+    top, left = (size - fitted_height) // 2, (size - fitted_width) // 2
+    padded = cv2.copyMakeBorder(
+        fitted, top, size - fitted_height - top, left, size - fitted_width - left, cv2.BORDER_CONSTANT
+    )
+    return torch.from_numpy(padded[None]).permute(0, 3, 1, 2).float() / 255.0 * 2.0 - 1.0
+
+
+def cases(height: int, width: int) -> dict[str, Image | CompressedImage]:
+    """The messages that are timed, by name."""
+    rgb = picture(height, width)
+    raw = {encoding: raw_message(rgb, encoding) for encoding in CONVERSIONS}
+    padded = {f"bgr8, rows padded by {PADDING} bytes": raw_message(rgb, "bgr8", PADDING)}
+    return raw | padded | {kind: compressed_message(rgb, kind) for kind in COMPRESSED}
+
+
+def measure(ours: Callable[[], Tensor], theirs: Callable[[], Tensor], frames: int) -> dict[str, Any]:
+    """Medians in ms of ``frames`` calls of each in turns, their ratio, and the quartiles of the ratio of two turns."""
+    times: list[list[float]] = [[], []]
+    for index in range(frames + 3):
+        for which in (0, 1) if index % 2 else (1, 0):
+            begin = time.perf_counter()
+            (ours, theirs)[which]()
+            if index >= 3:
+                times[which].append(1e3 * (time.perf_counter() - begin))
+    ours_ms, plain_ms = map(statistics.median, times)
+    low, high = np.quantile(np.divide(*times), [0.25, 0.75])
+    ratio = {"ratio": ours_ms / plain_ms, "ratio_quartiles": [float(low), float(high)]}
+    return {"ours_ms": ours_ms, "plain_cv2_ms": plain_ms, **ratio}
+
+
+def measure_size(height: int, width: int, frames: int) -> list[dict[str, Any]]:
+    """Figures of every case at one camera size. Raises ``ConfigError`` if the two sides disagree on a tensor."""
+    policy = Policy.untrained(RobotContract.from_yaml(config_file("contracts/sim_reach.yaml")))
+    found = []
+    for name, message in cases(height, width).items():
+        encoding = "raw" if isinstance(message, Image) else "compressed"
+        camera = Camera(name="camera", topic="camera", encoding=encoding, height=height, width=width)
+
+        def ours(camera: Camera = camera, message: Image | CompressedImage = message) -> Tensor:
+            return policy.images_to_model(decode(camera, message, (INPUT, INPUT))[None])
+
+        def theirs(message: Image | CompressedImage = message) -> Tensor:
+            return plain(message, INPUT)
+
+        if not torch.equal(ours(), theirs()):
+            raise ConfigError(f"{width}x{height} {name}: found another tensor than plain cv2's; expected the same")
+        found.append({"width": width, "height": height, "image": name, **measure(ours, theirs, frames)})
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed.image_path",
+        description=f"Message to model input ({INPUT} x {INPUT}) per camera frame, against plain cv2.",
+    )
+    parser.add_argument("--frames", type=int, default=200, help="timed frames of each kind and side")
+    parser.add_argument("--json", help="file to write")
+    return run_command(lambda: _run(parser.parse_args(arguments)))
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.frames < 1:
+        raise ConfigError(f"--frames: found {options.frames}, expected >= 1")
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    results = [result for size in SIZES for result in measure_size(*size, options.frames)]
+    write_json(options.json, record("image_path", input=INPUT, frames=options.frames, results=results))
+    rows = [
+        [
+            f"{r['width']} × {r['height']} {r['image']}",
+            *(f"{r[key]:.2f} ms" for key in ("ours_ms", "plain_cv2_ms")),
+            f"{r['ratio']:.2f}",
+            f"{r['ratio_quartiles'][0]:.2f} to {r['ratio_quartiles'][1]:.2f}",
+        ]
+        for r in results
+    ]
+    print_table(["image", "SelfAlign", "plain cv2", "ratio", "quartiles"], rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

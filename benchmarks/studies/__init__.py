@@ -1,0 +1,1 @@
+"""What alignment, training and fault handling are worth."""

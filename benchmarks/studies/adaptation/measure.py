@@ -1,0 +1,94 @@
+"""What a token is worth on a body: closed-loop success, error of its actions, self-supervised losses. Knows no arms."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.studies.adaptation.expert_fit import model_inputs
+from benchmarks.studies.adaptation.lab import Lab
+from selfalign_core.alignment.scoring import Scorer
+from selfalign_core.policy import Policy
+from selfalign_core.sim import TARGET_NAMES, ReachEnv
+from selfalign_core.study.rollout import Episode, PolicyPlanner, RolloutConfig, rollout
+
+_LOSS_DRAWS = 4
+_SIDE_BY_SIDE = 20
+"""Episodes that share one inference. Sums depend on it in the last bits, so it is one number for all."""
+
+_environments: list[ReachEnv] = []
+"""Of this process; opening a drawing context is slow."""
+
+
+class Measure:
+    """Common to all tokens on the body of ``lab``: frames, transitions, objects, poses and noise."""
+
+    def __init__(self, lab: Lab):
+        self.lab = lab
+
+    def __call__(self, token: np.ndarray | None, policy: Policy | None = None) -> dict[str, Any]:
+        """The figures of ``token`` (T, W), None for ``policy``'s own; losses are of the lab's own policy only.
+
+        Returns:
+            ``success`` and ``final_distance`` [m] per episode, ``action_error`` [rad] per frame, ``losses`` by name.
+        """
+        figures = self.rollouts(token, policy, self.lab.settings.episodes)
+        figures["action_error"] = self.action_error(token, policy or self.lab.policy)
+        if policy is None and token is not None:
+            figures["losses"] = self.losses(token)
+        return figures
+
+    def rollouts(self, token: np.ndarray | None, policy: Policy | None, count: int) -> dict[str, Any]:
+        """``count`` episodes; targets take turns."""
+        lab, policy = self.lab, policy or self.lab.policy
+        first = (lab.settings.seed * 1000 + lab.index) * 1000
+        episodes = [
+            Episode(lab.body, first + i, TARGET_NAMES[(lab.index + i) % len(TARGET_NAMES)], token=token)
+            for i in range(count)
+        ]
+        planner, config, results = PolicyPlanner(policy), RolloutConfig(joints=lab.joints), []
+        for begin in range(0, count, _SIDE_BY_SIDE):
+            results += rollout(planner, episodes[begin : begin + _SIDE_BY_SIDE], config, environments=_environments)
+        return {
+            "success": [result.success for result in results],
+            "final_distance": [round(result.final_distance, 5) for result in results],
+        }
+
+    @torch.inference_mode()
+    def action_error(self, token: np.ndarray | None, policy: Policy) -> list[float]:
+        """Mean of abs(chunk - expert's chunk) [rad] per held-out frame; frames take turns in their prompts."""
+        frames = self.lab.held_out
+        targets = np.arange(len(frames)) % len(TARGET_NAMES)
+        generator = torch.Generator().manual_seed(self.lab.index)
+        noise = torch.randn(len(frames), policy.horizon, policy.config.model.action_dim, generator=generator)
+        chunks = policy.model.sample_actions(
+            model_inputs(policy, frames, targets),
+            noise,
+            num_steps=policy.config.num_steps,
+            token=None if token is None else torch.from_numpy(token),
+            dim_mask=policy.dim_mask if policy.config.padding_masked else None,
+        )
+        actions = np.stack([policy.actions_from_model(c, s) for c, s in zip(chunks, frames.states, strict=True)])
+        wanted = frames.chunks[np.arange(len(frames)), targets, : policy.horizon]
+        return np.abs(actions - wanted).mean((1, 2)).round(6).tolist()
+
+    def losses(self, token: np.ndarray) -> dict[str, float]:
+        """Mean losses on the held-out transitions."""
+        return vars(self._scorer.summary(self._prepared, torch.from_numpy(token), _LOSS_DRAWS, self.lab.index)).copy()
+
+    @cached_property
+    def _scorer(self) -> Scorer:
+        return Scorer(self.lab.policy, self.lab.settings.align.weights)
+
+    @cached_property
+    def _prepared(self) -> Any:
+        return self._scorer.prepare(self.lab.held_out_transitions)
+
+
+def close_environments() -> None:
+    """Free this process's drawing contexts."""
+    while _environments:
+        _environments.pop().close()

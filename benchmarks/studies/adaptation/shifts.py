@@ -1,0 +1,105 @@
+"""A robot that changes while it works, and changes back: how it reaches over time, with and without the aligner."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from benchmarks.studies.adaptation.long_run import LongRun
+from benchmarks.studies.adaptation.settings import Settings
+from benchmarks.studies.adaptation.work import Cache, policy_of, run_tasks
+from selfalign_core.alignment import SelfAligner
+from selfalign_core.robot.calibration import CalibrationConfig
+from selfalign_core.sim import JOINTS, BodyConfig, CameraBody
+
+BEFORE_S, SHIFTED_S, BACK_S = 30.0, 60.0, 60.0
+RECOVERY_S = 30.0
+CALIBRATION = CalibrationConfig(duration_s=10.0, amplitude=0.7)
+"""The motion that the aligner may ask for: wider than the default, for a robot that has lost its way."""
+
+_IN_A_ROW = 3
+"""Targets begun after the shift and reached one after another: the robot has recovered."""
+
+_NOMINAL = BodyConfig()
+_SHIFTED = {
+    "payload": dataclasses.replace(_NOMINAL, payload=0.25),
+    "camera": dataclasses.replace(
+        _NOMINAL, overhead=CameraBody(position=(0.04, -0.04, 0.03), rotation=(0.1, -0.1, 0.12))
+    ),
+    "actuator": _NOMINAL.replace_joint("shoulder_lift", strength=0.6).replace_joint("elbow_flex", strength=0.6),
+    "servo": _NOMINAL.replace_joint("elbow_flex", sign=-1),
+}
+SHIFTS: dict[str, BodyConfig] = {name: dataclasses.replace(body, name=name) for name, body in _SHIFTED.items()}
+"""As far as training's ranges go: a payload is gripped, the camera is bumped, two actuators weaken, and a servo is
+replaced by one that turns the other way, which is the one that stops a policy from reaching at all."""
+
+
+@dataclass(frozen=True)
+class ShiftTask:
+    """One run; ``aligned``: with the aligner."""
+
+    checkpoint: str
+    cache: str
+    shift: str
+    run: int
+    aligned: bool
+    settings: Settings
+
+
+def plan(checkpoint: str, cache: str, runs: int, settings: Settings) -> list[ShiftTask]:
+    """Each shift ``runs`` times, with and without the aligner."""
+    return [
+        ShiftTask(checkpoint, cache, shift, run, aligned, settings)
+        for shift in SHIFTS
+        for run in range(runs)
+        for aligned in (True, False)
+    ]
+
+
+def results(tasks: Sequence[ShiftTask], jobs: int) -> Iterator[dict[str, Any]]:
+    """Per run: its log."""
+    yield from run_tasks(run_shift, tasks, jobs)
+
+
+def run_shift(task: ShiftTask) -> dict[str, Any]:
+    """Work on the nominal body, shifted, and on the nominal body again."""
+    policy, settings = policy_of(task.checkpoint), task.settings
+    shifted = SHIFTS[task.shift]
+
+    def make() -> dict[str, Any]:
+        joints = JOINTS[: policy.action_dim]
+        aligner = SelfAligner(policy, settings.align, joints=joints, seed=task.run) if task.aligned else None
+        changes = [(BEFORE_S, shifted), (BEFORE_S + SHIFTED_S, _NOMINAL)]
+        run = LongRun(
+            policy, _NOMINAL, settings.seed * 1000 + task.run, aligner=aligner, changes=changes, calibration=CALIBRATION
+        )
+        return run.run(BEFORE_S + SHIFTED_S + BACK_S).to_dict()
+
+    names = ("seed", "align") if task.aligned else ("seed",)
+    motion = dataclasses.asdict(CALIBRATION) if task.aligned else None
+    inputs = {"model": policy.digest, "body": shifted.to_dict(), "calibration": motion, **settings.of(*names)}
+    name = f"shifts/{task.shift}-{task.run:02d}-{'aligned' if task.aligned else 'unaligned'}"
+    log = Cache(task.cache).get(name, inputs, make)
+    return {"shift": task.shift, "run": task.run, "aligned": task.aligned, **log}
+
+
+def recovery_s(targets: Sequence[dict[str, Any]], begin: float, end: float) -> float:
+    """Seconds from ``begin`` until the robot has reached three targets in a row; infinity if not before ``end``."""
+    row = 0
+    for target in targets:
+        if target["begin"] >= begin and target["end"] <= end:
+            row = row + 1 if target["reached"] else 0
+            if row == _IN_A_ROW:
+                return target["end"] - begin
+    return math.inf
+
+
+def reached_share(targets: Sequence[dict[str, Any]], begin: float, end: float) -> float:
+    """Of the targets that lie within the span; NaN without any."""
+    found = [target["reached"] for target in targets if target["begin"] >= begin and target["end"] <= end]
+    return float(np.mean(found)) if found else math.nan

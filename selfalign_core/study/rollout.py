@@ -1,0 +1,332 @@
+"""Episodes in closed loop: several simulated arms in lock-step, one batched inference per replanning instant.
+
+A *planner* answers with a chunk for every running episode; ``PolicyPlanner`` is that of a policy. What an episode
+does depends on the episode alone, but for rounding: the sums of a batched inference depend on the size of the batch.
+Must not know tables, processes or ROS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from selfalign_core.data.sim_demos import REACH_JOINTS
+from selfalign_core.errors import ConfigError, InputError
+from selfalign_core.model.pi0 import ModelInputs
+from selfalign_core.policy import Policy
+from selfalign_core.robot.chunking import Handover
+from selfalign_core.robot.images import resize_with_pad
+from selfalign_core.robot.types import Observation
+from selfalign_core.sim import CAMERAS, JOINTS, TARGET_NAMES, BodyConfig, ReachEnv, ReachExpert, prompt_for
+
+CONTROL_HZ = 20.0
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One episode: ``seed`` places the objects and the arm and draws the policy's noise.
+
+    ``target`` is what success is about; ``prompt`` is the name that the policy is told, ``target`` if None. ``token``:
+    (peft_num_tokens, width) float32, None for the policy's own. ``change``: (control step, body) from which step on
+    the arm is another one.
+    """
+
+    body: BodyConfig
+    seed: int
+    target: str
+    prompt: str | None = None
+    token: np.ndarray | None = None
+    change: tuple[int, BodyConfig] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("target", "prompt"):
+            value = getattr(self, name)
+            if value not in TARGET_NAMES and not (name == "prompt" and value is None):
+                raise ConfigError(f"Episode.{name}: found {value!r}, expected one of {', '.join(TARGET_NAMES)}")
+
+    @property
+    def told(self) -> str:
+        """Name of the target in the prompt."""
+        return self.prompt or self.target
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How episodes are run.
+
+    ``joints``: those commanded and observed, in the policy's order; the others hold the set-point they start with.
+    ``camera_size``: (H, W) in pixels as the robot's cameras publish. ``latency``: control steps from an observation
+    until its chunk takes effect; as action i of a chunk belongs to the i-th step after the observation, a late chunk
+    begins with action ``latency``. ``record``: (H, W) in pixels of the recorded frames of ``record_cameras``, None to
+    record nothing.
+    """
+
+    joints: tuple[str, ...] = REACH_JOINTS
+    camera_size: tuple[int, int] = (224, 224)
+    replan_steps: int = 8
+    max_steps: int = 120
+    latency: int = 0
+    record: tuple[int, int] | None = None
+    record_cameras: tuple[str, ...] = ("overhead",)
+
+    def __post_init__(self) -> None:
+        if not self.joints or len(set(self.joints)) != len(self.joints) or not set(self.joints) <= set(JOINTS):
+            raise ConfigError(f"joints: found {list(self.joints)}, expected some of {', '.join(JOINTS)}, each once")
+        for name, low in (("replan_steps", 1), ("max_steps", 1), ("latency", 0)):
+            if getattr(self, name) < low:
+                raise ConfigError(f"RolloutConfig.{name}: found {getattr(self, name)}, expected >= {low}")
+
+
+@dataclass
+class Recording:
+    """What was seen and done, a row per control step, as in a dataset's episode.
+
+    ``images``: (n, cameras, H, W, 3) uint8 RGB. ``states``, ``actions``: (n, joints) float32 motor frame [rad]; the
+    action is the one in force from that row to the next.
+    """
+
+    images: list[np.ndarray] | np.ndarray = field(default_factory=list)
+    states: list[np.ndarray] | np.ndarray = field(default_factory=list)
+    actions: list[np.ndarray] | np.ndarray = field(default_factory=list)
+
+    def as_arrays(self) -> Recording:
+        return Recording(np.array(self.images), np.array(self.states), np.array(self.actions))
+
+
+@dataclass(frozen=True)
+class EpisodeResult:
+    """How an episode ended. Distances in metres from the gripper's tip, to the target unless named otherwise.
+
+    ``success``: the target was reached, which ends the episode. ``reached``: per target, whether it was reached at any
+    time by the same criterion, the prompted one or not. ``action_error``: mean of |chunk - expert's chunk| [rad] at the
+    replanning instants, the expert going to the prompted target.
+    """
+
+    success: bool
+    steps: int
+    final_distance: float
+    min_distance: float
+    final_distances: dict[str, float]
+    reached: dict[str, bool]
+    action_error: float
+    recording: Recording | None = None
+
+
+class RunningEpisode:
+    """An episode under way. Hooks read it, and may set ``token``, which is in force from the next chunk on."""
+
+    def __init__(self, episode: Episode, env: ReachEnv, config: RolloutConfig) -> None:
+        self.episode, self.env, self.config = episode, env, config
+        self.token = episode.token
+        self.step = 0
+        self.done = self.success = False
+        self.recording = Recording() if config.record else None
+        self.columns = [JOINTS.index(joint) for joint in config.joints]
+        if env.body != episode.body:
+            env.apply_body(episode.body)
+        env.max_steps = config.max_steps
+        env.reset(seed=episode.seed, options={"target": episode.target})
+        self.expert = ReachExpert(env.sim, active_joints=config.joints)
+        self._hold = env.sim.setpoint()
+        self._chunks: list[tuple[int, np.ndarray]] = []  # (step of its observation, chunk), oldest first
+        self._images: dict[str, np.ndarray] = {}
+        self._near = dict.fromkeys(TARGET_NAMES, 0)
+        self._reached = dict.fromkeys(TARGET_NAMES, False)
+        self._min_distance = env.sim.distance()
+        self._errors: list[float] = []
+
+    def image(self, camera: str) -> np.ndarray:
+        """(H, W, 3) uint8 RGB as the robot's camera publishes it now."""
+        if camera not in self._images:
+            self._images[camera] = self.env.sim.render(camera, *self.config.camera_size)
+        return self._images[camera]
+
+    def state(self) -> np.ndarray:
+        """(joints,) float32 motor frame [rad]."""
+        return self.env.sim.joint_state().position[self.columns].astype(np.float32)
+
+    def observation(self, cameras: Sequence[str]) -> Observation:
+        """What a policy sees and is told now."""
+        images = {camera: self.image(camera) for camera in cameras}
+        stamp = round(self.step * self.env.dt * 1e9)
+        return Observation(images, self.state(), prompt_for(self.episode.told), stamp)
+
+    def add_chunk(self, chunk: np.ndarray) -> None:
+        """Take (horizon, joints) actions [rad] for the steps from now on."""
+        wanted = self.expert.chunk(len(chunk), target=self.episode.told, dt=self.env.dt)[:, self.columns]
+        self._errors.append(float(np.abs(chunk - wanted).mean()))
+        self._chunks.append((self.step, chunk))
+
+    def change_body(self) -> None:
+        """Apply the episode's change of body if it is due."""
+        change = self.episode.change
+        if change is not None and change[0] == self.step:
+            self.env.apply_body(change[1])
+            # The arm stays where it is, so what holds it there has another number now.
+            self._hold = self.env.sim.setpoint()
+
+    def advance(self) -> None:
+        """One control step with the action that is due."""
+        env, config = self.env, self.config
+        while len(self._chunks) > 1 and self._chunks[1][0] + config.latency <= self.step:
+            self._chunks.pop(0)
+        action = self._hold.copy()
+        begin, chunk = self._chunks[0]
+        if self.step >= begin + config.latency:
+            action[self.columns] = chunk[self.step - begin]
+        if self.recording is not None:
+            frames = [resize_with_pad(self.image(camera), *config.record) for camera in config.record_cameras]
+            self.recording.images.append(np.stack(frames))
+            self.recording.states.append(self.state())
+            self.recording.actions.append(action[self.columns].astype(np.float32))
+        _, _, self.success, truncated, _ = env.step(action)
+        self.step += 1
+        self._images.clear()
+        self._min_distance = min(self._min_distance, env.sim.distance())
+        for name in TARGET_NAMES:
+            self._near[name] = self._near[name] + 1 if env.sim.distance(name) < env.success_distance else 0
+            self._reached[name] |= self._near[name] >= env.success_steps
+        self.done = self.success or truncated
+
+    def result(self) -> EpisodeResult:
+        sim = self.env.sim
+        return EpisodeResult(
+            success=self.success,
+            steps=self.step,
+            final_distance=sim.distance(),
+            min_distance=self._min_distance,
+            final_distances={name: sim.distance(name) for name in TARGET_NAMES},
+            reached=dict(self._reached),
+            action_error=float(np.mean(self._errors)),
+            recording=self.recording and self.recording.as_arrays(),
+        )
+
+
+Planner = Callable[[Sequence[RunningEpisode]], np.ndarray]
+"""Chunks (episodes, horizon, joints) float32, motor frame [rad], for the episodes that run."""
+
+
+class PolicyPlanner:
+    """Chunks of a policy for several episodes at once, each with its own token; noise from an episode's seed and step.
+
+    Raises:
+        ConfigError: the policy reads a camera that the simulated arm has not.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.cameras = tuple(camera for camera in policy.config.cameras if camera is not None)
+        for camera in self.cameras:
+            if camera not in CAMERAS:
+                raise ConfigError(f"checkpoint: found camera {camera!r}, expected only {', '.join(CAMERAS)}")
+
+    @torch.no_grad()
+    def __call__(self, running: Sequence[RunningEpisode], handover: Handover | None = None) -> np.ndarray:
+        """``handover``: of the running episodes as a batch, in their order."""
+        policy = self.policy
+        observations = [one.observation(self.cameras) for one in running]
+        actions = policy.model.sample_actions(
+            _collate([policy.inputs(observation) for observation in observations]),
+            torch.stack([self._noise(one) for one in running]).to(policy.dim_mask.device),
+            token=self._tokens(running),
+            **policy.sampling_options(handover, np.stack([observation.state for observation in observations])),
+        )
+        pairs = zip(actions, observations, strict=True)
+        chunks = np.stack([policy.actions_from_model(rows, observation.state) for rows, observation in pairs])
+        if handover is not None:
+            chunks = handover.join(chunks)
+        if not np.isfinite(chunks).all():
+            raise InputError("sample_actions: found NaN or infinity in the actions, expected finite numbers")
+        return chunks
+
+    def _noise(self, one: RunningEpisode) -> torch.Tensor:
+        seed = np.random.SeedSequence([one.episode.seed, one.step]).generate_state(1, np.uint64)[0] >> np.uint64(1)
+        shape = (self.policy.horizon, self.policy.config.model.action_dim)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(int(seed)))
+
+    def _tokens(self, running: Sequence[RunningEpisode]) -> torch.Tensor | None:
+        own = self.policy.e_token
+        if own is None:
+            if any(one.token is not None for one in running):
+                raise InputError("Episode.token: found one, expected None (the model has use_peft_prefix_token=False)")
+            return None
+        tokens = [own.data if one.token is None else np.asarray(one.token, np.float32) for one in running]
+        for token in tokens:
+            if token.shape != own.data.shape:
+                raise InputError(f"Episode.token: found shape {token.shape}, expected {own.data.shape}")
+        return torch.from_numpy(np.stack(tokens)).to(self.policy.dim_mask.device)
+
+
+def rollout(
+    planner: Planner,
+    episodes: Sequence[Episode],
+    config: RolloutConfig | None = None,
+    *,
+    environments: list[ReachEnv] | None = None,
+    before_planning: Callable[[Sequence[RunningEpisode]], None] | None = None,
+    before_step: Callable[[RunningEpisode], None] | None = None,
+) -> list[EpisodeResult]:
+    """Run all ``episodes`` side by side.
+
+    Args:
+        planner: see ``Planner``; ``PolicyPlanner(policy)`` for a policy.
+        episodes: one arm is simulated for each, and all that still run are one batch for the planner.
+        config: the defaults are those of the shipped policy.
+        environments: arms of earlier calls to use again, which saves opening a drawing context for each; grows as
+            needed, and the caller closes them. Changes no result.
+        before_planning: called with the running episodes at each replanning instant, before the planner.
+        before_step: called with each running episode before each control step.
+
+    Raises:
+        ConfigError: the chunks are too short for ``replan_steps + latency``.
+        InputError: chunks of a wrong shape.
+    """
+    config = config or RolloutConfig()
+    pool = [] if environments is None else environments
+    while len(pool) < len(episodes):
+        pool.append(ReachEnv(cameras=(), control_hz=CONTROL_HZ))
+    try:
+        everyone = [RunningEpisode(episode, env, config) for episode, env in zip(episodes, pool, strict=False)]
+        running = everyone
+        while running := [one for one in running if not one.done]:
+            for one in running:
+                one.change_body()
+            if running[0].step % config.replan_steps == 0:
+                if before_planning is not None:
+                    before_planning(running)
+                _plan(planner, running, config)
+            for one in running:
+                if before_step is not None:
+                    before_step(one)
+                one.advance()
+        return [one.result() for one in everyone]
+    finally:
+        if environments is None:
+            for env in pool:
+                env.close()
+
+
+def _plan(planner: Planner, running: Sequence[RunningEpisode], config: RolloutConfig) -> None:
+    chunks = planner(running)
+    if chunks.ndim != 3 or chunks.shape[::2] != (len(running), len(config.joints)):
+        expected = f"({len(running)}, horizon, {len(config.joints)}): joints {', '.join(config.joints)}"
+        raise InputError(f"chunks: found shape {chunks.shape}, expected {expected}")
+    needed = config.replan_steps + config.latency
+    if chunks.shape[1] < needed:
+        raise ConfigError(f"chunks: found {chunks.shape[1]} actions, expected replan_steps + latency = {needed}")
+    for one, chunk in zip(running, chunks, strict=True):
+        one.add_chunk(chunk)
+
+
+def _collate(inputs: Sequence[ModelInputs]) -> ModelInputs:
+    """Batches of one as one batch."""
+    return ModelInputs(
+        images=[torch.cat(images) for images in zip(*(one.images for one in inputs), strict=True)],
+        image_masks=[torch.cat(masks) for masks in zip(*(one.image_masks for one in inputs), strict=True)],
+        tokens=torch.cat([one.tokens for one in inputs]),
+        token_masks=torch.cat([one.token_masks for one in inputs]),
+        state=torch.cat([one.state for one in inputs]),
+    )

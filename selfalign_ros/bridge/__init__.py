@@ -1,0 +1,1 @@
+"""Between ROS messages and the core: conversions, topics, quality of service."""

@@ -1,0 +1,1 @@
+"""The graph: its declaration, the supervisor, launch."""

@@ -1,0 +1,1 @@
+"""How a node lives: process, parameters, worker, diagnostics, clean stop."""

@@ -1,0 +1,1 @@
+"""The nodes: wiring, no decisions and no maths."""
