@@ -181,7 +181,9 @@ def missing_build_packages(python: str) -> dict[str, str]:
         reasons["libc6-dev"] = "belongs to the compiler"
     version = subprocess.run(
         [python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"],
-        capture_output=True, text=True, check=True,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.strip()
     header = "import os, sysconfig; os.stat(sysconfig.get_path('include') + '/Python.h')"
     if not succeeds(python, "-c", header):
@@ -344,10 +346,23 @@ def build_into_venv(python: str, env: dict[str, str]) -> None:
     log.unlink(missing_ok=True)
     run_step(
         "building the interfaces",
-        ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", build, f"-DCMAKE_INSTALL_PREFIX={VENV}",
-         "-DCMAKE_BUILD_TYPE=Release", f"-DPython3_EXECUTABLE={python}", "-DPython3_FIND_VIRTUALENV=ONLY",
-         "-DBUILD_TESTING=OFF", "-DSELFALIGN_LINK_SOURCES=ON"],
-        log=log, env=env,
+        [
+            "cmake",
+            "-G",
+            "Ninja",
+            "-S",
+            str(ROOT),
+            "-B",
+            build,
+            f"-DCMAKE_INSTALL_PREFIX={VENV}",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DPython3_EXECUTABLE={python}",
+            "-DPython3_FIND_VIRTUALENV=ONLY",
+            "-DBUILD_TESTING=OFF",
+            "-DSELFALIGN_LINK_SOURCES=ON",
+        ],
+        log=log,
+        env=env,
     )
     run_step("  compiling", ["cmake", "--build", build], log=log, env=env)
     run_step("  installing", ["cmake", "--install", build], log=log, env=env)
@@ -382,8 +397,7 @@ def missing_requirements(python: str) -> list[str]:
     wanted = {line: line.split("==")[0] for line in lines if "==" in line}
     modules = {line: MODULE_NAMES.get(name, name.replace("-", "_")) for line, name in wanted.items()}
     check = (
-        "import importlib.util, sys; "
-        "print(*[name for name in sys.argv[1:] if importlib.util.find_spec(name) is None])"
+        "import importlib.util, sys; print(*[name for name in sys.argv[1:] if importlib.util.find_spec(name) is None])"
     )
     absent = subprocess.run(
         [python, "-c", check, *modules.values()], capture_output=True, text=True, check=True
@@ -417,8 +431,18 @@ def prepare_ros() -> dict[str, str]:
         )
     run_step(
         f"building the package with colcon on ROS 2 {distro}",
-        ["colcon", "build", "--paths", str(ROOT), "--packages-select", "selfalign", "--cmake-args",
-         "-DBUILD_TESTING=OFF", "-DSELFALIGN_LINK_SOURCES=ON", f"-DPython3_EXECUTABLE={system}"],
+        [
+            "colcon",
+            "build",
+            "--paths",
+            str(ROOT),
+            "--packages-select",
+            "selfalign",
+            "--cmake-args",
+            "-DBUILD_TESTING=OFF",
+            "-DSELFALIGN_LINK_SOURCES=ON",
+            f"-DPython3_EXECUTABLE={system}",
+        ],
         log=ROOT / "log" / "bootstrap.log",
     )
     env = ros_environment(stamp)
@@ -464,7 +488,9 @@ def ros_environment(stamp: dict[str, str]) -> dict[str, str]:
     """The sourced ROS 2 with install/ (and .venv, if packages had to be added) on top."""
     dump = subprocess.run(
         ["bash", "-c", f". {shlex.quote(str(ROOT / 'install' / 'local_setup.bash'))} && env -0"],
-        stdin=subprocess.DEVNULL, capture_output=True, check=False,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
     )
     if dump.returncode != 0:
         reason = dump.stderr.decode(errors="replace")

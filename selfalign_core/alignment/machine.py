@@ -413,9 +413,7 @@ class SelfAligner:
             return dataclasses.replace(guard, sigmas=guard.sigmas / 2, margin=0.0, inverse_margin=0.0)
         same_body = found.margin == 0 and len(self._trusted.names) > 1
         factor = 2 if same_body else 1
-        return dataclasses.replace(
-            guard, margin=factor * guard.margin, inverse_margin=factor * guard.inverse_margin
-        )
+        return dataclasses.replace(guard, margin=factor * guard.margin, inverse_margin=factor * guard.inverse_margin)
 
     def _newest_loss(self, evidence: Evidence, round_: Round) -> RunningLoss:
         prepared, _ = self._stages(round_).prepare(evidence)

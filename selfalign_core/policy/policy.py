@@ -102,9 +102,7 @@ class Policy:
 
     @classmethod
     @exclusive()
-    def load(
-        cls, checkpoint: str, *, contract: RobotContract, device: str = "cpu", precision: str = "auto"
-    ) -> Policy:
+    def load(cls, checkpoint: str, *, contract: RobotContract, device: str = "cpu", precision: str = "auto") -> Policy:
         """The policy behind a ``checkpoint`` parameter, for the robot of ``contract``.
 
         ``""`` or ``"tiny"`` is the tiny model with seeded random weights (``trained`` is False); anything else is a

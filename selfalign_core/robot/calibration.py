@@ -115,9 +115,7 @@ def _minimum_jerk(begin: np.ndarray, end: np.ndarray, share: np.ndarray) -> np.n
     return begin + (end - begin) * (s**3 * (10.0 - 15.0 * s + 6.0 * s * s))
 
 
-def _approach(
-    contract: RobotContract, start: np.ndarray, around: np.ndarray, config: CalibrationConfig
-) -> np.ndarray:
+def _approach(contract: RobotContract, start: np.ndarray, around: np.ndarray, config: CalibrationConfig) -> np.ndarray:
     """(steps, joints) from ``start`` to ``around`` as fast as the slowest joint may; no step if it is there."""
     slowest_s = (np.abs(around - start) / (config.velocity_fraction * contract.speed_limit)).max()
     steps = math.ceil(_PEAK * slowest_s * contract.rate_hz)

@@ -63,9 +63,7 @@ class Start:
             if origin.known is None:
                 raise ConfigError(f"bank.tokens: found no bank in {config.model.init}, expected one to leave as it is")
             found = load_tokens(config.bank.tokens, model_digest=origin.digest)
-        return cls(
-            model, policy_config, tokenizer, stats if normalised else {}, origin.known, origin.embodiment, found
-        )
+        return cls(model, policy_config, tokenizer, stats if normalised else {}, origin.known, origin.embodiment, found)
 
     def new_bank(self, config: TrainConfig, dataset: TransitionDataset, episodes: np.ndarray) -> TokenBank | None:
         """A token for every embodiment in ``episodes``, or one for all; None if the model has no E-Token.
@@ -137,9 +135,7 @@ def _origin(config: TrainConfig, dt: float) -> _Origin:
             changed = ModelConfig.from_dict({**policy.config.model.to_dict(), **changes})
             without = () if changed.use_peft_prefix_token else ("e_token",)
             without += () if changed.alignment_expert is not None else ("alignment",)
-            policy.model = load_model(
-                path, changed, initialise=section.initialise, leave_out=without, seed=config.seed
-            )
+            policy.model = load_model(path, changed, initialise=section.initialise, leave_out=without, seed=config.seed)
         model = policy.model.float().requires_grad_(True)
         model.paligemma_with_expert.gemma_expert.lm_head.requires_grad_(False)
         bank = None if policy.bank is None else (policy.config.bank_keys, policy.bank)

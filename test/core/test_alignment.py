@@ -59,9 +59,7 @@ def alignment_prefix(model: Pi0, inputs: ModelInputs) -> PrefixCache:
     return model.alignment_prefix(model.prefix(inputs, image_features=features), features, inputs.image_masks)
 
 
-def predict(
-    model: Pi0, inputs: ModelInputs, transitions: Transitions, noise: AlignmentNoise
-) -> dict[str, Tensor]:
+def predict(model: Pi0, inputs: ModelInputs, transitions: Transitions, noise: AlignmentNoise) -> dict[str, Tensor]:
     prefix = alignment_prefix(model, inputs)
     return dict(zip(OUTPUTS, model.predict_alignment(prefix, transitions, noise), strict=True))
 
@@ -72,8 +70,7 @@ def segment_inputs(model: Pi0, batch: int = 2) -> dict[str, Tensor]:
     places = {name: getattr(layout, name) for name in SEGMENTS}
     width = model.config.alignment_expert.width
     return {
-        name: torch.zeros(batch, place.stop - place.start, width, requires_grad=True)
-        for name, place in places.items()
+        name: torch.zeros(batch, place.stop - place.start, width, requires_grad=True) for name, place in places.items()
     }
 
 

@@ -88,6 +88,7 @@ def test_a_batch_of_the_wrong_shape_is_refused_by_name() -> None:
 
 # ---------------------------------------------------------------- drift
 
+
 def running(policy: Policy, body: tuple[float, float], token: Tensor, seed: int, scale: float = 1.0):
     scorer, batch = Scorer(policy, WEIGHTS), recording_of(body, 6, seed, scale=scale)
     others = references(Trusted.of(policy), CONFIG.watch.references)

@@ -207,6 +207,7 @@ def test_a_guard_short_of_time_judges_with_fewer_draws(toy: Trained) -> None:
 
 # ---------------------------------------------------------------- overlap
 
+
 def test_without_overlap_the_standard_error_is_the_usual_one() -> None:
     values = np.random.default_rng(0).normal(size=9)
     apart = np.stack([np.arange(9) * 10, np.arange(9) * 10 + 10], axis=1)

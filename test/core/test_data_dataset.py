@@ -81,9 +81,7 @@ def test_an_image_that_never_came_is_named(tmp_path: Path) -> None:
 def test_action_statistics_are_relative_to_the_state_over_the_chunk(tmp_path: Path) -> None:
     values = episode(6)
     found = write(tmp_path / "set", values, delta_mask=[True, False], statistics_horizon=3)
-    rows = [
-        values["actions"][i + k] - [values["states"][i, 0], 0.0] for i in range(6) for k in range(3) if i + k < 6
-    ]
+    rows = [values["actions"][i + k] - [values["states"][i, 0], 0.0] for i in range(6) for k in range(3) if i + k < 6]
     stats = found.norm_stats["actions"]
     np.testing.assert_allclose(stats.mean, np.mean(rows, axis=0), rtol=1e-5)
     np.testing.assert_allclose(stats.std, np.std(rows, axis=0), rtol=1e-5)

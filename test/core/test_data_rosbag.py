@@ -311,9 +311,7 @@ def test_compressed_images_are_decoded(tmp_path: Path) -> None:
     script = executed(joint_states(Script())).every("/camera/front/image_raw", 30.0, compressed)
     types = {"/camera/front/image_raw": "sensor_msgs/msg/CompressedImage"}
     dataset = run([script.write(tmp_path / "bag", types=types)], contract, tmp_path / "set")
-    np.testing.assert_array_equal(
-        dataset.images[:, 0, 3, 3, 1], np.floor((dataset.stamps - BEGIN) / NS * 30 + 1e-6)
-    )
+    np.testing.assert_array_equal(dataset.images[:, 0, 3, 3, 1], np.floor((dataset.stamps - BEGIN) / NS * 30 + 1e-6))
 
 
 def test_topics_of_a_namespace_are_found(tmp_path: Path, contract: RobotContract) -> None:

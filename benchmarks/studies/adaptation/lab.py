@@ -67,9 +67,7 @@ class Lab:
         try:
             sim.reset(rng)
             action = sim.setpoint()
-            config = CalibrationConfig(
-                duration_s=self.settings.motion_s, amplitude=self.settings.motion_amplitude
-            )
+            config = CalibrationConfig(duration_s=self.settings.motion_s, amplitude=self.settings.motion_amplitude)
             motion = calibration_motion(contract, action[columns], config, seed=int(rng.integers(2**31)))
             recording = Recording()
             for row in motion:
