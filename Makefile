@@ -18,7 +18,7 @@ CHECKPOINT ?= policies/tiny_reach
 
 .DEFAULT_GOAL := help
 .PHONY: help build bringup record replay train evaluate tiny-policy train-step held-out ablations adaptation
-.PHONY: adaptation-seeds adaptation-in-graph handover image-path latency align-speed interference pipeline soak faults sros2-policies test test-long lint clean clean-all
+.PHONY: adaptation-seeds adaptation-in-graph handover image-path latency align-speed interference pipeline soak faults sros2-policies test test-long lint docs clean clean-all
 
 help:  ## show this text
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -124,8 +124,15 @@ sros2-policies:  ## write config/sros2/policies.xml anew, from the running nodes
 	@$(BOOTSTRAP) run python3 -m selfalign_ros.tools.security_policy --output config/sros2/policies.xml \
 	  contract:=contracts/sim_arm.yaml checkpoint:=tiny $(ARGS)
 
-lint:  ## ruff
+lint:  ## ruff, its formatter, what each room may import
 	@$(BOOTSTRAP) run python3 -m ruff check .
+	@$(BOOTSTRAP) run python3 -m ruff format --check -q .
+	@$(BOOTSTRAP) run lint-imports
+
+docs:  ## the documentation with the API reference as HTML, in out/docs
+	@$(BOOTSTRAP) run python3 -m pip install -q --disable-pip-version-check -r requirements-docs.txt -c constraints.txt
+	@$(BOOTSTRAP) run python3 -m sphinx -b html -q -W --keep-going docs out/docs
+	@echo out/docs/index.html
 
 # First the tests without nodes, side by side, then those that start nodes (marked in test/conftest.py), one after the
 # other, so that no two graphs share the cores. Exit code 5 of pytest means that ARGS selected none of that kind.

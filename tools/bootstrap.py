@@ -49,6 +49,7 @@ MODULE_NAMES = {
     "PyYAML": "yaml",
     "pytest-xdist": "xdist",
     "pytest-timeout": "pytest_timeout",
+    "import-linter": "importlinter",
 }
 
 

@@ -101,8 +101,8 @@ class EpisodeResult:
     """How an episode ended. Distances in metres from the gripper's tip, to the target unless named otherwise.
 
     ``success``: the target was reached, which ends the episode. ``reached``: per target, whether it was reached at any
-    time by the same criterion, the prompted one or not. ``action_error``: mean of |chunk - expert's chunk| [rad] at the
-    replanning instants, the expert going to the prompted target.
+    time by the same criterion, the prompted one or not. ``action_error``: mean of ``|chunk - expert's chunk|`` [rad] at
+    the replanning instants, the expert going to the prompted target.
     """
 
     success: bool
