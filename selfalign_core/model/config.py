@@ -9,11 +9,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from selfalign_core.errors import ConfigError
 
 PALIGEMMA_VOCAB_SIZE = 257152
+
+_DERIVED = cast("int", None)
+"""The default of a field that ``__post_init__`` derives from others."""
 
 
 def _require_positive_ints(owner: object, *names: str) -> None:
@@ -95,7 +98,7 @@ class ModelConfig:
     vocab_size: int = PALIGEMMA_VOCAB_SIZE
     action_dim: int = 32
     action_horizon: int = 50
-    max_token_len: int | None = None
+    max_token_len: int = _DERIVED
     expert_layer_offset: int = 0
     """Layer i of an expert reads the VLM's layer ``i + expert_layer_offset``; 0 in every public checkpoint."""
 
@@ -104,7 +107,7 @@ class ModelConfig:
     peft_init: Literal["zeros", "normal"] = "zeros"
     peft_lr: float = 1e-3
 
-    transition_horizon: int | None = None
+    transition_horizon: int = _DERIVED
     """Executed actions per transition; the action horizon unless said otherwise."""
     feature_tokens_per_camera: int = 4
     alignment_prefix: Literal["images_only", "full"] = "images_only"

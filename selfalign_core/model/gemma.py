@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +66,10 @@ class AdaRMSNorm(nn.Module):
             modulation = modulation[:, None, :]
         scale, shift, gate = modulation.float().chunk(3, dim=-1)
         return (_normalise(x) * (1.0 + scale) + shift).to(x.dtype), gate.to(x.dtype)
+
+
+def _make_norm(width: int, *, adaptive: bool) -> RMSNorm | AdaRMSNorm:
+    return AdaRMSNorm(width) if adaptive else RMSNorm(width)
 
 
 def _normalise(x: Tensor) -> Tensor:
@@ -199,15 +204,14 @@ class GemmaLayer(nn.Module):
 
     def __init__(self, size: GemmaSize, *, adaptive: bool):
         super().__init__()
-        norm = AdaRMSNorm if adaptive else RMSNorm
         self.self_attn = Attention(size)
         self.mlp = GatedMLP(size)
-        self.input_layernorm = norm(size.width)
-        self.post_attention_layernorm = norm(size.width)
+        self.input_layernorm = _make_norm(size.width, adaptive=adaptive)
+        self.post_attention_layernorm = _make_norm(size.width, adaptive=adaptive)
 
     def project(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], cond: Tensor | None, read: Tensor | None = None
-    ) -> tuple:
+    ) -> tuple[Tensor, KeyValues, Tensor | None]:
         """Queries (of the tokens ``read``), keys and values of ``x`` (B, S, width), and the gate of the first norm."""
         attention = self.self_attn
         normed, gate = self.input_layernorm(x, cond)
@@ -253,15 +257,21 @@ class GemmaStack(nn.Module):
 
     def __init__(self, size: GemmaSize, *, adaptive: bool = False, vocab_size: int | None = None):
         super().__init__()
-        self.embed_tokens = nn.Embedding(vocab_size, size.width) if vocab_size else None
         if vocab_size:
+            self.embed_tokens = nn.Embedding(vocab_size, size.width)
             # Multiplied by sqrt(width) when read: tokens then start at unit scale, so that what they gather from the
             # image is not lost beside what they are.
             nn.init.normal_(self.embed_tokens.weight, std=size.width**-0.5)
-        self.layers = nn.ModuleList(GemmaLayer(size, adaptive=adaptive) for _ in range(size.depth))
-        self.norm = (AdaRMSNorm if adaptive else RMSNorm)(size.width)
+        layers = nn.ModuleList(GemmaLayer(size, adaptive=adaptive) for _ in range(size.depth))
+        self.layers = cast("Sequence[GemmaLayer]", layers)  # a ModuleList does not say what is in it
+        self.norm = _make_norm(size.width, adaptive=adaptive)
         self.rotary_emb = RotaryEmbedding(size.head_dim)
         self.checkpoint_layers = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the layers' weights; norms may have another."""
+        return self.layers[0].self_attn.q_proj.weight.dtype
 
     def forward(
         self,
@@ -290,7 +300,7 @@ class GemmaStack(nn.Module):
         Returns:
             The final-normed hidden states (B, R, width), or None, and this stack's own keys and values per layer.
         """
-        dtype = self.layers[0].self_attn.q_proj.weight.dtype
+        dtype = self.dtype
         x = embs.to(dtype)
         rotary = self.rotary_emb(position_ids, dtype)
         mask = additive_mask(mask, dtype)

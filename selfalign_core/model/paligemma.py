@@ -161,6 +161,7 @@ class PaliGemmaWithExperts(nn.Module):
         pads = [mask[:, None].expand(-1, f.shape[1]) for mask, f in zip(image_masks, image_features, strict=True)]
         image_length = sum(f.shape[1] for f in image_features)
         if tokens is not None:
+            assert token_masks is not None
             embs.append(self.embed_language(tokens).to(embs[0].dtype))
             pads.append(token_masks)
         return torch.cat(embs, dim=1), torch.cat(pads, dim=1), image_length

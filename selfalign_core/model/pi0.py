@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from selfalign_core.errors import InputError
 from selfalign_core.model import flow_matching as flow
-from selfalign_core.model.config import ModelConfig
+from selfalign_core.model.config import GemmaSize, ModelConfig
 from selfalign_core.model.gemma import PrefixCache
 from selfalign_core.model.layout import AlignmentLayout
 from selfalign_core.model.masks import (
@@ -60,7 +60,13 @@ class Transitions:
 
     def select(self, rows: Tensor) -> Transitions:
         """The given batch rows (int64)."""
-        return Transitions(*(None if t is None else t[rows] for t in vars(self).values()))
+        return Transitions(
+            state=self.state[rows],
+            actions=self.actions[rows],
+            next_obs=self.next_obs[rows],
+            next_obs_masks=None if self.next_obs_masks is None else self.next_obs_masks[rows],
+            action_masks=None if self.action_masks is None else self.action_masks[rows],
+        )
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,9 @@ def masked_mean(values: Tensor, *masks: Tensor | None) -> Tensor:
 class Pi0(nn.Module):
     """π0 (``config.pi05`` False: state is a suffix token) or π0.5 (state in the prompt, time through adaRMS)."""
 
+    next_obs_mean: Tensor
+    next_obs_std: Tensor
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
@@ -137,7 +146,7 @@ class Pi0(nn.Module):
         if config.use_peft_prefix_token:
             self._init_e_token()
         if config.alignment_expert is not None:
-            self._init_alignment()
+            self._init_alignment(config.alignment_expert)
 
     # ---------------------------------------------------------------- E-Token
 
@@ -309,9 +318,8 @@ class Pi0(nn.Module):
 
     # ---------------------------------------------------------------- alignment
 
-    def _init_alignment(self) -> None:
-        config = self.config
-        width, features = config.alignment_expert.width, config.text.width
+    def _init_alignment(self, expert: GemmaSize) -> None:
+        config, width, features = self.config, expert.width, self.config.text.width
         self.alignment_in_proj = nn.ModuleDict(
             {
                 "perception": nn.Linear(config.action_dim, width),
@@ -564,11 +572,11 @@ class Pi0(nn.Module):
         if executed is None:
             zero = torch.zeros_like(action)
             return _reduced(Losses(action, action, zero, zero, zero), reduction)
-        if (next_images is None and next_image_features is None) or alignment_noise is None:
-            raise InputError("forward: found executed actions, expected next_images and alignment_noise with them")
         with torch.no_grad():
-            if next_image_features is None:
+            if next_image_features is None and next_images is not None:
                 next_image_features = self.embed_images(next_images)
+            if next_image_features is None or alignment_noise is None:
+                raise InputError("forward: found executed actions, expected next_images and alignment_noise with them")
             for index, tokens in enumerate(next_image_features):
                 _check_shape(
                     f"next_images[{index}] as tokens", tokens, (batch, config.vision.num_patches, config.text.width)
@@ -690,7 +698,8 @@ class Pi0(nn.Module):
         With ``image_features`` those are checked and ``inputs.images`` is not read.
         """
         config, batch = self.config, inputs.state.shape[0]
-        images, name, shape = inputs.images, "images", (batch, 3, *config.image_size)
+        images, name = inputs.images, "images"
+        shape: tuple[int, ...] = (batch, 3, *config.image_size)
         if image_features is not None:
             images, name = image_features, "image_features"
             shape = (batch, config.vision.num_patches, config.text.width)

@@ -6,6 +6,9 @@ equal its model's (golden vectors), and so does how a fresh tower starts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -72,6 +75,7 @@ class Embeddings(nn.Module):
         self.position_embedding = nn.Embedding(size.num_patches, size.width)
         # Wider than 1 / sqrt(fan_in) by what a truncation at two standard deviations would take away (as transformers).
         nn.init.normal_(self.patch_embedding.weight, std=(3 * size.patch_size**2) ** -0.5 / 0.87962566)
+        assert self.patch_embedding.bias is not None
         nn.init.zeros_(self.patch_embedding.bias)
         nn.init.normal_(self.position_embedding.weight, std=size.width**-0.5)
 
@@ -86,7 +90,8 @@ class Encoder(nn.Module):
 
     def __init__(self, size: VisionSize):
         super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(size) for _ in range(size.depth))
+        layers = nn.ModuleList(EncoderLayer(size) for _ in range(size.depth))
+        self.layers = cast("Sequence[EncoderLayer]", layers)  # a ModuleList does not say what is in it
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:

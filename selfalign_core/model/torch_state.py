@@ -59,5 +59,5 @@ def use_stream(device: str, *, urgent: bool) -> None:
     check_device(device)
     place = torch.device(device)
     if place.type == "cuda":
-        least, greatest = torch.cuda.Stream.priority_range()
+        least, greatest = torch.cuda.current_stream(place).priority_range()
         torch.cuda.set_stream(torch.cuda.Stream(place, priority=greatest if urgent else least))

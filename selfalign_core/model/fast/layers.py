@@ -51,7 +51,7 @@ def plus(x: Tensor, branch: Tensor, weight: Tensor, modulation: Modulation | Non
 def gemma_layer(
     x: Tensor,
     weights: GemmaWeights,
-    slot: Slot,
+    slot: Slot | PlainSlot,
     floor: Tensor,
     first: Modulation | None = None,
     second: Modulation | None = None,
@@ -247,8 +247,8 @@ def _attention(queries: Tensor, sees: Sequence[_KeyViews]) -> Tensor:
             )[0, 0]
         scores = torch.mm(queries, transposed) if bias is None else torch.addmm(bias, queries, transposed)
         return torch.mm(torch.softmax(scores, dim=1), values)
-    scores = [torch.mm(queries, t) if b is None else torch.addmm(b, queries, t) for _, t, _, b in sees]
-    weights = torch.softmax(torch.cat(scores, dim=1), dim=1).split([len(k) for k, *_ in sees], dim=1)
+    each = [torch.mm(queries, t) if b is None else torch.addmm(b, queries, t) for _, t, _, b in sees]
+    weights = torch.softmax(torch.cat(each, dim=1), dim=1).split([len(k) for k, *_ in sees], dim=1)
     attended = torch.mm(weights[0], sees[0][2])
     for weight, (_, _, values, _) in zip(weights[1:], sees[1:], strict=True):
         attended = torch.addmm(attended, weight, values)

@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ParamSpec, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -40,12 +40,21 @@ from selfalign_core.model.fast.layers import (
     siglip_layer,
 )
 from selfalign_core.model.fast.weights import folded, rms_floor, stack_weights, vision_weights
+from selfalign_core.model.gemma import AdaRMSNorm, RMSNorm
 from selfalign_core.model.masks import MASK_FILL
 from selfalign_core.model.pi0 import ModelInputs, Pi0
 from selfalign_core.model.siglip import LAYER_NORM_EPS
 
 _MAX_SHAPES = 32
 """Shapes whose buffers are kept: other cameras, prompts of other lengths."""
+
+_Arguments = ParamSpec("_Arguments")
+
+
+class Compiler(Protocol):
+    """Makes a layer faster, as ``torch.compile`` does."""
+
+    def __call__(self, layer: Callable[_Arguments, Tensor], /) -> Callable[_Arguments, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -65,13 +74,14 @@ class Shape:
 
 @dataclass(frozen=True)
 class Call:
-    """The tensors of one call: ``images`` (C, 3, H, W), ``tokens`` and ``token_mask`` (L,), ``state`` (action_dim,),
-    ``noise`` (horizon, action_dim), ``committed`` (d, action_dim), ``dim_mask`` (action_dim,), ``token`` (T, width).
+    """The tensors of one call: ``images`` (C, 3, H, W), ``tokens`` and ``token_mask`` (L,), None where padding is left
+    out, ``state`` (1, action_dim), ``noise`` (horizon, action_dim), ``committed`` (d, action_dim), ``dim_mask``
+    (action_dim,), ``token`` (T, width).
     """
 
     images: Tensor
     tokens: Tensor
-    token_mask: Tensor
+    token_mask: Tensor | None
     state: Tensor
     noise: Tensor
     committed: Tensor | None
@@ -88,12 +98,10 @@ class FastSampler:
     Args:
         keep_padding: leave the prompt's padding in and mask it, so that prompts of all lengths have one shape; None:
             on a GPU.
-        compiler: makes a layer faster, as ``torch.compile`` does; None: that on a GPU, nothing on a CPU.
+        compiler: None: ``torch.compile`` on a GPU, nothing on a CPU.
     """
 
-    def __init__(
-        self, model: Pi0, *, keep_padding: bool | None = None, compiler: Callable[[Callable], Callable] | None = None
-    ):
+    def __init__(self, model: Pi0, *, keep_padding: bool | None = None, compiler: Compiler | None = None):
         self._model = model
         self._keep_padding, self._compiler = keep_padding, compiler
         self._plan: _Plan | None = None
@@ -166,20 +174,19 @@ class FastSampler:
 class _Plan:
     """Fused weights of one model, and the buffers for each shape it was asked for."""
 
-    def __init__(self, model: Pi0, keep_padding: bool | None, compiler: Callable[[Callable], Callable] | None):
+    def __init__(self, model: Pi0, keep_padding: bool | None, compiler: Compiler | None):
         self.model, config = model, model.config
         pali = model.paligemma_with_expert
         expert = pali.gemma_expert.model
         self.device = next(model.parameters()).device
         self.on_gpu = self.device.type == "cuda"
         self.keep_padding = self.on_gpu if keep_padding is None else keep_padding
-        self.dtype = expert.layers[0].self_attn.q_proj.weight.dtype
+        self.dtype = expert.dtype
         if compiler is None and self.on_gpu:
             compiler = compiled
         self.plain = compiler is not None or self.on_gpu or self.dtype != torch.float32
-        self.gemma_layer, self.siglip_layer = (
-            layer if compiler is None else compiler(layer) for layer in (gemma_layer, siglip_layer)
-        )
+        self.gemma_layer = gemma_layer if compiler is None else compiler(gemma_layer)
+        self.siglip_layer = siglip_layer if compiler is None else compiler(siglip_layer)
         self.vision = vision_weights(pali.paligemma.model)
         self.first = config.expert_layer_offset
         self.text = stack_weights(pali.language_model, config.text)[: self.first + config.action_expert.depth]
@@ -210,7 +217,6 @@ class _Plan:
         tokens, token_mask = inputs.tokens[0], inputs.token_masks[0]
         if not self.keep_padding:
             tokens = tokens[token_mask]
-            token_mask = None
         decided = 0 if committed is None else committed.shape[1]
         shape = Shape(present, len(tokens), num_steps, decided, dim_mask is not None)
         if shape not in self._runs:
@@ -222,7 +228,7 @@ class _Plan:
         call = Call(
             images=images[0] if len(images) == 1 else torch.cat(images) if images else noise.new_zeros(0),
             tokens=tokens,
-            token_mask=token_mask,
+            token_mask=token_mask if self.keep_padding else None,
             state=inputs.state,
             noise=noise[0],
             committed=None if committed is None else committed[0],
@@ -232,7 +238,7 @@ class _Plan:
         return self._runs[shape], call
 
 
-def compiled(layer: Callable, *, backend: str = "inductor") -> Callable:
+def compiled(layer: Callable[_Arguments, Tensor], /, *, backend: str = "inductor") -> Callable[_Arguments, Tensor]:
     """``layer`` compiled for each shape it meets, prefix, fixed tokens and actions, without Python in between."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * _MAX_SHAPES)
     return torch.compile(layer, backend=backend, fullgraph=True, dynamic=False)
@@ -268,9 +274,10 @@ class _Times:
             return
         cond = F.silu(model.time_mlp_out(F.silu(model.time_mlp_in(time_emb))))
         expert = model.paligemma_with_expert.gemma_expert.model
-        dtype = expert.layers[0].self_attn.q_proj.weight.dtype
+        dtype = expert.dtype
 
-        def modulation(norm, rows: Tensor) -> Modulation:
+        def modulation(norm: RMSNorm | AdaRMSNorm, rows: Tensor) -> Modulation:
+            assert isinstance(norm, AdaRMSNorm)
             scale, shift, gate = norm.dense(cond.to(norm.dense.weight.dtype)).float()[rows].chunk(3, dim=-1)
             return Modulation((1.0 + scale) * math.sqrt(width), shift.contiguous(), gate.to(dtype))
 
@@ -311,15 +318,16 @@ class Run:
 
         def slots(
             which: int, written: list[Tensor], begin: int, read: Callable[[int], list[Rows]], stack: GemmaSize
-        ) -> list:
+        ) -> Sequence[Slot | PlainSlot]:
             rotation = self._rotations[which]
             tokens, layers = len(rotation.factors), len(written) // 2
             if not tokens:
                 return []
-            kind, aid = PlainSlot, rotation
-            if not plan.plain:
-                kind, aid = Slot, Scratch(tokens, heads, stack.mlp_dim, rotation)
-            return [kind(written[2 * i], written[2 * i + 1], begin, read(i), heads, aid) for i in range(layers)]
+            places = [(written[2 * i], written[2 * i + 1], begin, read(i), heads) for i in range(layers)]
+            if plan.plain:
+                return [PlainSlot(*place, rotation) for place in places]
+            scratch = Scratch(tokens, heads, stack.mlp_dim, rotation)
+            return [Slot(*place, scratch) for place in places]
 
         def seen(i: int, count: int) -> Keys:
             bias = None if self._bias is None or count <= self._images else self._bias[:count]
@@ -412,22 +420,23 @@ class Run:
         out, drift = plan.out * times.dt, plan.out_bias * times.dt
         if call.dim_mask is not None:  # known to be 0: their velocity is the noise
             out, drift = out * call.dim_mask, torch.where(call.dim_mask, drift, call.noise * times.dt)
-        x = call.noise.clone()
-        decided = None if call.committed is None else x[:count]
+        x, committed = call.noise.clone(), call.committed
+        decided = x[:count]
         for step in range(times.count):
-            if decided is not None:
-                decided.copy_(call.committed)
+            if committed is not None:
+                decided.copy_(committed)
             if self._variants > 1:
                 self._place_fixed(step)
             hidden = self.run_actions(x, step)
-            x = torch.addmm(x + drift, hidden, out) if decided is None else x.add_(drift).addmm_(hidden, out)
-        if decided is not None:
-            decided.copy_(call.committed)
+            x = torch.addmm(x + drift, hidden, out) if committed is None else x.add_(drift).addmm_(hidden, out)
+        if committed is not None:
+            decided.copy_(committed)
         return x
 
     def run_actions(self, x: Tensor, step: int) -> Tensor:
         """Hidden states (horizon, width) float32 of the noisy actions at a step, divided by their length."""
         plan, times, model = self._plan, self._times, self._plan.model
+        modulations: Sequence[Modulation | None]
         if model.config.pi05:
             modulations = times.steps[step]
             hidden = model.action_in_proj(x)
@@ -448,6 +457,7 @@ class Run:
 
     def _mask_padding(self, token_mask: Tensor) -> None:
         """Positions count real tokens; padding is seen by nobody. Without a look at the values."""
+        assert self._bias is not None
         self._bias[self._images : self._prefix] = torch.where(token_mask, 0.0, MASK_FILL)
         self._turn(token_mask.cumsum(0) - 1, self._images + token_mask.sum())
 

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from selfalign_core.model.config import GemmaSize
-from selfalign_core.model.gemma import RMS_NORM_EPS, AdaRMSNorm, GemmaLayer, GemmaStack
+from selfalign_core.model.gemma import RMS_NORM_EPS, AdaRMSNorm, GemmaLayer, GemmaStack, RMSNorm
 from selfalign_core.model.paligemma import PaliGemmaModel
+from selfalign_core.model.siglip import EncoderLayer
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class VisionWeights:
     projector_bias: Tensor
 
 
-def folded(norm: nn.Module, linear: Tensor) -> Tensor:
+def folded(norm: RMSNorm | AdaRMSNorm, linear: Tensor) -> Tensor:
     """(out, in) weight behind ``norm`` → float32, the norm's scale in it; adaptive norms have theirs elsewhere."""
     linear = linear.float()
     if isinstance(norm, AdaRMSNorm):
@@ -96,6 +97,7 @@ def vision_weights(model: PaliGemmaModel) -> VisionWeights:
     tower = model.vision_tower.vision_model
     patch, positions = tower.embeddings.patch_embedding, tower.embeddings.position_embedding
     projector = model.multi_modal_projector.linear
+    assert patch.bias is not None
     weight, bias = _behind(tower.post_layernorm, projector.weight, projector.bias)
     dtype = projector.weight.dtype
     return VisionWeights(
@@ -107,7 +109,7 @@ def vision_weights(model: PaliGemmaModel) -> VisionWeights:
     )
 
 
-def _siglip_weights(layer: nn.Module) -> SiglipWeights:
+def _siglip_weights(layer: EncoderLayer) -> SiglipWeights:
     attention = layer.self_attn
     dtype = attention.q_proj.weight.dtype
     parts = {
