@@ -192,7 +192,7 @@ class BodyConfig:
         """The joint called ``name``; ``ConfigError`` for a name outside ``JOINTS``."""
         return self.joints[_joint_index(name)]
 
-    def replace_joint(self, name: str, **changes: float) -> BodyConfig:
+    def replace_joint(self, name: str, **changes: Any) -> BodyConfig:
         """This body with some fields of one joint changed."""
         i = _joint_index(name)
         joints = list(self.joints)
@@ -328,8 +328,8 @@ class BodyConfig:
                 hue=on("colour", hue, 0.0),
                 brightness=on("colour", brightness, 1.0),
             )
-        lamp = factor(ranges.light, 5)
-        light = LightBody(intensity=min(lamp[0], 2.0), ambient=min(lamp[1], 2.0), colour=tuple(lamp[2:]))
+        intensity, ambient, red, green, blue = factor(ranges.light, 5)
+        light = LightBody(intensity=min(intensity, 2.0), ambient=min(ambient, 2.0), colour=(red, green, blue))
         return cls(
             name=name,
             joints=joints,

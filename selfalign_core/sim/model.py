@@ -8,6 +8,7 @@ masses in kilograms. This module writes text; it must not know MuJoCo's Python A
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -187,8 +188,8 @@ def nominal_limits() -> tuple[np.ndarray, np.ndarray]:
     return np.array([s.lower for s in specs]), np.array([s.upper for s in specs])
 
 
-def _vector(values: object) -> str:
-    return " ".join(f"{v:.9g}" for v in values)  # type: ignore[attr-defined]
+def _vector(values: Iterable[float]) -> str:
+    return " ".join(f"{v:.9g}" for v in values)
 
 
 def _size(item: SceneObject) -> str:
