@@ -38,7 +38,11 @@ def save_animation(path: str | Path, planner: Planner, episode: Episode, config:
 
     [result] = rollout(planner, [episode], config, before_step=draw)
     data = _gif(frames)
-    write_atomically(Path(path), lambda temporary: Path(temporary).write_bytes(data))
+
+    def write(temporary: str) -> None:
+        Path(temporary).write_bytes(data)
+
+    write_atomically(Path(path), write)
     return result
 
 
@@ -59,7 +63,7 @@ def _gif(frames: Sequence[np.ndarray]) -> bytes:
     animation = cv2.Animation()
     animation.frames = [cv2.cvtColor(frame, cv2.COLOR_RGB2BGR) for frame in frames]
     durations = [round(1000 * _EVERY / CONTROL_HZ)] * len(frames)
-    animation.durations = np.array([*durations[:-1], round(1000 * _LAST_S)], np.int32)
+    animation.durations = [*durations[:-1], round(1000 * _LAST_S)]
     done, data = cv2.imencodeanimation(".gif", animation)
     if not done:
         raise OSError("gif: OpenCV could not encode the animation")

@@ -8,7 +8,7 @@ Must not know tables, processes or ROS.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -80,7 +80,7 @@ class RolloutConfig:
                 raise ConfigError(f"RolloutConfig.{name}: found {getattr(self, name)}, expected >= {low}")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Recording:
     """What was seen and done, a row per control step, as in a dataset's episode.
 
@@ -88,12 +88,15 @@ class Recording:
     action is the one in force from that row to the next.
     """
 
-    images: list[np.ndarray] | np.ndarray = field(default_factory=list)
-    states: list[np.ndarray] | np.ndarray = field(default_factory=list)
-    actions: list[np.ndarray] | np.ndarray = field(default_factory=list)
+    images: np.ndarray
+    states: np.ndarray
+    actions: np.ndarray
 
-    def as_arrays(self) -> Recording:
-        return Recording(np.array(self.images), np.array(self.states), np.array(self.actions))
+    @classmethod
+    def of(cls, rows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Recording:
+        """From image, state and action of each control step; at least one."""
+        images, states, actions = (np.array(column) for column in zip(*rows, strict=True))
+        return cls(images, states, actions)
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,6 @@ class RunningEpisode:
         self.token = episode.token
         self.step = 0
         self.done = self.success = False
-        self.recording = Recording() if config.record else None
         self.columns = [JOINTS.index(joint) for joint in config.joints]
         if env.body != episode.body:
             env.apply_body(episode.body)
@@ -137,6 +139,7 @@ class RunningEpisode:
         self._reached = dict.fromkeys(TARGET_NAMES, False)
         self._min_distance = env.sim.distance()
         self._errors: list[float] = []
+        self._recorded: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # see Recording.of
 
     def image(self, camera: str) -> np.ndarray:
         """(H, W, 3) uint8 RGB as the robot's camera publishes it now."""
@@ -177,11 +180,9 @@ class RunningEpisode:
         begin, chunk = self._chunks[0]
         if self.step >= begin + config.latency:
             action[self.columns] = chunk[self.step - begin]
-        if self.recording is not None:
+        if config.record is not None:
             frames = [resize_with_pad(self.image(camera), *config.record) for camera in config.record_cameras]
-            self.recording.images.append(np.stack(frames))
-            self.recording.states.append(self.state())
-            self.recording.actions.append(action[self.columns].astype(np.float32))
+            self._recorded.append((np.stack(frames), self.state(), action[self.columns].astype(np.float32)))
         _, _, self.success, truncated, _ = env.step(action)
         self.step += 1
         self._images.clear()
@@ -201,7 +202,7 @@ class RunningEpisode:
             final_distances={name: sim.distance(name) for name in TARGET_NAMES},
             reached=dict(self._reached),
             action_error=float(np.mean(self._errors)),
-            recording=self.recording and self.recording.as_arrays(),
+            recording=Recording.of(self._recorded) if self._recorded else None,
         )
 
 

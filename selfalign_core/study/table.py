@@ -142,7 +142,10 @@ def plan_row(row: str, policy: Policy, bodies: Sequence[EvaluatedBody], count: i
 class _Bank:
     def __init__(self, policy: Policy, row: str) -> None:
         self.keys = policy.config.bank_keys
-        self.rows = None if policy.bank is None else policy.bank.detach().float().cpu().numpy()[: len(self.keys)]
+        tokens = np.empty(0) if policy.bank is None else policy.bank.detach().float().cpu().numpy()
+        if len(tokens) < len(self.keys):
+            raise CheckpointError(f"bank: found {len(tokens)} tokens, expected one for each of {len(self.keys)} keys")
+        self.rows = tokens[: len(self.keys)]
         if row in (OWN, WRONG_PROMPT):
             return
         if row in (OTHER, MEAN):
@@ -218,6 +221,7 @@ def _start(checkpoint: str, config: RolloutConfig) -> None:
 
 
 def _run_batch(batch: Sequence[Episode]) -> list[EpisodeResult]:
+    assert _worker is not None
     return _worker.run(batch)
 
 

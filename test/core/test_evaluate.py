@@ -12,7 +12,7 @@ import torch
 from small_models import small_model
 
 from selfalign_core.data.sim_demos import main as record_demos
-from selfalign_core.errors import ConfigError, InputError
+from selfalign_core.errors import CheckpointError, ConfigError, InputError
 from selfalign_core.evaluate import main
 from selfalign_core.policy import Policy
 from selfalign_core.policy.config import PolicyConfig
@@ -292,6 +292,13 @@ def test_a_body_without_a_token_gets_the_deployed_one_and_another_body_never_its
     np.testing.assert_allclose(mean, policy.bank.numpy().mean(0), atol=1e-6)
     left = plan_row("left", policy, [nominal], 1, seed=0)[0]
     assert left.token == "left" and np.array_equal(left.episode.token, policy.bank[1].numpy())
+
+
+def test_a_bank_that_lost_its_tokens_is_refused():
+    policy = reach_policy()
+    policy.bank = None
+    with pytest.raises(CheckpointError, match="bank: found 0 tokens, expected one for each of 3 keys"):
+        plan_row("own", policy, find_bodies("nominal"), 1, seed=0)
 
 
 def test_a_checkpoint_without_a_bank_is_evaluated_with_its_own_token(tmp_path, capsys):

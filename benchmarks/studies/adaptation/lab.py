@@ -69,15 +69,14 @@ class Lab:
             action = sim.setpoint()
             config = CalibrationConfig(duration_s=self.settings.motion_s, amplitude=self.settings.motion_amplitude)
             motion = calibration_motion(contract, action[columns], config, seed=int(rng.integers(2**31)))
-            recording = Recording()
+            rows = []
             for row in motion:
                 action[columns] = row
-                recording.images.append(see(sim, self.policy))
-                recording.states.append(sim.joint_state().position[columns].astype(np.float32))
-                recording.actions.append(row.astype(np.float32))
+                state = sim.joint_state().position[columns].astype(np.float32)
+                rows.append((see(sim, self.policy), state, row.astype(np.float32)))
                 sim.command(action)
                 sim.step(1 / CONTROL_HZ)
-            return recording.as_arrays()
+            return Recording.of(rows)
         finally:
             sim.close()
 
