@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypedDict
 
 import yaml
 
@@ -325,13 +326,29 @@ def _chosen(nodes: list[NodeProcess], names: str) -> list[NodeProcess]:
     return [node for node in nodes if not wanted or node.name in wanted]
 
 
-def _assemble_bringup(values: Mapping[str, ParameterValue]) -> Graph:
-    common = {
-        "parameter_files": (values["params_file"],) if values["params_file"] else (),
+class _Common(TypedDict):
+    """What nodes of a graph have in common, as :class:`NodeProcess` takes it."""
+
+    parameter_files: tuple[str, ...]
+    namespace: str
+    log_level: str
+    respawn: bool
+    ends_graph: bool
+
+
+def _common(values: Mapping[str, ParameterValue], *, respawn: bool, ends_graph: bool = False) -> _Common:
+    return {
+        "parameter_files": (str(values["params_file"]),) if values["params_file"] else (),
         "namespace": _namespace(values),
-        "log_level": values["log_level"],
-        "respawn": values["respawn"],
+        "log_level": str(values["log_level"]),
+        "respawn": respawn,
+        "ends_graph": ends_graph,
     }
+
+
+def _assemble_bringup(values: Mapping[str, ParameterValue]) -> Graph:
+    respawn = bool(values["respawn"])
+    common = _common(values, respawn=respawn)
     clock = {"use_sim_time": values["use_sim_time"]}
     kept = _parameters(values, "token_folder")
     if values["token_folder"] == NO_TOKENS_KEPT:
@@ -368,22 +385,21 @@ def _assemble_bringup(values: Mapping[str, ParameterValue]) -> Graph:
         )
     nodes = _chosen(nodes, str(values["nodes"]))
     if values["report"] or values["duration"]:
-        stop = {"stop_at": _stop_at(values["duration"])}
+        stop = {"stop_at": _stop_at(float(values["duration"]))}
         nodes.append(
             NodeProcess(
                 "run_report",
                 "run_report",
                 room="tools",
                 parameters=_parameters(values, "contract", "report") | clock | stop,
-                ends_graph=True,
                 stop_grace_s=30.0,
-                **common,
+                **_common(values, respawn=respawn, ends_graph=True),
             )
         )
     return Graph(
         tuple(nodes),
         environment=_environment(str(values["discovery_range"]), str(values["static_peers"])),
-        duration_s=values["duration"],
+        duration_s=float(values["duration"]),
         composed=_CORE if values["composed"] else (),
     )
 
@@ -402,18 +418,15 @@ def _assemble_record(values: Mapping[str, ParameterValue]) -> Graph:
         raise GraphError(f"argument output: found something at {values['output']} already; expected a new folder")
     graph = _assemble_bringup(values)
     parameters = _parameters(values, "contract", "output")
-    parameters |= {"use_sim_time": values["use_sim_time"], "stop_at": _stop_at(values["duration"])}
+    parameters |= {"use_sim_time": values["use_sim_time"], "stop_at": _stop_at(float(values["duration"]))}
     recorder = NodeProcess(
         "recorder",
         "recorder_node",
         room="tools",
         parameters=parameters,
-        parameter_files=graph.nodes[0].parameter_files,
-        namespace=_namespace(values),
-        log_level=values["log_level"],
-        respawn=False,  # a second recorder would have to overwrite the bag of the first
-        ends_graph=True,
         stop_grace_s=30.0,
+        # Not again: a second recorder would have to overwrite the bag of the first.
+        **_common(values, respawn=False, ends_graph=True),
     )
     # Without a report the recorder alone decides when the run is over.
     nodes = graph.nodes if values["report"] else tuple(n for n in graph.nodes if n.name != "run_report")
@@ -430,14 +443,8 @@ RECORD = GraphDeclaration(
 def _assemble_replay(values: Mapping[str, ParameterValue]) -> Graph:
     if not values["bag"]:
         raise GraphError("argument bag: found nothing; expected the folder of a recorded bag")
-    common = {
-        "parameter_files": (values["params_file"],) if values["params_file"] else (),
-        "namespace": _namespace(values),
-        "log_level": values["log_level"],
-        # A node that lost its state cannot take part in a replay that is to be exact: the replay ends with it.
-        "respawn": False,
-        "ends_graph": True,
-    }
+    # A node that lost its state cannot take part in a replay that is to be exact: the replay ends with it.
+    common = _common(values, respawn=False, ends_graph=True)
     lockstep = {"use_sim_time": True, "lockstep": True}
     model = _parameters(values, "contract", "checkpoint", "device") | lockstep
     buffer = _parameters(values, "contract", "checkpoint") | lockstep

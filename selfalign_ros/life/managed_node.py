@@ -14,7 +14,7 @@ from __future__ import annotations
 import gc
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,8 @@ class ManagedNode(LifecycleNodeMixin, SelfAlignNode):
         SelfAlignNode.__init__(self, kind, cli_args)
         # Reentrant, because a request is still being served when the next question for the state arrives.
         LifecycleNodeMixin.__init__(self, callback_group=ReentrantCallbackGroup())
-        self._service_change_state.callback = self._on_change_state
+        # An executor awaits coroutines too; rclpy's type of a callback does not say so.
+        self._service_change_state.callback = self._on_change_state  # type: ignore[assignment]
         self.is_active = False
         self.is_configured = False
         self._progress, self._progress_began = "", 0.0
@@ -139,6 +140,7 @@ class ManagedNode(LifecycleNodeMixin, SelfAlignNode):
 
     def start(self) -> None:
         if self.parameters["autostart"]:
+            assert self.executor is not None
             self.executor.create_task(self._autostart)
 
     async def _autostart(self) -> None:
@@ -159,7 +161,7 @@ class ManagedNode(LifecycleNodeMixin, SelfAlignNode):
         possible = {label: number for number, label, *_ in self._state_machine.available_transitions}
         wanted = request.transition.label or request.transition.id
         number = possible.get(wanted) if isinstance(wanted, str) else wanted
-        if number not in self._transitions or number not in possible.values():
+        if number is None or number not in self._transitions or number not in possible.values():
             self.get_logger().error(
                 f"lifecycle: found a request for {wanted} in state {self.lifecycle_state}; expected one of "
                 f"{', '.join(label for label, number in possible.items() if number in self._transitions) or 'none'}"
@@ -258,13 +260,14 @@ class ManagedNode(LifecycleNodeMixin, SelfAlignNode):
         return {*self.publishers, *self.subscriptions, *self.services, *self.clients, *self.timers}
 
     def _destroy_all_but(self, kept: set[Any]) -> None:
-        for entities, destroy in (
+        kinds: tuple[tuple[Iterator[Any], Callable[[Any], bool]], ...] = (
             (self.publishers, self.destroy_publisher),
             (self.subscriptions, self.destroy_subscription),
             (self.services, self.destroy_service),
             (self.clients, self.destroy_client),
             (self.timers, self.destroy_timer),
-        ):
+        )
+        for entities, destroy in kinds:
             for entity in [entity for entity in entities if entity not in kept]:
                 destroy(entity)
 

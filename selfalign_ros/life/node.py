@@ -186,7 +186,8 @@ class SelfAlignNode(Node):
 
     def _post(self, deliver: Callable[[], None]) -> None:
         self._mailbox.append(deliver)
-        self.executor.create_task(self._open_mail)  # wakes the executor, from any thread
+        if (executor := self.executor) is not None:  # None after the end, for a job that was left behind
+            executor.create_task(self._open_mail)  # wakes the executor, from any thread
 
     def _open_mail(self) -> None:
         while self._mailbox:

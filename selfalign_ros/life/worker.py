@@ -11,7 +11,8 @@ import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from functools import partial
+from typing import Any, Generic, TypeVar, cast
 
 Result = TypeVar("Result")
 
@@ -27,7 +28,7 @@ class Outcome(Generic[Result]):
         """The returned value; raises what the job raised."""
         if self.error is not None:
             raise self.error
-        return self.value  # type: ignore[return-value]
+        return cast("Result", self.value)
 
 
 class Worker:
@@ -66,4 +67,4 @@ class Worker:
                 outcome = Outcome(value=job())
             except Exception as error:
                 outcome = Outcome(error=error)
-            self._deliver(lambda done=done, outcome=outcome: done(outcome))
+            self._deliver(partial(done, outcome))
