@@ -1,1 +1,1 @@
-"""The robot, as numbers: contract, messages to observations, motion, commands, buffer. Never imports torch or ROS."""
+"""What a robot says and does, as the model's records; knows neither ROS nor torch."""

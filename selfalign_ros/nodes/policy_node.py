@@ -29,6 +29,7 @@ from selfalign.srv import Step
 from selfalign_core.errors import ConfigError, InputError
 from selfalign_core.robot.chunking import DelayEstimate, Handover, choose_method
 from selfalign_core.robot.commands import CommandLimiter, CommandPath, plan_path, step_in_force
+from selfalign_core.robot.frames import Selection
 from selfalign_core.robot.frozen import FreezeLimits
 from selfalign_core.robot.types import ActionChunk, EToken, Observation
 from selfalign_ros.bridge import qos
@@ -48,7 +49,7 @@ from selfalign_ros.life.node import run
 from selfalign_ros.life.resources import STATE_FOLDER, checkpoint_folder
 from selfalign_ros.life.worker import Outcome
 from selfalign_ros.nodes.calibration import Calibration
-from selfalign_ros.nodes.inputs import Selection, SensorInputs
+from selfalign_ros.nodes.inputs import SensorInputs, decoded
 from selfalign_ros.nodes.token_in_use import TOPIC as TOKEN_TOPIC
 from selfalign_ros.nodes.token_in_use import TokenInUse
 
@@ -234,7 +235,7 @@ class PolicyNode(ManagedNode):
         started = time.perf_counter()
         assert self._policy is not None
         observation = Observation(
-            images=selection.decode(self.contract, self._policy.image_size),
+            images=decoded(selection, self.contract, self._policy.image_size),
             state=selection.state.astype(np.float32),
             prompt=prompt,
             stamp_ns=selection.stamp_ns,

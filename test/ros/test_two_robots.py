@@ -42,8 +42,9 @@ def robots(probe: Probe, tmp_path_factory: pytest.TempPathFactory) -> Iterator[d
 
 
 def start(folder: Path, parameters: Path, name: str) -> GraphRun:
-    arguments = (f"namespace:={name}", f"params_file:={parameters}")
-    return GraphRun.module("selfalign_ros.tools.bringup", *arguments, cwd=folder)
+    return GraphRun.module(
+        "selfalign_ros.tools.bringup", f"namespace:={name}", f"params_file:={parameters}", cwd=folder
+    )
 
 
 def test_chunks_tokens_and_commands_stay_with_their_robot(robots: dict[str, GraphRun], probe: Probe) -> None:
