@@ -65,7 +65,7 @@ class SelfAligner:
         assert policy.e_token is not None
         self._own: EToken = policy.e_token
         self.history = History(Accepted(self._own, 0, math.nan), keep=config.keep)
-        self._now = Situation.new(BEGINNING_NS, BEGINNING_NS)
+        self.situation = Situation.new(BEGINNING_NS, BEGINNING_NS)
         self._answered: Request | None = None  # the last request that was, and the newest stamp of what was handed in
         self._known_ns = BEGINNING_NS
 
@@ -76,16 +76,16 @@ class SelfAligner:
 
     @property
     def state(self) -> State:
-        return self._now.state
+        return self.situation.state
 
     @property
     def since_ns(self) -> int:
         """Transitions that begin before it are of no use."""
-        return self._now.since_ns
+        return self.situation.since_ns
 
     def request(self, now_ns: int) -> Request:
         """What to hand in to :meth:`advance`; what the same request has brought before is not asked for again."""
-        wanted = phases.request(self._now, now_ns, self._rules)
+        wanted = phases.request(self.situation, now_ns, self._rules)
         if wanted == self._answered and self._known_ns <= now_ns:
             return dataclasses.replace(wanted, newer_than_ns=self._known_ns)
         return wanted
@@ -101,15 +101,15 @@ class SelfAligner:
             self._answered = None  # with other settings the same transitions may do
         if (old.weights, old.watch.references) != (config.weights, config.watch.references):
             self._scorer = Scorer(self.policy, config.weights, prompt=self._prompt, frames=self._frames)
-            self._now = dataclasses.replace(self._now, phase=Collecting()).trying()
+            self.situation = dataclasses.replace(self.situation, phase=Collecting()).trying()
 
     def align_now(self) -> None:
         """Leave the rest: collect and try, with the transitions at hand if they are enough."""
-        self._now = self._now.trying()
+        self.situation = self.situation.trying()
 
     def forget(self, before_ns: int) -> None:
         """Collect from ``before_ns`` on: motion begins that tells more than what has been seen."""
-        self._now = self._now.forgetting(before_ns)
+        self.situation = self.situation.forgetting(before_ns)
 
     def use(self, token: EToken, stamp_ns: int) -> None:
         """Go on from ``token``, for instance the one that the policy uses; its history begins here.
@@ -119,13 +119,13 @@ class SelfAligner:
         """
         self.policy.check_e_token(token)
         self.history = History(Accepted(token, stamp_ns, math.nan), keep=self.config.keep)
-        self._now = Situation.new(stamp_ns, stamp_ns)
+        self.situation = Situation.new(stamp_ns, stamp_ns)
 
     def restore(self, history: History) -> None:
         """Go on from a history that was loaded from a file."""
         self.policy.check_e_token(history.token)
         self.history = history
-        self._now = Situation.new(BEGINNING_NS, self._now.now_ns)
+        self.situation = Situation.new(BEGINNING_NS, self.situation.now_ns)
 
     def rollback(self, stamp_ns: int) -> EToken:
         """The accepted token before this one is in use again, under a new version, until drift or :meth:`align_now`.
@@ -149,18 +149,18 @@ class SelfAligner:
 
     def _keep(self, token: EToken, since_ns: int) -> EToken:
         """Who orders a token wants it kept: it rests, and what it sees first is the baseline."""
-        self._now = Situation.new(since_ns, since_ns, Watching())
+        self.situation = dataclasses.replace(Situation.new(since_ns, since_ns), phase=Watching())
         return token
 
     # ---------------------------------------------------------------- one round
 
     def short_of(self, found: int, now_ns: int) -> StageReport:
         """What :meth:`advance` says to ``found`` transitions, fewer than are needed, without a look at them."""
-        self._now, rules = self._now.at(now_ns), self._rules
-        wanted = phases.request(self._now, now_ns, rules)
+        self.situation, rules = self.situation.at(now_ns), self._rules
+        wanted = phases.request(self.situation, now_ns, rules)
         oldest_ns = now_ns - round(((found + 1) * wanted.stride + rules.horizon) * rules.dt * 1e9)
-        self._now = dataclasses.replace(self._now, oldest_ns=oldest_ns)
-        text = f"{self._now.doing}: {found} of {wanted.least} transitions"
+        self.situation = dataclasses.replace(self.situation, oldest_ns=oldest_ns)
+        text = f"{self.situation.doing}: {found} of {wanted.least} transitions"
         return StageReport(self.state, text, self.token, found)
 
     def advance(
@@ -177,11 +177,11 @@ class SelfAligner:
             InputError: the transitions do not fit the policy or hold NaN; nothing is changed.
         """
         self._scorer.check(batch)
-        asked, self._now = self.request(now_ns), self._now.at(now_ns)
-        if 0 < len(batch) < phases.request(self._now, now_ns, self._rules).count:
-            self._now = dataclasses.replace(self._now, oldest_ns=int(spans(batch)[:, 0].min()))
+        asked, self.situation = self.request(now_ns), self.situation.at(now_ns)
+        if 0 < len(batch) < phases.request(self.situation, now_ns, self._rules).count:
+            self.situation = dataclasses.replace(self.situation, oldest_ns=int(spans(batch)[:, 0].min()))
         stages = self._stages(now_ns, should_stop)
-        self._now, report = phases.advance(self._now, self._evidence(batch), stages, self._rules)
+        self.situation, report = phases.advance(self.situation, self._evidence(batch), stages, self._rules)
         if (found := report.found) is not None:
             token = self.history.accept(found.token.cpu().numpy(), now_ns, found.verdict.after)
             report = dataclasses.replace(report, token=token)
@@ -236,7 +236,7 @@ class SelfAligner:
         """What is usable of ``batch``, by the time it begins."""
         times = spans(batch)
         rows = np.argsort(times[:, 0], kind="stable")
-        rows = rows[times[rows, 0] >= self._now.since_ns]
+        rows = rows[times[rows, 0] >= self.situation.since_ns]
         usable, left_out = screen(self.policy, batch.select(rows), self._joints, self.config.collect)
         return Evidence(usable, spans(usable), left_out)
 

@@ -94,26 +94,19 @@ class Situation:
     ``judged_ns`` up to which an attempt was judged; ``tested_ns`` up to which drift was tested for.
     """
 
-    phase: Phase
-    standing: Standing
-    baseline: RunningLoss | None
     now_ns: int
     since_ns: int
     oldest_ns: int
     judged_ns: int
     tested_ns: int
+    phase: Phase = field(default_factory=Collecting)
+    standing: Standing = Standing.PROVEN
+    baseline: RunningLoss | None = None
 
     @classmethod
-    def new(
-        cls,
-        since_ns: int,
-        now_ns: int,
-        phase: Phase = Collecting(),
-        standing: Standing = Standing.PROVEN,
-        baseline: RunningLoss | None = None,
-    ) -> Situation:
+    def new(cls, since_ns: int, now_ns: int) -> Situation:
         """With nothing seen since ``since_ns``."""
-        return cls(phase, standing, baseline, now_ns, since_ns, since_ns, since_ns, since_ns)
+        return cls(now_ns, since_ns, since_ns, since_ns, since_ns)
 
     @property
     def state(self) -> State:
@@ -258,7 +251,7 @@ def _test_for_drift(now: Situation, evidence: Evidence, stages: Stages, rules: R
     found = drift(baseline, running, config)
     if found.fired:
         begin_ns = int(newest.spans[found.begin, 0])
-        now = Situation.new(begin_ns, now.now_ns, standing=Standing.REFUTED, baseline=baseline)
+        now = replace(Situation.new(begin_ns, now.now_ns), standing=Standing.REFUTED, baseline=baseline)
         if back := _return(now, newest.select(np.flatnonzero(newest.spans[:, 0] >= begin_ns)), stages):
             now, report = back
             return now, replace(report, drift=found, text=f"drift ({found.words}): {report.text}")

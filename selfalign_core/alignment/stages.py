@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selfalign_core.alignment.budget import Budget, OutOfTimeError, Round
+from selfalign_core.alignment.budget import OutOfTimeError, Round
 from selfalign_core.alignment.config import AlignConfig, Guard
 from selfalign_core.alignment.evidence import Evidence
 from selfalign_core.alignment.excitation import Excitation
-from selfalign_core.alignment.guard import Verdict, judge
+from selfalign_core.alignment.guard import judge
 from selfalign_core.alignment.identify import Identification, identify
 from selfalign_core.alignment.refine import Refinement, refine
 from selfalign_core.alignment.reports import Attempt, Found
@@ -70,6 +70,7 @@ class Stages:
     ):
         self._scorer, self._trusted, self._config, self.round = scorer, trusted, config, round_
         self.token, self._earlier, self._device = token, earlier, scorer.policy.dim_mask.device
+        self._references = references(trusted, config.watch.references)
         self._prepared: tuple[Evidence, Prepared] | None = None  # of what was looked at last
         self.current = self._tensor(token)
 
@@ -120,16 +121,14 @@ class Stages:
         """
         data, prepared_ms = self.prepare(evidence)
         budget = self.round.stage(self._config.guard.budget_ms)
-        seed = self.round.seed(2)
-        verdict = self._verdict(data, evidence, shadow.token, limits, seed, budget, inverse=inverse)
-        guard_ms = budget.elapsed_ms()
+        verdict = judge(
+            self._scorer, data, evidence.spans, self.current, shadow.token, self._trusted, limits,
+            seed=self.round.seed(2), budget=budget, inverse=inverse,
+        )  # fmt: skip
+        durations = {**shadow.durations_ms, "guard": budget.elapsed_ms()}
         before, after, report_ms = self._mean_losses(data, shadow.token)
-        durations = dict(shadow.durations_ms)
-        durations |= {
-            "prepare": durations["prepare"] + prepared_ms,
-            "guard": guard_ms,
-            "report": durations["report"] + report_ms,
-        }
+        durations["prepare"] += prepared_ms
+        durations["report"] += report_ms
         return Attempt(
             shadow.identification, shadow.refinement, verdict, shadow.count, len(evidence), shadow.before,
             shadow.after, before, after, durations_ms=durations,
@@ -142,9 +141,11 @@ class Stages:
         Raises:
             OutOfTimeError: it had to stop before it had any.
         """
-        data, _ = self.prepare(evidence)
-        budget = self.round.stage(self._config.watch.budget_ms)
-        return self._running_loss(data, evidence, self.current, self.round.seed(4), budget)
+        (data, _), watch = self.prepare(evidence), self._config.watch
+        return running_loss(
+            self._scorer, data, evidence.spans, self.current, self._references, watch,
+            seed=self.round.seed(4), budget=self.round.stage(watch.budget_ms),
+        )  # fmt: skip
 
     def find_return(self, evidence: Evidence, lost: RunningLoss) -> Found | None:
         """One of the earlier tokens that explains ``evidence``, of after a change; None, too, if time does not suffice.
@@ -164,36 +165,18 @@ class Stages:
             budget, noise = self.round.stage(self._config.guard.budget_ms), scorer.noise(data, watch.draws, seed)
             rows = torch.arange(len(noise.time), device=self.current.device)
             best = others[int(scorer.score(data, noise, torch.stack(others), rows, budget.check).mean(1).argmin())]
-            running = self._running_loss(data, evidence, best, seed, budget)
+            running = running_loss(
+                scorer, data, evidence.spans, best, self._references, watch, seed=seed, budget=budget
+            )
             if drift(lost, running, watch).fired:
                 return None
-            verdict = self._verdict(data, evidence, best, self._config.guard, seed, budget, inverse=False)
+            verdict = judge(
+                scorer, data, evidence.spans, self.current, best, self._trusted, self._config.guard,
+                seed=seed, budget=budget, inverse=False,
+            )  # fmt: skip
         except OutOfTimeError:
             return None
         return Found(best, verdict) if verdict.accepted else None
-
-    def _verdict(
-        self,
-        data: Prepared,
-        evidence: Evidence,
-        shadow: Tensor,
-        limits: Guard,
-        seed: int,
-        budget: Budget,
-        *,
-        inverse: bool,
-    ) -> Verdict:
-        return judge(
-            self._scorer, data, evidence.spans, self.current, shadow, self._trusted, limits,
-            seed=seed, budget=budget, inverse=inverse,
-        )  # fmt: skip
-
-    def _running_loss(
-        self, data: Prepared, evidence: Evidence, token: Tensor, seed: int, budget: Budget
-    ) -> RunningLoss:
-        watch = self._config.watch
-        others = references(self._trusted, watch.references)
-        return running_loss(self._scorer, data, evidence.spans, token, others, watch, seed=seed, budget=budget)
 
     def _mean_losses(self, data: Prepared, shadow: Tensor) -> tuple[AlignLosses, AlignLosses, float]:
         """Of the token in use and of ``shadow``, NaN where the time did not suffice, and the time [ms] they took."""
