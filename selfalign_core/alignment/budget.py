@@ -1,9 +1,11 @@
-"""How long a stage may take. The only place of the self-aligner that reads a clock."""
+"""One round and how long its stages may take. The only place of the self-aligner that reads a clock."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+
+import numpy as np
 
 Clock = Callable[[], float]
 """Seconds that only grow, as :func:`time.monotonic`."""
@@ -56,13 +58,17 @@ class Budget:
             raise OutOfTimeError(why)
 
 
-class RoundClock:
-    """The budgets of one round, stage after stage. What one overran by, the next one has less: together the stages
-    exceed the sum of their limits by no more than what goes on between two looks at the clock.
+class Round:
+    """One round of the self-aligner: the robot's time, the budgets of its stages and, from ``entropy``, their noise.
+
+    What one stage overran by, the next one has less: together they exceed the sum of their limits by no more than what
+    goes on between two looks at the clock.
     """
 
-    def __init__(self, clock: Clock, should_stop: Callable[[], bool] | None = None):
-        self._clock, self._should_stop = clock, should_stop
+    def __init__(
+        self, now_ns: int, entropy: int, clock: Clock = time.monotonic, should_stop: Callable[[], bool] | None = None
+    ):
+        self.now_ns, self._entropy, self._clock, self._should_stop = now_ns, entropy, clock, should_stop
         self._last: Budget | None = None
 
     def stage(self, limit_ms: float | None) -> Budget:
@@ -70,3 +76,8 @@ class RoundClock:
         owed_ms = 0.0 if self._last is None else self._last.overrun_ms()
         self._last = Budget(limit_ms, self._clock, self._should_stop, owed_ms=owed_ms)
         return self._last
+
+    def seed(self, stage: int) -> int:
+        """Of noise that no other stage and no other round has."""
+        entropy = [self._entropy, self.now_ns & (2**64 - 1), stage]
+        return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 2)

@@ -102,7 +102,7 @@ class Guard:
     there is to explain, see :mod:`guard`. With few independent transitions it takes more than that, see
     :meth:`overlap.Estimate.upper`. The margins: a smaller gain is not worth a new token: it is real, but the actions do
     not get better by it. While the current token is unproven none is asked for, nor is inverse dynamics, and half the
-    ``sigmas`` do; twice as much where no other known token fits better (see :mod:`machine`). ``draws``: common noise
+    ``sigmas`` do; twice as much where no other known token fits better (see :mod:`phases`). ``draws``: common noise
     draws per transition. ``trust_radius``: farthest from the nearest trusted token, in spreads of the bank (root mean
     squares; 1 for a bank of one). ``max_norm``: largest root mean square of a token vector; trusted tokens may be
     larger. ``budget_ms`` is for the test, and as much again for the losses that the report gives.

@@ -18,12 +18,15 @@ class Evidence:
     spans: np.ndarray
     left_out: tuple[str, ...] = ()
 
+    def __len__(self) -> int:
+        return len(self.batch)
+
     def select(self, rows: np.ndarray) -> Evidence:
         return Evidence(self.batch.select(rows), self.spans[rows], self.left_out)
 
     def newest(self, count: int) -> Evidence:
         """At most ``count``."""
-        found = len(self.batch)
+        found = len(self)
         return self if found <= count else self.select(np.arange(found - count, found))
 
 

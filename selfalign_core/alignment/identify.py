@@ -2,7 +2,7 @@
 
 All candidates are scored on few transitions, the best quarter on more, and so on, a handful on everything. The current
 token is never dropped, so the margin over it is always known. The work hardly grows with the bank: twice as many tokens
-are one more small round. Only the last handful is asked to predict the next observation, too: that is half of a pass,
+are one more small heat. Only the last handful is asked to predict the next observation, too: that is half of a pass,
 and what comes next looks much the same whatever the body.
 """
 
@@ -27,7 +27,7 @@ _STEP_ROWS = 256
 class Identification:
     """The best candidate and how it compares.
 
-    ``scores``: of the last round's candidates, best first: losses relative to the typical candidate's on the same
+    ``scores``: of the last heat's candidates, best first: losses relative to the typical candidate's on the same
     transition and noise, 1 is typical. ``margin``: the current token's score minus the best one's, 0 if it is the
     best. ``evaluations``: (token, transition, draw) triples scored. ``note``: why it ended early, or "".
     """
@@ -56,7 +56,7 @@ def identify(
     alive = torch.arange(len(names), device=current.device)
     totals, trials, evaluations, note = torch.zeros(len(names), device=current.device), 0, 0, ""
     try:
-        for keep, rows in _rounds(len(names), len(data), config):
+        for keep, rows in _heats(len(names), len(data), config):
             alive = _best(totals, alive, keep)
             score = scorer.score if keep <= config.finalists else scorer.rank
             for part in rows.to(current.device).split(max(1, _STEP_ROWS // len(alive))):
@@ -88,21 +88,21 @@ def relative(losses: Tensor) -> Tensor:
     return losses / losses.median(0).values.clamp(min=torch.finfo(losses.dtype).tiny)
 
 
-def _rounds(candidates: int, count: int, config: Identify) -> list[tuple[int, Tensor]]:
-    """How many candidates each round keeps, and the rows of noise (draw * count + transition) that it scores.
+def _heats(candidates: int, count: int, config: Identify) -> list[tuple[int, Tensor]]:
+    """How many candidates each heat keeps, and the rows of noise (draw * count + transition) that it scores.
 
-    Each round keeps a quarter and scores it on twice as many transitions as the round before, all spread over time.
+    Each heat keeps a quarter and scores it on twice as many transitions as the heat before, all spread over time.
     """
-    finalists, rounds, left = min(config.finalists, candidates), [], torch.arange(count)
+    finalists, heats, left = min(config.finalists, candidates), [], torch.arange(count)
     keep, size = candidates, config.first_count
     while len(left) and keep > finalists:
         chosen = torch.linspace(0, len(left) - 1, min(size, len(left))).round().long()
-        rounds.append((keep, left[chosen]))
+        heats.append((keep, left[chosen]))
         rest = torch.ones(len(left), dtype=torch.bool)
         rest[chosen] = False
         left = left[rest]
         keep, size = max(finalists, -(-keep // 4)), 2 * size
-    return [*rounds, (finalists, torch.cat([left, torch.arange(count, config.draws * count)]))]
+    return [*heats, (finalists, torch.cat([left, torch.arange(count, config.draws * count)]))]
 
 
 def _best(totals: Tensor, alive: Tensor, keep: int) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from selfalign_core.alignment.excitation import Excitation
 from selfalign_core.alignment.guard import Verdict
 from selfalign_core.alignment.identify import Identification
@@ -15,7 +17,7 @@ from selfalign_core.robot.types import EToken
 
 
 class State(enum.Enum):
-    """See :mod:`selfalign_core.alignment.machine`."""
+    """The phases that users are told apart, see :mod:`selfalign_core.alignment.phases`."""
 
     COLLECT = "collect"
     WATCH = "watch"
@@ -59,11 +61,19 @@ def fit_words(found: Identification, refined: Refinement) -> str:
 
 
 @dataclass(frozen=True)
+class Found:
+    """``token`` (T, W), not the one in use, and why it is to be."""
+
+    token: Tensor
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
 class StageReport:
     """What one ``SelfAligner.advance`` did: ``text`` in words, the rest in numbers where there are any.
 
     ``state``: after it. ``transitions``: usable ones at hand. ``left_out``: why others were not. ``token``: in use.
-    ``returned``: why it is an earlier one, brought back after a change.
+    ``returned``: to an earlier one, after a change.
     """
 
     state: State
@@ -74,9 +84,29 @@ class StageReport:
     excitation: Excitation | None = None
     attempt: Attempt | None = None
     drift: Drift | None = None
-    returned: Verdict | None = None
+    returned: Found | None = None
+
+    @property
+    def found(self) -> Found | None:
+        """The new token, if there is one."""
+        if self.attempt is not None and self.attempt.verdict.accepted:
+            return Found(self.attempt.refinement.token, self.attempt.verdict)
+        return self.returned
 
     @property
     def accepted(self) -> bool:
         """Whether ``token`` is new."""
         return self.returned is not None or (self.attempt is not None and self.attempt.verdict.accepted)
+
+    @property
+    def refused(self) -> bool:
+        return self.attempt is not None and not self.accepted
+
+    @property
+    def drifted(self) -> bool:
+        return self.drift is not None and self.drift.fired
+
+    @property
+    def eventful(self) -> bool:
+        """Whether a token was found, put to the test or refuted."""
+        return self.accepted or self.refused or self.drifted

@@ -229,15 +229,13 @@ def losses_message(losses: AlignLosses) -> AlignLossesMsg:
     )
 
 
-def report_message(
-    report: StageReport, *, stamp: Time, embodiment: str, version_before: int, duration_s: float
-) -> AlignReportMsg:
+def report_message(report: StageReport, *, stamp: Time, embodiment: str, duration_s: float) -> AlignReportMsg:
     """What one round of the aligner did."""
     message = AlignReportMsg(
         embodiment=embodiment,
         state=report.state.value,
         text=report.text,
-        version_before=version_before,
+        version_before=report.token.version - report.accepted,
         version_after=report.token.version,
         e_token_norm=float(np.linalg.norm(report.token.data)),
         transitions=report.transitions,
@@ -253,7 +251,7 @@ def report_message(
         message.drift_z, message.drift_factor = drift.z, drift.factor
     if (returned := report.returned) is not None:
         message.returned = True
-        message.difference_mean, message.difference_stderr = returned.mean, returned.stderr
+        message.difference_mean, message.difference_stderr = returned.verdict.mean, returned.verdict.stderr
     if (attempt := report.attempt) is not None:
         message.attempted, message.accepted = True, report.accepted
         message.start, message.steps = attempt.identification.name, attempt.refinement.steps

@@ -12,7 +12,6 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -43,21 +42,12 @@ from selfalign_ros.life.resources import checkpoint_folder
 from selfalign_ros.life.worker import Outcome
 
 if TYPE_CHECKING:
-    from selfalign_core.alignment import AlignConfig, SelfAligner, StageReport
-    from selfalign_core.alignment.motion import MotionWanted
+    from selfalign_core.alignment import AlignConfig, Request, SelfAligner, StageReport
+    from selfalign_core.alignment.motion_wanted import MotionWanted
 
 # How long a fresh aligner listens for the token in use before it starts from the checkpoint's own.
 _LISTEN_S = 2.0
 _WAITING = "not aligning yet: listening for the token in use"
-
-
-@dataclass(frozen=True)
-class Round:
-    """What one round did, from which token on, in how long."""
-
-    report: StageReport
-    version_before: int
-    duration_s: float
 
 
 def align_config(parameters: Mapping[str, Any]) -> AlignConfig:
@@ -103,12 +93,8 @@ class AlignerNode(ManagedNode):
         self._complaint = Complaint(self.get_logger())
         self._sample: Future | None = None
         self._sample_deadline = 0.0
-        # What the last batch was asked for with, and its newest stamp: the same is not sent again.
-        self._asked: tuple[int, int, int] | None = None
-        self._known_ns = 0
-        self._attempt_wanted = False  # by somebody who asked while a round ran
-        self._forget_ns: int | None = None  # what came before it, in the next round
-        self._motion: MotionWanted  # once the aligner is loaded
+        self._orders: list[Callable[[SelfAligner], None]] = []  # to begin the next round with
+        self._motion: MotionWanted  # while active
         self._timer: Any = None
         self._kept = KeptFile(self.kept_path(".safetensors"))  # used in the worker only
 
@@ -138,6 +124,9 @@ class AlignerNode(ManagedNode):
             self.create_service(Trigger, f"~/{name}", callback, callback_group=group)
 
     def activate(self) -> None:
+        from selfalign_core.alignment.motion_wanted import MotionWanted
+
+        self._motion = MotionWanted()
         self._activated_at = time.monotonic()
         # Not on the ROS clock: a buffer that never answers must not be waited for while time stands still.
         self.create_steady_timer(0.2, self._watch)
@@ -151,17 +140,15 @@ class AlignerNode(ManagedNode):
     def deactivate(self) -> None:
         self._ready = False
         self._timer = None
-        self._motion.reset()
-        self._attempt_wanted, self._forget_ns = False, None
+        self._orders.clear()
 
     def is_idle(self) -> bool:
         return not self._busy
 
     def cleanup(self) -> None:
-        self._aligner = self._token = self._token_in_use = self._asked = None
+        self._aligner = self._token = self._token_in_use = None
 
     def parameters_changed(self, names: set[str]) -> None:
-        self._asked = None  # with other settings the same transitions may do
         if "align_frequency" in names and self._timer is not None:
             self._start_timer()
 
@@ -184,7 +171,6 @@ class AlignerNode(ManagedNode):
         use_threads(parameters["torch_threads"])
         use_stream(parameters["device"], urgent=False)
         from selfalign_core.alignment import SelfAligner
-        from selfalign_core.alignment.motion import MotionWanted
         from selfalign_core.policy import Policy
 
         device, precision = parameters["device"], parameters["precision"]
@@ -196,7 +182,6 @@ class AlignerNode(ManagedNode):
             prompt=parameters["prompt"],
             seed=parameters["seed"],
         )
-        self._motion = MotionWanted()
         own = self._aligner.token
         self._aligner.use(EToken(own.data, own.version, self.contract.embodiment, own.model_digest), 0)
         self._restore(self._aligner, parameters["guard_max_norm"])
@@ -279,22 +264,17 @@ class AlignerNode(ManagedNode):
         self._last_round_ns = now_ns
         return await self._round(now_ns)
 
-    async def _round(self, now_ns: int, *, now: bool = False) -> bool:
-        """One round; ``now``: without rest. False if there was nothing to report: nothing new, or a ``_problem``."""
+    async def _round(self, now_ns: int) -> bool:
+        """One round. False if there was nothing to report: nothing new, or a ``_problem``."""
         self._busy = True
-        now, self._attempt_wanted = now or self._attempt_wanted, False
-        forget_ns, self._forget_ns = self._forget_ns, None
         try:
-            request = await self.call_worker(self._request_job(now, forget_ns, now_ns))
-            asked = (request.count, request.since_ns, request.stride)
-            if asked == self._asked and self._known_ns <= now_ns:
-                request.newer_than_ns = self._known_ns
-            response = await self._ask_buffer(request)
-            if response.found >= request.least and not response.cameras:
+            wanted = await self.call_worker(self._request_job(now_ns))
+            response = await self._ask_buffer(SampleTransitions.Request(**dataclasses.asdict(wanted)))
+            if response.found >= wanted.least and not response.cameras:
                 self._problem = ""
                 return False
             batch = read_transitions(response, self.contract) if response.cameras else None
-            done = await self.call_worker(self._advance_job(batch, response.found, now_ns))
+            report, duration_s = await self.call_worker(self._advance_job(batch, response.found, now_ns))
         except InputError as error:
             self._problem = str(error)
             self._complaint.say(f"not aligning: {error}")
@@ -309,29 +289,20 @@ class AlignerNode(ManagedNode):
             self._busy = False
         self._problem = ""
         self._complaint.say("")
-        if batch is not None:
-            self._asked, self._known_ns = asked, int(batch.frame_stamps.max())
-        self._finish(done, now_ns)
+        self._finish(report, duration_s, now_ns)
         return True
 
-    def _request_job(self, now: bool, forget_ns: int | None, now_ns: int) -> Callable[[], SampleTransitions.Request]:
-        """The work for the worker: what the aligner needs next, with the parameters as they are now."""
+    def _request_job(self, now_ns: int) -> Callable[[], Request]:
+        """The work for the worker: what the aligner needs next, with orders and parameters as they are now."""
         aligner, parameters = self._aligner, dict(self.parameters.values)
+        orders, self._orders = self._orders, []
         assert aligner is not None
 
-        def job() -> SampleTransitions.Request:
+        def job() -> Request:
             aligner.configure(align_config(parameters))
-            if now:
-                aligner.align_now()
-            if forget_ns is not None:
-                aligner.forget(forget_ns)
-            return SampleTransitions.Request(
-                count=aligner.wanted,
-                since_ns=aligner.since_ns,
-                stride=aligner.stride(now_ns),
-                least=aligner.needed,
-                newer_than_ns=-(2**62),
-            )
+            for order in orders:
+                order(aligner)
+            return aligner.request(now_ns)
 
         return job
 
@@ -357,67 +328,65 @@ class AlignerNode(ManagedNode):
             raise InputError(response.message)
         return response
 
-    def _advance_job(self, batch: TransitionBatch | None, found: int, now_ns: int) -> Callable[[], Round]:
+    def _advance_job(
+        self, batch: TransitionBatch | None, found: int, now_ns: int
+    ) -> Callable[[], tuple[StageReport, float]]:
+        """The work for the worker: the round, and how long it took [s]."""
         aligner, worker = self._aligner, self.worker
         assert aligner is not None
 
         def should_stop() -> bool:
             return worker.should_stop() or not self.is_active
 
-        def job() -> Round:
-            started, version = time.monotonic(), aligner.token.version
+        def job() -> tuple[StageReport, float]:
+            started = time.monotonic()
             if batch is None:
                 report = aligner.short_of(found, now_ns)
             else:
                 report = aligner.advance(batch, now_ns, should_stop=should_stop)
             if report.accepted:
                 self._kept.write(aligner.history.save)
-            return Round(report, version, time.monotonic() - started)
+            return report, time.monotonic() - started
 
         return job
 
-    def _finish(self, done: Round, now_ns: int) -> None:
+    def _finish(self, report: StageReport, duration_s: float, now_ns: int) -> None:
         stamp_ns = now_ns if self.lockstep else self.now_ns()
-        report = done.report
         self._rounds += 1
-        self._round_latency.add(done.duration_s)
+        self._round_latency.add(duration_s)
         self._last_text = report.text
-        drifted = report.drift is not None and report.drift.fired
         self._accepted += report.accepted
-        self._refused += report.attempt is not None and not report.accepted
-        self._drifts += drifted
-        if report.accepted or report.attempt is not None or drifted:
+        self._refused += report.refused
+        self._drifts += report.drifted
+        if report.eventful:
             self.get_logger().info(report.text)
         if report.accepted:
             self._publish_token(report.token, stamp_ns)
-        message = report_message(
-            report,
-            stamp=to_stamp(stamp_ns),
-            embodiment=self.contract.embodiment,
-            version_before=done.version_before,
-            duration_s=done.duration_s,
+        stamp, embodiment = to_stamp(stamp_ns), self.contract.embodiment
+        self._report_publisher.publish(
+            report_message(report, stamp=stamp, embodiment=embodiment, duration_s=duration_s)
         )
-        self._report_publisher.publish(message)
         self._see_to_motion(report, now_ns)
 
     def _see_to_motion(self, report: StageReport, now_ns: int) -> None:
         """With ``auto_calibrate``: have the robot moved when it is time to, and no longer than it takes."""
-        wanted = self._motion.after(report, now_ns, round(self.parameters["auto_calibrate_after"] * NS_PER_S))
+        patience_ns = round(self.parameters["auto_calibrate_after"] * NS_PER_S)
+        wanted = self._motion = self._motion.after(report, now_ns, patience_ns)
         if not self.parameters["auto_calibrate"] or self.lockstep:
-            if wanted:
+            if wanted.asks:
                 self.get_logger().info(f"a calibration motion would tell more (~/calibrate): {report.text}")
-            return
-        if wanted and self._calibrate.service_is_ready():
-            asked, served, anew = self._calibrate.call_async(Trigger.Request()), self._motion.served, self._motion.anew
-            asked.add_done_callback(lambda future: self._on_calibrate_answer(future, served, anew))
-        elif self._motion.served:
+        elif wanted.asks and self._calibrate.service_is_ready():
+            asked = self._calibrate.call_async(Trigger.Request())
+            asked.add_done_callback(lambda future: self._on_calibrate_answer(future, wanted))
+        elif wanted.served:
             self._end_motion()
 
-    def _on_calibrate_answer(self, future: Future, served: bool, anew: bool) -> None:
+    def _on_calibrate_answer(self, future: Future, wanted: MotionWanted) -> None:
         self.get_logger().info(f"asked for motion ({self._last_text}): {future.result().message}")
-        if anew and future.result().success:
-            self._forget_ns = self.now_ns()
-        if served:
+        if wanted.anew and future.result().success:
+            before_ns = self.now_ns()
+            self._orders.append(lambda aligner: aligner.forget(before_ns))
+        if wanted.served:
             self._end_motion()
 
     def _end_motion(self) -> None:
@@ -434,10 +403,11 @@ class AlignerNode(ManagedNode):
         if not self._ready:
             response.message = _WAITING
         elif self._busy:
-            self._attempt_wanted = True
+            self._orders.append(lambda aligner: aligner.align_now())
             response.message = "a round is running; the next one will not rest"
         else:
-            response.success = await self._round(self.now_ns(), now=True)
+            self._orders.append(lambda aligner: aligner.align_now())
+            response.success = await self._round(self.now_ns())
             response.message = self._problem or (
                 self._last_text if response.success else "no transitions that are newer than the last round's"
             )

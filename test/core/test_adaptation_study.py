@@ -23,7 +23,7 @@ from benchmarks.studies.adaptation.settings import FAMILIES, Settings, contract_
 from benchmarks.studies.adaptation.work import Cache, policy_of
 from selfalign_core.alignment import SelfAligner, StageReport
 from selfalign_core.alignment.config import AlignConfig, Collect, Guard, Identify, Refine
-from selfalign_core.alignment.motion import MotionWanted
+from selfalign_core.alignment.motion_wanted import Belief, MotionWanted
 from selfalign_core.errors import ConfigError
 from selfalign_core.policy import Policy
 from selfalign_core.policy.config import PolicyConfig
@@ -239,9 +239,9 @@ def test_a_long_run_makes_the_calibration_motion_that_the_aligner_asks_for(lab, 
 @pytest.mark.parametrize("anew", [False, True])
 def test_a_long_run_forgets_what_a_lost_policy_did_before_the_motion(lab, monkeypatch, anew: bool) -> None:
     class Asking(MotionWanted):
-        def after(self, report: StageReport, now_ns: int, patience_ns: int) -> bool:
-            self.anew = anew
-            return now_ns // 10**9 == 2
+        def after(self, report: StageReport, now_ns: int, patience_ns: int) -> MotionWanted:
+            belief = Belief.NEVER_ITS_OWN if anew else Belief.OTHER
+            return dataclasses.replace(self, belief=belief, asks=now_ns // 10**9 == 2)
 
     monkeypatch.setattr(long_run, "MotionWanted", Asking)
     aligner = SelfAligner(lab.policy, QUICK)

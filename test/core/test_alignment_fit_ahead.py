@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_alignment_machine import CONFIG, aligner_of, attempts, live
+from test_alignment_machine import CONFIG, advance, aligner_of, attempts, live
 from toy_bodies import BODIES, Robot, Trained
 
 from selfalign_core.alignment import SelfAligner, State
-from selfalign_core.alignment.attempt import Stages
 from selfalign_core.alignment.config import Collect, Guard
 from selfalign_core.alignment.evidence import Evidence, split, to_judge_by
+from selfalign_core.alignment.stages import Stages
 
 
 @st.composite
@@ -74,7 +74,7 @@ def test_attempts_are_judged_by_what_came_after_their_fit_and_judged_none_before
 def test_with_enough_of_both_one_round_does(toy: Trained) -> None:
     aligner, robot = aligner_of(toy), Robot(BODIES[5])
     robot.move(16)
-    (report,) = attempts([aligner.advance(robot.newest(aligner.wanted, aligner.since_ns), robot.now_ns)])
+    (report,) = attempts([advance(aligner, robot)])
     assert report.accepted and report.attempt.earlier_ms == 0
 
 
@@ -145,9 +145,9 @@ def test_a_token_that_was_just_jumped_to_is_held_to_less_than_a_proven_one(
     asked: list[tuple[Guard, bool]] = []
     judge = Stages.judge
 
-    def spy(self, shadow, evidence, current, limits, *, inverse):
+    def spy(self, shadow, evidence, limits, *, inverse):
         asked.append((limits, inverse))
-        return judge(self, shadow, evidence, current, limits, inverse=inverse)
+        return judge(self, shadow, evidence, limits, inverse=inverse)
 
     monkeypatch.setattr(Stages, "judge", spy)
     aligner, robot = aligner_of(toy), Robot(BODIES[5])

@@ -13,7 +13,7 @@ from toy_bodies import BODIES, Robot, Trained, recording_of
 from selfalign_core.alignment import AlignConfig, SelfAligner, StageReport, State
 from selfalign_core.alignment.config import Collect, Guard, Identify, Refine, Watch
 from selfalign_core.errors import InputError
-from selfalign_core.robot.types import EToken
+from selfalign_core.robot.types import EToken, TransitionBatch
 
 CONFIG = AlignConfig(
     collect=Collect(fit_count=16, guard_count=10, attempts=3),
@@ -28,8 +28,13 @@ def aligner_of(toy: Trained, config: AlignConfig = CONFIG, *, deployed: int = 0,
     return SelfAligner(policy, config, joints=("slider",), **options)
 
 
+def newest(aligner: SelfAligner, robot: Robot) -> TransitionBatch:
+    """As many as are asked for, however near together."""
+    return robot.newest(aligner.request(robot.now_ns).count, aligner.since_ns)
+
+
 def advance(aligner: SelfAligner, robot: Robot) -> StageReport:
-    return aligner.advance(robot.newest(aligner.wanted, aligner.since_ns), robot.now_ns)
+    return aligner.advance(newest(aligner, robot), robot.now_ns)
 
 
 def live(aligner: SelfAligner, robot: Robot, rounds: int, *, scale: float = 1.0) -> list[StageReport]:
@@ -50,7 +55,13 @@ def action_loss(toy: Trained, aligner: SelfAligner, robot: Robot) -> float:
 
 
 def snapshot(aligner: SelfAligner) -> tuple:
-    return aligner.state, aligner.since_ns, aligner.wanted, aligner.token.version, aligner.token.data.tobytes()
+    return (
+        aligner.state,
+        aligner.since_ns,
+        aligner.request(0).count,
+        aligner.token.version,
+        aligner.token.data.tobytes(),
+    )
 
 
 def test_a_wrong_token_is_replaced_and_a_right_one_kept(toy: Trained) -> None:
@@ -132,10 +143,10 @@ def test_a_third_body_is_not_taken_for_an_earlier_one(toy: Trained) -> None:
 def test_soon_after_a_change_it_makes_do_with_transitions_that_lie_nearer(toy: Trained) -> None:
     config = dataclasses.replace(CONFIG, collect=Collect(fit_count=16, guard_count=4, stride=8, min_stride=3))
     aligner, dt_ns = aligner_of(toy, config), round(1e9 * aligner_of(toy).policy.dt)
-    assert aligner.stride(0) == 8  # nobody says that anything has changed
+    assert aligner.request(0).stride == 8  # nobody says that anything has changed
     aligner.use(EToken(aligner.token.data, 7, "toy", aligner.token.model_digest), stamp_ns=10 * dt_ns)
     steps = range(0, 300, 10)
-    asked = [aligner.stride((10 + n) * dt_ns) for n in steps]
+    asked = [aligner.request((10 + n) * dt_ns).stride for n in steps]
     assert asked[0] == 3 and asked[-1] == 8 and asked == sorted(asked)
     for n, stride in zip(steps, asked, strict=True):
         assert stride == 3 or 20 * stride <= n  # those that are asked for fit into the time there was
@@ -148,9 +159,10 @@ def test_soon_after_a_start_as_well_but_not_if_enough_was_recorded_before(toy: T
     aligner, robot, asked, seen = aligner_of(toy, config), Robot(BODIES[5]), [], 0
     robot.move(max(before, 1))
     while not seen and robot.now_ns < 10**12:
-        asked.append(aligner.stride(robot.now_ns))
-        batch = robot.newest(aligner.wanted, aligner.since_ns, asked[-1])
-        if len(batch) < aligner.needed:
+        wanted = aligner.request(robot.now_ns)
+        asked.append(wanted.stride)
+        batch = robot.newest(wanted.count, wanted.since_ns, wanted.stride)
+        if len(batch) < wanted.least:
             aligner.short_of(len(batch), robot.now_ns)
         else:
             aligner.advance(batch, robot.now_ns)
@@ -158,7 +170,7 @@ def test_soon_after_a_start_as_well_but_not_if_enough_was_recorded_before(toy: T
         robot.move(1)
     assert asked[0] == 8  # how long it has moved shows in what there is
     assert set(asked[1:]) == (set() if before else {3})
-    assert seen == (aligner.wanted if before else 16)
+    assert seen == (wanted.count if before else 16)
 
 
 def test_another_way_of_moving_changes_nothing(toy: Trained) -> None:
@@ -335,7 +347,7 @@ def test_asked_to_stop_it_makes_not_one_pass_more(toy: Trained, monkeypatch: pyt
     clock = Passes(toy, monkeypatch, 1.0)
     aligner, robot = aligner_of(toy), Robot(BODIES[5])
     robot.move(16)
-    batch, before = robot.newest(aligner.wanted, aligner.since_ns), snapshot(aligner)
+    batch, before = newest(aligner, robot), snapshot(aligner)
     report = aligner.advance(batch, robot.now_ns, should_stop=lambda: clock.count >= passes)
     assert clock.count == passes
     assert aligner.token.version == int(report.accepted)
@@ -420,7 +432,7 @@ def test_a_robot_whose_clock_is_another_ones_is_aligned_all_the_same(toy: Traine
     aligner, robot, states = aligner_of(toy), Robot(BODIES[5]), []
     while State.WATCH not in states[:-5]:
         robot.move(2)
-        batch = robot.newest(aligner.wanted, aligner.since_ns)
+        batch = newest(aligner, robot)
         states.append(aligner.advance(batch, robot.now_ns - round(1e9 * ahead_s)).state)
         assert len(states) < 80
     assert aligner.token.version >= 1
@@ -429,7 +441,7 @@ def test_a_robot_whose_clock_is_another_ones_is_aligned_all_the_same(toy: Traine
     versions = []
     for _ in range(20):
         robot.move(2)
-        batch = robot.newest(aligner.wanted, aligner.since_ns)
+        batch = newest(aligner, robot)
         versions.append(aligner.advance(batch, robot.now_ns - round(1e9 * ahead_s)).token.version)
     assert versions[-1] > versions[0]
 
@@ -450,7 +462,7 @@ def test_watching_wants_few_transitions_and_says_when_there_is_nothing_new(toy: 
     aligner, robot = aligner_of(toy, config), Robot(BODIES[0])
     live(aligner, robot, 8)
     assert aligner.state is State.WATCH
-    assert aligner.wanted == 10
+    assert aligner.request(robot.now_ns).count == 10
     live(aligner, robot, 3)
     assert advance(aligner, robot).text == "watching: nothing new"
 

@@ -10,7 +10,7 @@ import numpy as np
 from selfalign_core.alignment import StageReport, State
 from selfalign_core.alignment.excitation import Excitation
 from selfalign_core.alignment.guard import Verdict
-from selfalign_core.alignment.motion import MotionWanted
+from selfalign_core.alignment.motion_wanted import MotionWanted
 from selfalign_core.alignment.watch import Drift
 from selfalign_core.robot.types import EToken
 
@@ -21,6 +21,25 @@ HALF = -0.67
 """The relative difference of a loss that falls by half."""
 
 
+class Wanted:
+    """The wish after one report and another."""
+
+    def __init__(self) -> None:
+        self.now = MotionWanted()
+
+    def after(self, one: StageReport, now_ns: int, patience_ns: int) -> bool:
+        self.now = self.now.after(one, now_ns, patience_ns)
+        return self.now.asks
+
+    @property
+    def served(self) -> bool:
+        return self.now.served
+
+    @property
+    def anew(self) -> bool:
+        return self.now.anew
+
+
 def report(missing: str | None = None, *, drift: bool | None = None, since: float = 5.0) -> StageReport:
     """Of a round that looked at motion unless ``missing`` is None, and for drift unless that is None."""
     excitation = None if missing is None else Excitation(("elbow",), (0.1,), (0.1,), (missing,) if missing else ())
@@ -29,26 +48,26 @@ def report(missing: str | None = None, *, drift: bool | None = None, since: floa
 
 
 def test_motion_is_asked_for_when_it_has_not_sufficed_for_long_and_again_later() -> None:
-    wanted = MotionWanted()
+    wanted = Wanted()
     asked = [second for second in range(14) if wanted.after(report("elbow"), second * SECOND, PATIENCE)]
     assert asked == [6, 12]
 
 
 def test_motion_that_suffices_in_between_or_a_clock_set_back_starts_the_wait_anew() -> None:
     for between in (report(""), report()):
-        wanted = MotionWanted()
+        wanted = Wanted()
         assert not any(wanted.after(report("elbow"), second * SECOND, PATIENCE) for second in range(5))
         assert not wanted.after(between, 5 * SECOND, PATIENCE)
         assert not any(wanted.after(report("elbow"), second * SECOND, PATIENCE) for second in range(6, 12))
         assert wanted.after(report("elbow"), 12 * SECOND, PATIENCE)
-    wanted = MotionWanted()
+    wanted = Wanted()
     assert not wanted.after(report("elbow"), 100 * SECOND, PATIENCE)
     assert not any(wanted.after(report("elbow"), second * SECOND, PATIENCE) for second in range(6))
     assert wanted.after(report("elbow"), 6 * SECOND, PATIENCE)
 
 
 def test_after_a_drift_motion_is_asked_for_at_once() -> None:
-    wanted = MotionWanted()
+    wanted = Wanted()
     assert not wanted.after(report(drift=False), 0, PATIENCE)
     assert wanted.after(report(drift=True), SECOND, PATIENCE)
     assert not wanted.after(report("elbow"), 2 * SECOND, PATIENCE)  # it is under way
@@ -61,14 +80,14 @@ def attempt(accepted: bool, *, mean: float, sees_better: bool = False, same_acti
 
 def test_a_drift_that_the_policy_may_bear_does_not_interrupt_its_work() -> None:
     """Of a bumped camera the relative loss doubles, as it does in new poses; then it is for an attempt to say."""
-    surely, wanted = attempt(False, mean=HALF, sees_better=True), MotionWanted()
+    surely, wanted = attempt(False, mean=HALF, sees_better=True), Wanted()
     assert not wanted.after(report(drift=True, since=2.6), 0, PATIENCE)
     assert not wanted.after(attempt(False, mean=HALF), SECOND, PATIENCE)
     assert wanted.after(surely, 2 * SECOND, PATIENCE)
 
 
 def test_an_attempt_after_a_drift_asks_again_until_one_is_decided() -> None:
-    undecided, decided, wanted = attempt(False, mean=HALF), attempt(True, mean=-0.1), MotionWanted()
+    undecided, decided, wanted = attempt(False, mean=HALF), attempt(True, mean=-0.1), Wanted()
     rests = dataclasses.replace(undecided, state=State.WATCH)
     assert not wanted.after(undecided, 0, PATIENCE)  # nothing says that the robot has changed
     for end in (decided, rests):
@@ -79,15 +98,15 @@ def test_an_attempt_after_a_drift_asks_again_until_one_is_decided() -> None:
 
 
 def test_a_robot_that_differs_a_little_is_not_moved_again() -> None:
-    wanted = MotionWanted()
+    wanted = Wanted()
     assert wanted.after(report(drift=True), 0, PATIENCE)
     assert not wanted.after(attempt(False, mean=-0.6, sees_better=True), SECOND, PATIENCE)
-    assert not MotionWanted().after(attempt(False, mean=-0.6, sees_better=True), SECOND, PATIENCE)
+    assert not Wanted().after(attempt(False, mean=-0.6, sees_better=True), SECOND, PATIENCE)
 
 
 def test_what_halves_the_losses_and_lacks_inverse_dynamics_alone_asks_at_once_and_until_it_is_decided() -> None:
     sure, unsure = (attempt(False, mean=HALF, sees_better=sees_better) for sees_better in (True, False))
-    wanted = MotionWanted()
+    wanted = Wanted()
     rounds = [unsure, sure, report(""), unsure, attempt(True, mean=HALF, sees_better=True), unsure]
     asked = [(wanted.after(one, second * SECOND, PATIENCE), wanted.anew) for second, one in enumerate(rounds)]
     no, anew = (False, False), (True, True)
@@ -98,7 +117,7 @@ def test_what_halves_the_losses_and_lacks_inverse_dynamics_alone_asks_at_once_an
 def test_motion_in_which_the_actions_do_what_was_expected_is_ended_and_not_asked_for_again() -> None:
     same, unsure = (attempt(False, mean=HALF, sees_better=True, same_actions=value) for value in (True, False))
     for begin in (report(drift=True), same):  # a policy that has lost its way makes no motion that could tell
-        wanted = MotionWanted()
+        wanted = Wanted()
         assert wanted.after(begin, 0, PATIENCE) and not wanted.served
         assert wanted.after(unsure, SECOND, PATIENCE) and not wanted.served
         assert wanted.after(attempt(False, mean=HALF, same_actions=True), SECOND, PATIENCE) and not wanted.served
@@ -107,13 +126,13 @@ def test_motion_in_which_the_actions_do_what_was_expected_is_ended_and_not_asked
             assert not wanted.after(later, 3 * SECOND, PATIENCE) and not wanted.served
         assert not wanted.after(attempt(True, mean=HALF), 4 * SECOND, PATIENCE) and wanted.served
         assert wanted.after(unsure, 5 * SECOND, PATIENCE)  # of another token
-    wanted = MotionWanted()
+    wanted = Wanted()
     wanted.after(attempt(False, mean=-0.1, sees_better=True, same_actions=True), 0, PATIENCE)
     assert not wanted.served  # a motion that somebody else has ordered goes on
 
 
 def test_a_drift_that_an_earlier_token_explains_asks_for_motion_that_has_served_already() -> None:
-    back, wanted = dataclasses.replace(report(drift=True), returned=Verdict(True, "accepted")), MotionWanted()
+    back, wanted = dataclasses.replace(report(drift=True), returned=Verdict(True, "accepted")), Wanted()
     assert wanted.after(back, SECOND, PATIENCE)  # it takes the robot home, if that is asked for
     assert wanted.served
 
@@ -123,7 +142,7 @@ def test_motion_has_served_when_there_is_a_new_token_or_none_to_be_found() -> No
     collecting, resting = report(""), dataclasses.replace(report(""), state=State.WATCH)
 
     def served(one: StageReport) -> bool:
-        wanted = MotionWanted()
+        wanted = Wanted()
         wanted.after(one, SECOND, PATIENCE)
         return wanted.served
 
@@ -132,10 +151,3 @@ def test_motion_has_served_when_there_is_a_new_token_or_none_to_be_found() -> No
     assert served(dataclasses.replace(collecting, attempt=accepted))
     assert served(dataclasses.replace(resting, attempt=refused))
     assert not served(resting)  # it has rested before
-
-
-def test_forgetting_starts_the_wait_anew() -> None:
-    wanted = MotionWanted()
-    assert not wanted.after(report("elbow"), 0, PATIENCE)
-    wanted.reset()
-    assert not wanted.after(report("elbow"), 6 * SECOND, PATIENCE)

@@ -174,7 +174,8 @@ def test_settings_change_while_it_works(toy: Trained) -> None:
 
 def test_too_few_transitions_are_counted_without_being_looked_at(toy: Trained) -> None:
     aligner, robot = aligner_of(toy, AlignConfig().without_budgets()), Robot(BODIES[0])
-    assert (aligner.needed, aligner.wanted) == (20, 64)
+    wanted = aligner.request(robot.now_ns)
+    assert (wanted.least, wanted.count) == (20, 64)
     report = aligner.short_of(5, robot.now_ns)
     assert report.text == "collecting: 5 of 20 transitions" and report.transitions == 5 and not report.accepted
     robot.move(5)

@@ -45,10 +45,9 @@ class AlignerLoop:
         self._steps += 1
         if self._steps % ALIGN_PERIOD:
             return None
-        aligner = self.aligner
-        stride = aligner.stride(stamp_ns)
-        batch = self.buffer.newest(aligner.wanted, since_ns=aligner.since_ns, stride=stride)
-        return aligner.advance(batch, stamp_ns)
+        wanted = self.aligner.request(stamp_ns)
+        batch = self.buffer.newest(wanted.count, since_ns=wanted.since_ns, stride=wanted.stride)
+        return self.aligner.advance(batch, stamp_ns)
 
 
 class Lab:

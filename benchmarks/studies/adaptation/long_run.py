@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks.studies.adaptation.lab import DT_NS, AlignerLoop, cameras_of, see
 from benchmarks.studies.adaptation.settings import contract_for
 from selfalign_core.alignment import SelfAligner, StageReport
-from selfalign_core.alignment.motion import MotionWanted
+from selfalign_core.alignment.motion_wanted import MotionWanted
 from selfalign_core.policy import Policy
 from selfalign_core.robot.calibration import CalibrationConfig, calibration_motion
 from selfalign_core.robot.types import Observation
@@ -128,10 +128,11 @@ class LongRun:
     def _on_report(self, step: int, report: StageReport, setpoint: np.ndarray) -> None:
         if report.accepted:
             self._policy.set_e_token(report.token)
-        if report.accepted or report.attempt is not None or (report.drift is not None and report.drift.fired):
-            kind = "accepted" if report.accepted else "drift" if report.attempt is None else "refused"
+        if report.eventful:
+            kind = "accepted" if report.accepted else "refused" if report.refused else "drift"
             self.log.events.append({"time": step / CONTROL_HZ, "kind": kind, "text": report.text})
-        if self._wanted.after(report, step * DT_NS, PATIENCE_NS) and self._calibration and not self._motion:
+        self._wanted = self._wanted.after(report, step * DT_NS, PATIENCE_NS)
+        if self._wanted.asks and self._calibration and not self._motion:
             self._begin_calibration(step, setpoint, self._calibration)
         if self._wanted.served:
             self._end_calibration(step)
