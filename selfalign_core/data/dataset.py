@@ -28,8 +28,8 @@ import numpy as np
 from selfalign_core.data.command_line import run_command
 from selfalign_core.data.dataset_meta import PLAY, DatasetMeta
 from selfalign_core.data.dataset_writer import DatasetWriter
-from selfalign_core.data.partial import DatasetError
 from selfalign_core.data.timeline import Timeline, Track
+from selfalign_core.errors import DatasetError
 from selfalign_core.policy.transforms import NormStats, load_norm_stats
 from selfalign_core.robot.types import TransitionBatch
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from selfalign_core.data.partial import DatasetError
+from selfalign_core.errors import DatasetError
 
 FORMAT = "selfalign-dataset-1"
 TRACK_FORMAT = "selfalign-dataset-2"  # of a dataset with a track of executed actions

@@ -17,7 +17,6 @@ import numpy as np
 from numpy.lib import format as npy
 
 from selfalign_core.data.dataset_meta import DEFAULT_STATISTICS_HORIZON, PLAY, DatasetMeta, Episode, expect
-from selfalign_core.data.partial import DatasetError, PartialDirectory
 from selfalign_core.data.statistics import norm_stats_of
 from selfalign_core.data.timeline import Timeline, Track
 from selfalign_core.policy.transforms import save_norm_stats

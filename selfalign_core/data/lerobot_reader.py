@@ -20,8 +20,7 @@ from tqdm import tqdm
 
 from selfalign_core.data.dataset_writer import DatasetWriter
 from selfalign_core.data.lerobot_layout import ACTION, EXTRA, IMAGES, OURS, STATE, VIDEO_PATH
-from selfalign_core.data.partial import DatasetError
-from selfalign_core.errors import InputError, SelfAlignError
+from selfalign_core.errors import DatasetError, InputError, SelfAlignError
 from selfalign_core.robot.images import decode_compressed, resize_with_pad
 
 _FRAMES_PER_READ = 64

@@ -34,10 +34,9 @@ from selfalign_core.alignment.scoring import Scorer
 from selfalign_core.alignment.trusted import Trusted
 from selfalign_core.data.command_line import run_command
 from selfalign_core.data.dataset import TransitionDataset
-from selfalign_core.data.partial import DatasetError
-from selfalign_core.errors import CheckpointError
+from selfalign_core.errors import CheckpointError, DatasetError
+from selfalign_core.files import write_atomically
 from selfalign_core.policy import Policy
-from selfalign_core.policy.checkpoint import write_atomically
 from selfalign_core.robot.types import TransitionBatch
 
 FORMAT = "selfalign-tokens-1"

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from selfalign_core.data.partial import PartialDirectory
 from selfalign_core.data.sim_demos import REACH_JOINTS
 from selfalign_core.data.sim_frames import POINTS, Frames, random_frames
 from selfalign_core.errors import ConfigError, SelfAlignError
+from selfalign_core.files import PartialDirectory
 from selfalign_core.model.config import ModelConfig
 from selfalign_core.model.pi0 import Pi0
 from selfalign_core.policy.config import PolicyConfig

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from selfalign_core.errors import CheckpointError, ConfigError
+from selfalign_core.files import publish, sync
 
 if TYPE_CHECKING:
     from selfalign_core.training.parallel import Ranks
@@ -152,11 +153,7 @@ def write_checkpoint(
         write_policy(partial / "policy")
         text = json.dumps({"format": FORMAT, "step": step, **info, "files": files}, indent=1)
         (partial / INFO_NAME).write_text(text)
-        for path in [*partial.rglob("*"), partial]:
-            sync(path)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-        sync(directory)
+        publish(partial, target, instead=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         left = list_checkpoints(directory)
@@ -227,15 +224,6 @@ def point_to(link: Path, target: Path) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(os.path.relpath(target, link.parent))
     os.replace(temporary, link)
-
-
-def sync(path: Path) -> None:
-    """Have the file or directory on the disk before going on."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def read_info(path: Path) -> dict[str, Any]:

@@ -22,11 +22,11 @@ from tqdm import tqdm
 from selfalign_core.data.dataset import TransitionDataset
 from selfalign_core.data.loader import Batch, Loader
 from selfalign_core.errors import CheckpointError, ConfigError, SelfAlignError
+from selfalign_core.files import write_text
 from selfalign_core.model.gemma import GemmaStack
 from selfalign_core.model.pi0 import Losses, Pi0
 from selfalign_core.policy import Policy
 from selfalign_core.policy.bank import MEAN_ROW, TokenBank, bank_mean, bank_spread
-from selfalign_core.policy.checkpoint import write_atomically
 from selfalign_core.training import lora
 from selfalign_core.training.config import TrainConfig
 from selfalign_core.training.inputs import (
@@ -270,7 +270,7 @@ class Trainer:
     def _open_log(self) -> RunLog:
         self.output.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(self.config.to_dict(), sort_keys=False, allow_unicode=True)
-        write_atomically(self.output / "config.yaml", lambda part: Path(part).write_text(text, encoding="utf-8"))
+        write_text(self.output / "config.yaml", text)
         aside = set_aside_later(self.output / "checkpoints", self.step, self.output / LOG_NAME)
         if aside is not None:
             point_to(self.output / "policy", self._checkpoint / "policy")

@@ -17,7 +17,7 @@ import pytest
 from selfalign_core.data import statistics
 from selfalign_core.data.dataset import TransitionDataset, main, merge
 from selfalign_core.data.dataset_writer import DatasetWriter
-from selfalign_core.data.partial import DatasetError
+from selfalign_core.errors import DatasetError
 
 SHAPE = {"cameras": ["top"], "image_size": (4, 6), "state_dim": 2, "action_dim": 2, "dt_ns": 50}
 

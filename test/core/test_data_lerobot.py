@@ -15,8 +15,8 @@ from selfalign_core.data.dataset_writer import DatasetWriter
 from selfalign_core.data.lerobot import main
 from selfalign_core.data.lerobot_reader import import_lerobot
 from selfalign_core.data.lerobot_writer import export_lerobot
-from selfalign_core.data.partial import DatasetError
 from selfalign_core.data.timeline import Track
+from selfalign_core.errors import DatasetError
 
 SIZE = (12, 16)
 EPISODES = ((7, "left", "red"), (5, "right", None), (9, "left", "blue"))

@@ -12,8 +12,7 @@ from training_runs import config, train, trainer, write_dataset
 from selfalign_core.alignment.config import AlignConfig, Refine
 from selfalign_core.alignment.trusted import Trusted
 from selfalign_core.data.dataset import TransitionDataset
-from selfalign_core.data.partial import DatasetError
-from selfalign_core.errors import CheckpointError, ConfigError
+from selfalign_core.errors import CheckpointError, ConfigError, DatasetError
 from selfalign_core.policy import Policy
 from selfalign_core.training.aligned_tokens import aligned_token, load_tokens, main, save_tokens, unknown_bodies
 
