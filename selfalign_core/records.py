@@ -204,7 +204,7 @@ class _Misfit(ConfigError):
 
     @classmethod
     def at(cls, where: str, value: object, expected: str) -> _Misfit:
-        return cls(f"{where}: found {shown(value)}, expected {expected}")
+        return cls(f"{where and f'{where}: '}found {shown(value)}, expected {expected}")
 
 
 class _Loader(yaml.SafeLoader):
@@ -255,7 +255,7 @@ def _parse_record(kind: type[R], values: Any, where: str) -> R:
     if isinstance(values, kind):
         return values
     if not isinstance(values, Mapping):
-        raise _Misfit.at(where or "document", values, _words(kind))
+        raise _Misfit.at(where, values, _words(kind))
     hints = hints_of(kind)
     for key in values:
         if key not in hints and not kind.foreign:

@@ -119,7 +119,7 @@ def measure_size(height: int, width: int, frames: int) -> list[dict[str, Any]]:
         camera = Camera(name="camera", topic="camera", encoding=encoding, height=height, width=width)
 
         def ours(camera: Camera = camera, message: Image | CompressedImage = message) -> Tensor:
-            return policy.images_to_model(decode(camera, message, (INPUT, INPUT))[None])
+            return policy.codec.images_to_model(decode(camera, message, (INPUT, INPUT))[None])
 
         def theirs(message: Image | CompressedImage = message) -> Tensor:
             return plain(message, INPUT)

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -26,9 +26,7 @@ from torch import Tensor
 
 from selfalign_core.errors import CheckpointError, ConfigError
 from selfalign_core.files import publish, sync
-
-if TYPE_CHECKING:
-    from selfalign_core.training.parallel import Ranks
+from selfalign_core.training.parallel import Ranks
 
 FORMAT = "selfalign-training-1"
 INFO_NAME = "training.json"
