@@ -73,6 +73,20 @@ class Only:
         return self.expected
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What a person is told of a field: the ``range`` to choose from (both ends included), in words, its unit."""
+
+    range: tuple[float, float] | None
+    text: str
+    unit: str
+
+
+def setting(default: Any, range: tuple[float, float] | None, text: str, unit: str = "") -> Any:
+    """A field that a person may choose; its metadata has the :class:`Setting`."""
+    return dataclasses.field(default=default, metadata={"setting": Setting(range, text, unit)})
+
+
 Count = Annotated[int, Range(1)]
 Natural = Annotated[int, Range(0)]
 Positive = Annotated[float, Range(above=0)]

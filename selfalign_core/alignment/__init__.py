@@ -5,8 +5,23 @@ picks the best known token, ``refine`` improves a shadow of it and ``guard`` dec
 changed, ``history`` remembers. Nothing here knows ROS, clocks (but for budgets) or where transitions come from.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from selfalign_core.alignment.config import AlignConfig
-from selfalign_core.alignment.machine import SelfAligner
-from selfalign_core.alignment.reports import StageReport, State
+
+if TYPE_CHECKING:
+    from selfalign_core.alignment.machine import SelfAligner
+    from selfalign_core.alignment.reports import StageReport, State
 
 __all__ = ["AlignConfig", "SelfAligner", "StageReport", "State"]
+
+
+def __getattr__(name: str) -> Any:
+    # Only who aligns pays for torch: a node that declares the settings starts at once.
+    if name in ("SelfAligner", "StageReport", "State"):
+        from selfalign_core.alignment import machine, reports
+
+        return getattr(machine if name == "SelfAligner" else reports, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

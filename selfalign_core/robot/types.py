@@ -55,7 +55,7 @@ def token_norm(data: np.ndarray) -> float:
 
     What ``guard_max_norm`` bounds and every report gives; 1 is the size of a normally initialised one.
     """
-    return float(np.sqrt(np.square(data, dtype=np.float64).mean(-1)).max())
+    return float(np.sqrt(np.square(data, dtype=np.float64).mean(-1)).max(initial=0.0))
 
 
 @dataclass(frozen=True)
