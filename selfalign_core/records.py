@@ -55,7 +55,7 @@ class Range:
             ends = "(" if low == self.above else "[", ")" if high == self.below else "]"
             return f"{noun} in {ends[0]}{low:g}, {high:g}{ends[1]} {self.unit}".rstrip()
         if math.isfinite(low):
-            noun += f" {'>' if low == self.above else '>='} {low:g}"
+            noun += f" {'above' if low == self.above else 'of at least'} {low:g}"
         return f"{noun} in {self.unit}" if self.unit else noun
 
 
@@ -288,7 +288,8 @@ def _parse_record(kind: type[R], values: Any, where: str) -> R:
 
 def _parse(hint: Any, value: Any, where: str, beside: Mapping[str, Any], whole: Any = None) -> Any:
     """``value`` as ``hint`` says, which is part of ``whole``; ``beside``: the fields of the same record."""
-    origin, of, whole = typing.get_origin(hint), typing.get_args(hint), hint if whole is None else whole
+    origin, of, rules = _parts(hint)
+    whole = hint if whole is None else whole
 
     def misfit() -> _Misfit:
         expected = _words(whole, beside)
@@ -298,7 +299,7 @@ def _parse(hint: Any, value: Any, where: str, beside: Mapping[str, Any], whole: 
 
     if origin is Annotated:
         parsed = _parse(of[0], value, where, beside, whole)
-        if not all(rule.valid(parsed) for rule in _rules(of)):
+        if not all(rule.valid(parsed) for rule in rules):
             raise misfit()
         return parsed
     if origin in (typing.Union, types.UnionType):
@@ -324,8 +325,9 @@ def _parse(hint: Any, value: Any, where: str, beside: Mapping[str, Any], whole: 
 
 
 def _fits(hint: Any, value: Any) -> bool:
-    if typing.get_origin(hint) is Literal:
-        return any(type(value) is type(allowed) and value == allowed for allowed in typing.get_args(hint))
+    origin, of, _ = _parts(hint)
+    if origin is Literal:
+        return any(type(value) is type(allowed) and value == allowed for allowed in of)
     if isinstance(value, bool | np.bool_):
         return hint in (bool, Any)
     if hint is float:
@@ -336,8 +338,11 @@ def _fits(hint: Any, value: Any) -> bool:
 _LARGEST = float(np.finfo(np.float64).max)
 
 
-def _rules(annotations: tuple[Any, ...]) -> list[Range | Only]:
-    return [rule for rule in annotations if isinstance(rule, Range | Only)]
+@cache
+def _parts(hint: Any) -> tuple[Any, tuple[Any, ...], tuple[Range | Only, ...]]:
+    """What a hint is made of: its origin, its arguments, and what holds besides."""
+    of = typing.get_args(hint)
+    return typing.get_origin(hint), of, tuple(rule for rule in of if isinstance(rule, Range | Only))
 
 
 class _Named(dict[str, Any]):
@@ -349,10 +354,10 @@ class _Named(dict[str, Any]):
 
 def _words(hint: Any, beside: Mapping[str, Any] | None = None) -> str:
     """What ``hint`` allows, in words."""
-    origin, of = typing.get_origin(hint), typing.get_args(hint)
+    origin, of, rules = _parts(hint)
     if origin is Annotated:
         text = _words(of[0], beside)
-        for rule in _rules(of):
+        for rule in rules:
             text = rule.words(text)
         return text.format_map(_Named(beside or {}))
     if origin in (typing.Union, types.UnionType):

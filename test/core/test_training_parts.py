@@ -34,7 +34,7 @@ MINIMAL = "output: runs/x\ndata: {path: d}\n"
         (MINIMAL + "optim: {lr: fast}\n", ["optim.lr", "'fast'", "a number"]),
         (MINIMAL + "steps: 1.5\n", ["steps", "1.5", "an integer"]),
         (MINIMAL + "steps: true\n", ["steps", "True", "an integer"]),
-        (MINIMAL + "optim: {lr: -1}\n", ["optim.lr", "-1", "> 0"]),
+        (MINIMAL + "optim: {lr: -1}\n", ["optim.lr", "-1", "above 0"]),
         (MINIMAL + "optim: {betas: [0.9]}\n", ["optim.betas", "[0.9]", "a list of 2"]),
         (MINIMAL + "precision: half\n", ["precision", "'half'", "'bfloat16'"]),
         (MINIMAL + "ema_decay: 1\n", ["ema_decay", "1.0", "[0, 1)"]),
