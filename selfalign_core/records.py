@@ -138,20 +138,20 @@ def plain(value: Any) -> Any:
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def read(kind: type[R], values: Any, where: str = "", *, format: str | None = None) -> R:
+def read(kind: type[R], values: Any, where: str = "", *, formats: tuple[str, ...] = ()) -> R:
     """The record ``kind`` out of what YAML or JSON say. Inverse of :func:`plain`.
 
     Args:
         where: the values are, for errors.
-        format: what the key ``format`` has to say.
+        formats: what the key ``format`` may say, where there is one.
 
     Raises:
         kind.error: naming the key by its path, what was found and what was expected.
     """
     try:
-        if format is not None and isinstance(values, Mapping):
-            if values.get("format") != format:
-                raise _Misfit.at(_path(where, "format"), values.get("format"), repr(format))
+        if formats and isinstance(values, Mapping):
+            if values.get("format") not in formats:
+                raise _Misfit.at(_path(where, "format"), values.get("format"), " or ".join(map(repr, formats)))
             values = {key: value for key, value in values.items() if key != "format"}
         return _parse_record(kind, values, where)
     except _Misfit as misfit:
@@ -159,12 +159,12 @@ def read(kind: type[R], values: Any, where: str = "", *, format: str | None = No
 
 
 def load(
-    kind: type[R], path: str | Path, expected: str, *, error: Refusal = ConfigError, format: str | None = None
+    kind: type[R], path: str | Path, expected: str, *, error: Refusal = ConfigError, formats: tuple[str, ...] = ()
 ) -> R:
     """The record ``kind`` in a YAML or JSON file, which holds ``expected``. See :func:`read`."""
     values = load_document(path, expected, error=error)
     with named(path, error):
-        return read(kind, values, format=format)
+        return read(kind, values, formats=formats)
 
 
 def load_document(path: str | Path, expected: str, *, error: Refusal = ConfigError) -> Any:
@@ -288,6 +288,8 @@ def _parse_record(kind: type[R], values: Any, where: str) -> R:
 
 def _parse(hint: Any, value: Any, where: str, beside: Mapping[str, Any], whole: Any = None) -> Any:
     """``value`` as ``hint`` says, which is part of ``whole``; ``beside``: the fields of the same record."""
+    if type(value) is hint and hint is not float:
+        return value
     origin, of, rules = _parts(hint)
     whole = hint if whole is None else whole
 

@@ -29,7 +29,7 @@ from selfalign_core.data.rosbag_frames import Player
 from selfalign_core.data.rosbag_messages import IMAGE_TYPES
 from selfalign_core.data.rosbag_options import Options
 from selfalign_core.data.rosbag_recording import read_recording
-from selfalign_core.errors import InputError
+from selfalign_core.errors import DatasetError, InputError
 from selfalign_core.robot.contract import Camera, RobotContract
 from selfalign_core.robot.images import decode_compressed, decode_resized, resize_with_pad
 

@@ -77,13 +77,13 @@ class PolicyConfig(Record):
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PolicyConfig:
         """Strict inverse of :meth:`to_dict`; :class:`ConfigError` names the key."""
-        return read(cls, values, format=FORMAT)
+        return read(cls, values, formats=(FORMAT,))
 
     @classmethod
     def load(cls, checkpoint: str | Path) -> PolicyConfig:
         """Read ``config.json`` of a SelfAlign checkpoint directory."""
         file = Path(checkpoint) / "config.json"
-        return load(cls, file, "a checkpoint directory with config.json", error=CheckpointError, format=FORMAT)
+        return load(cls, file, "a checkpoint directory with config.json", error=CheckpointError, formats=(FORMAT,))
 
     def check_contract(self, contract: RobotContract) -> None:
         """Raise :class:`ConfigError` if the robot lacks what the checkpoint reads or commands."""

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from selfalign_core.errors import CheckpointError, InputError
+from selfalign_core.records import load_document, named, shown
 
 NormMode = Literal["identity", "z_score", "quantile"]
 EPSILON = 1e-6
@@ -38,9 +39,12 @@ class NormStats:
             value = getattr(self, name)
             if value is None:
                 continue
-            array = np.asarray(value, np.float32)
+            try:
+                array = np.asarray(value, np.float32)
+            except (TypeError, ValueError):
+                array = np.array(np.nan)
             if array.ndim != 1 or not np.isfinite(array).all():
-                raise InputError(f"NormStats.{name}: found {value!r}, expected a vector of finite numbers")
+                raise InputError(f"NormStats.{name}: found {shown(value)}, expected a vector of finite numbers")
             if array.shape != np.shape(self.mean):
                 raise InputError(f"NormStats.{name}: found {array.shape}, expected mean's {np.shape(self.mean)}")
             object.__setattr__(self, name, array)
@@ -142,15 +146,15 @@ def load_norm_stats(path: Path) -> dict[str, NormStats]:
         CheckpointError: naming the file and what it lacks.
     """
     raw: Any = {}
-    try:
-        if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors":
+        try:
             for key, value in load_file(path).items():
                 feature, _, statistic = key.rpartition(".")
                 raw.setdefault(feature, {})[statistic] = value
-        else:
-            raw = json.loads(path.read_text())
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: found {error}, expected normalisation statistics") from error
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: found {error}, expected normalisation statistics") from error
+    else:
+        raw = load_document(path, "normalisation statistics", error=CheckpointError)
     raw = raw.get("norm_stats", raw) if isinstance(raw, dict) else raw
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: found no table of statistics, expected state and actions with mean and std")
@@ -162,7 +166,8 @@ def load_norm_stats(path: Path) -> dict[str, NormStats]:
         missing = [k for k in ("mean", "std") if not isinstance(found, dict) or k not in found]
         if missing:
             raise CheckpointError(f"{path}: statistics of {name}: missing {missing}")
-        stats[name] = NormStats(**{k: np.ravel(found[k]) for k in STATISTICS if found.get(k) is not None})
+        with named(f"{path}: statistics of {name}", CheckpointError):
+            stats[name] = NormStats(**{k: np.ravel(found[k]) for k in STATISTICS if found.get(k) is not None})
     return stats
 
 

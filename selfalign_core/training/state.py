@@ -26,6 +26,7 @@ from torch import Tensor
 
 from selfalign_core.errors import CheckpointError, ConfigError
 from selfalign_core.files import publish, sync
+from selfalign_core.records import load_document
 from selfalign_core.training.parallel import Ranks
 
 FORMAT = "selfalign-training-1"
@@ -227,10 +228,7 @@ def point_to(link: Path, target: Path) -> None:
 def read_info(path: Path) -> dict[str, Any]:
     """``training.json`` of a checkpoint; :class:`CheckpointError` names what is wrong with it."""
     file = path / INFO_NAME
-    try:
-        info = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: found {error}, expected a training checkpoint") from error
+    info = load_document(file, "a training checkpoint", error=CheckpointError)
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         raise CheckpointError(f"{file}: found another format, expected {FORMAT!r}")
     return info

@@ -152,7 +152,7 @@ def test_lerobots_json_and_safetensors_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "found Expecting .* expected normalisation statistics"),
+        ("{", r"found invalid JSON \(Expecting .* expected normalisation statistics"),
         ("[1]", "found no table of statistics"),
         ('{"norm_stats": {"state": 3}}', r"state: missing \['mean', 'std'\]"),
         ("{}", "found statistics of"),
