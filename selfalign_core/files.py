@@ -8,7 +8,6 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,14 +17,13 @@ from selfalign_core.errors import DatasetError
 def write_atomically(path: Path, write: Callable[[str], object]) -> None:
     """Write to a temporary file beside ``path``, sync it, rename it: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     try:
-        write(temporary)
-        os.chmod(temporary, 0o644)
-        publish(Path(temporary), path)
+        write(str(temporary))
+        temporary.chmod(0o644)
+        publish(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

@@ -73,18 +73,9 @@ class Only:
         return self.expected
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What a person is told of a field: the ``range`` to choose from (both ends included), in words, its unit."""
-
-    range: tuple[float, float] | None
-    text: str
-    unit: str
-
-
 def setting(default: Any, range: tuple[float, float] | None, text: str, unit: str = "") -> Any:
-    """A field that a person may choose; its metadata has the :class:`Setting`."""
-    return dataclasses.field(default=default, metadata={"setting": Setting(range, text, unit)})
+    """A field that a person may choose: out of ``range`` (both ends included), with ``text`` to explain it."""
+    return dataclasses.field(default=default, metadata={"range": range, "text": text, "unit": unit})
 
 
 Count = Annotated[int, Range(1)]
@@ -119,11 +110,15 @@ class Record:
             raise self.error(f"{type(self).__name__}.{name}: found {found}, expected {expected}")
 
 
-@cache
+_HINTS: dict[type[Record], dict[str, Any]] = {}
+
+
 def hints_of(kind: type[Record]) -> dict[str, Any]:
     """The annotations of a record's fields, by name."""
-    hints = typing.get_type_hints(kind, include_extras=True)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if kind not in _HINTS:
+        hints = typing.get_type_hints(kind, include_extras=True)
+        _HINTS[kind] = {field.name: hints[field.name] for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return _HINTS[kind]
 
 
 def plain(value: Any) -> Any:
@@ -333,11 +328,15 @@ def _fits(hint: Any, value: Any) -> bool:
     if isinstance(value, bool | np.bool_):
         return hint in (bool, Any)
     if hint is float:
-        return isinstance(value, numbers.Real) and abs(value) <= _LARGEST
+        return isinstance(value, numbers.Real) and _is_finite(value)
     return hint is Any or isinstance(value, numbers.Integral if hint is int else hint)
 
 
-_LARGEST = float(np.finfo(np.float64).max)
+def _is_finite(number: numbers.Real) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 @cache

@@ -10,7 +10,7 @@ import dataclasses
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from selfalign_core.records import (
     Count,
@@ -19,7 +19,6 @@ from selfalign_core.records import (
     Positive,
     Range,
     Record,
-    Setting,
     hints_of,
     read,
     setting,
@@ -276,8 +275,7 @@ class AlignConfig(Record):
         return dataclasses.replace(self, **stages)
 
 
-@dataclass(frozen=True)
-class Declared:
+class Declared(NamedTuple):
     """A setting as a parameter: ``guard_sigmas`` is the field ``sigmas`` of the section ``guard``.
 
     ``kind``: int, float or str. ``choices``: of a text.
@@ -286,9 +284,11 @@ class Declared:
     section: str
     field: str
     kind: type
-    choices: tuple[str, ...]
     default: Any
-    setting: Setting
+    choices: tuple[str, ...]
+    range: tuple[float, float] | None
+    text: str
+    unit: str
 
     @property
     def name(self) -> str:
@@ -303,6 +303,6 @@ def declared(record: Record | None = None, section: str = "") -> Iterator[Declar
         value = getattr(record, one.name)
         if isinstance(value, Record):
             yield from declared(value, one.name)
-        elif "setting" in one.metadata:
+        elif one.metadata:
             choices = typing.get_args(hints[one.name]) if isinstance(value, str) else ()
-            yield Declared(section, one.name, type(value), choices, value, one.metadata["setting"])
+            yield Declared(section, one.name, type(value), value, choices, **one.metadata)

@@ -29,7 +29,8 @@ from selfalign_core.data.dataset_meta import PLAY, DatasetMeta
 from selfalign_core.data.dataset_writer import DatasetWriter
 from selfalign_core.data.timeline import Timeline, Track
 from selfalign_core.errors import DatasetError
-from selfalign_core.policy.transforms import NormStats, load_norm_stats
+from selfalign_core.policy.statistics_files import load_norm_stats
+from selfalign_core.policy.transforms import NormStats
 from selfalign_core.records import load_document, named
 from selfalign_core.robot.types import TransitionBatch
 

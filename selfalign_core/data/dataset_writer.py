@@ -21,7 +21,7 @@ from selfalign_core.data.statistics import norm_stats_of
 from selfalign_core.data.timeline import Timeline, Track
 from selfalign_core.errors import DatasetError
 from selfalign_core.files import PartialDirectory
-from selfalign_core.policy.transforms import save_norm_stats
+from selfalign_core.policy.statistics_files import save_norm_stats
 from selfalign_core.robot.frames import Pairing
 
 

@@ -84,6 +84,7 @@ class ModelConfig(Record):
     action_dim: Count = 32
     action_horizon: Count = 50
     max_token_len: Count = _DERIVED
+    """π0.5 writes the state into the prompt: 200 unless said otherwise; 48 for π0 (openpi)."""
     expert_layer_offset: Natural = 0
     """Layer i of an expert reads the VLM's layer ``i + expert_layer_offset``; 0 in every public checkpoint."""
 
@@ -109,7 +110,6 @@ class ModelConfig(Record):
 
     def __post_init__(self) -> None:
         if self.max_token_len is None:
-            # openpi: the state is written into π0.5's prompt, which therefore is longer.
             object.__setattr__(self, "max_token_len", 200 if self.pi05 else 48)
         if self.transition_horizon is None:
             object.__setattr__(self, "transition_horizon", self.action_horizon)
@@ -149,7 +149,8 @@ class ModelConfig(Record):
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
         """Inverse of :meth:`to_dict`; an unknown or missing key is an error that names it."""
-        return read(cls, values, "model")
+        implied = ("max_token_len", "transition_horizon")
+        return read(cls, {k: v for k, v in values.items() if v is not None or k not in implied}, "model")
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> ModelConfig:

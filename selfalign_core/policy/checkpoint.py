@@ -22,7 +22,6 @@ from selfalign_core.model.pi0 import Pi0
 from selfalign_core.model.torch_state import seeded
 from selfalign_core.policy.tensors import (
     E_TOKEN_BANK,
-    E_TOKEN_PARAMETER,
     EMBEDDING,
     LM_HEAD,
     StoredTensor,
@@ -30,6 +29,7 @@ from selfalign_core.policy.tensors import (
     infer_model_config,
     open_tensors,
 )
+from selfalign_core.policy.token_files import E_TOKEN_PARAMETER
 
 OWN_E_TOKEN = ("peft_",)
 OWN_ALIGNMENT = ("alignment_", "next_obs_", "paligemma_with_expert.alignment_expert.")

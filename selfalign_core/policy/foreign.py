@@ -15,8 +15,9 @@ from typing import Annotated, Any
 from selfalign_core.errors import CheckpointError, ConfigError
 from selfalign_core.model.config import ModelConfig
 from selfalign_core.policy.config import PolicyConfig
+from selfalign_core.policy.statistics_files import load_norm_stats
 from selfalign_core.policy.tensors import infer_model_config, open_tensors
-from selfalign_core.policy.transforms import NormMode, NormStats, load_norm_stats
+from selfalign_core.policy.transforms import NormMode, NormStats
 from selfalign_core.records import Count, Natural, Only, Record, load, load_document, named, read
 
 OPENPI_CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")

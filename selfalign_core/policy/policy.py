@@ -28,17 +28,14 @@ from selfalign_core.model.torch_state import exclusive, seeded
 from selfalign_core.policy.checkpoint import load_model, model_digest, read_bank, save_model
 from selfalign_core.policy.codec import Codec
 from selfalign_core.policy.config import PolicyConfig
-from selfalign_core.policy.source import Source, directory_of, is_untrained
+from selfalign_core.policy.source import Source, directory_of
+from selfalign_core.policy.statistics_files import save_norm_stats
 from selfalign_core.policy.tokenizer import load_tokenizer, word_tokenizer
-from selfalign_core.policy.transforms import NormStats, save_norm_stats
+from selfalign_core.policy.transforms import NormStats
+from selfalign_core.policy.untrained import TINY_WORDS, UNTRAINED_SEED, is_untrained
 from selfalign_core.robot.chunking import Handover
 from selfalign_core.robot.contract import RobotContract
 from selfalign_core.robot.types import ActionChunk, EToken, Observation, token_norm
-
-TINY_WORDS = (
-    "reach", "touch", "the", "red", "green", "blue", "yellow", "orange", "purple", "cube", "ball", "cylinder", "block"
-)  # fmt: skip
-UNTRAINED_SEED = 0
 
 
 class Policy:

@@ -13,7 +13,9 @@ from selfalign_core.errors import CheckpointError, ConfigError
 from selfalign_core.model.config import ModelConfig
 from selfalign_core.policy.config import PolicyConfig
 from selfalign_core.policy.foreign import fit_to_robot, read_foreign
-from selfalign_core.policy.transforms import NormStats, load_norm_stats
+from selfalign_core.policy.statistics_files import load_norm_stats
+from selfalign_core.policy.transforms import NormStats
+from selfalign_core.policy.untrained import is_untrained
 from selfalign_core.records import load_document
 from selfalign_core.robot.contract import RobotContract
 
@@ -74,11 +76,6 @@ def is_foreign(checkpoint: str | Path) -> bool:
     return "format" not in values
 
 
-def is_untrained(checkpoint: str) -> bool:
-    """True for the names of the built-in tiny model with random weights."""
-    return checkpoint in ("", "tiny")
-
-
 def directory_of(checkpoint: str) -> Path:
     """The directory that a ``checkpoint`` parameter names; :class:`CheckpointError` if there is none."""
     path = Path(checkpoint)
@@ -102,6 +99,4 @@ def image_size_of(checkpoint: str) -> tuple[int, int]:
 
 def transition_horizon_of(checkpoint: str) -> int:
     """Executed actions per transition."""
-    horizon = model_config_of(checkpoint).transition_horizon
-    assert horizon is not None
-    return horizon
+    return model_config_of(checkpoint).transition_horizon

@@ -19,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 
 from selfalign_core.errors import CheckpointError, ConfigError
 from selfalign_core.model.config import GemmaSize, ModelConfig, VisionSize
+from selfalign_core.policy.token_files import E_TOKEN_PARAMETER
 from selfalign_core.records import Record, load, named, read
 
-E_TOKEN_PARAMETER = "peft_prefix_token"
 E_TOKEN_BANK = "peft_bank"
 """(capacity, peft_num_tokens, width): tokens of the bodies trained on, beside the model's own tensors.
 

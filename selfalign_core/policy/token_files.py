@@ -16,10 +16,10 @@ from safetensors.numpy import save_file
 
 from selfalign_core.errors import CheckpointError
 from selfalign_core.files import write_atomically
-from selfalign_core.policy.tensors import E_TOKEN_PARAMETER
 from selfalign_core.records import shown
 from selfalign_core.robot.types import EToken
 
+E_TOKEN_PARAMETER = "peft_prefix_token"
 FORMAT = "selfalign-e-token-1"
 MANY_FORMAT = "selfalign-tokens-1"
 

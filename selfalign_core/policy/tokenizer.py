@@ -48,8 +48,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 class PromptTokenizer:
     """Writes a prompt as the model was trained to read it.
 
-    π0: ``<bos>text\\n``. π0.5: ``<bos>Task: text, State: 12 200 …;\\nAction:`` and a space, with the normalised state in
-    256 bins.
+    π0: ``<bos>text\\n``. π0.5: ``<bos>Task: text, State: 12 200 …;\\nAction:`` and a space, with the normalised state
+    in 256 bins.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, max_len: int, pi05: bool):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -97,7 +97,7 @@ class JointModel(nn.Module):
         )
 
 
-def _pixels(images: list[Tensor]) -> list[Tensor]:
+def _pixels(images: Sequence[Tensor]) -> list[Tensor]:
     return [pixels_to_model(image) for image in images]
 
 

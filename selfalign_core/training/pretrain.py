@@ -33,8 +33,9 @@ from selfalign_core.model.config import ModelConfig
 from selfalign_core.model.pi0 import Pi0
 from selfalign_core.policy.codec import pixels_to_model
 from selfalign_core.policy.config import PolicyConfig
-from selfalign_core.policy.policy import TINY_WORDS, Policy
+from selfalign_core.policy.policy import Policy
 from selfalign_core.policy.tokenizer import PromptTokenizer, word_tokenizer
+from selfalign_core.policy.untrained import TINY_WORDS
 from selfalign_core.sim import TARGET_NAMES, prompt_for
 
 HELD_OUT = 1000

@@ -22,10 +22,11 @@ from selfalign_core.policy.bank import SHARED_KEY, TokenBank, bank_mean
 from selfalign_core.policy.checkpoint import load_model
 from selfalign_core.policy.codec import Codec
 from selfalign_core.policy.config import PolicyConfig
-from selfalign_core.policy.policy import TINY_WORDS, Policy
+from selfalign_core.policy.policy import Policy
 from selfalign_core.policy.source import Source, is_foreign
 from selfalign_core.policy.token_files import load_tokens
 from selfalign_core.policy.tokenizer import load_tokenizer, word_tokenizer
+from selfalign_core.policy.untrained import TINY_WORDS
 from selfalign_core.training.config import TrainConfig
 
 KnownBank = tuple[tuple[str, ...], Tensor]

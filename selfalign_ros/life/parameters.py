@@ -111,11 +111,11 @@ def _settings() -> dict[str, ParameterSpec]:
     return {
         one.name: ParameterSpec(
             name=one.name,
-            type=_NAMES[one.kind],
+            type=_NAMES[one.kind],  # type: ignore[arg-type]
             default=one.default,
-            description=one.setting.text,
-            unit=one.setting.unit,
-            range=one.setting.range,
+            description=one.text,
+            unit=one.unit,
+            range=one.range,
             one_of=one.choices,
         )
         for one in declared()

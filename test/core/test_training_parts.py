@@ -37,7 +37,7 @@ MINIMAL = "output: runs/x\ndata: {path: d}\n"
         (MINIMAL + "optim: {lr: -1}\n", ["optim.lr", "-1", "above 0"]),
         (MINIMAL + "optim: {betas: [0.9]}\n", ["optim.betas", "[0.9]", "a list of 2"]),
         (MINIMAL + "precision: half\n", ["precision", "'half'", "bfloat16"]),
-        (MINIMAL + "ema_decay: 1\n", ["ema_decay", "1.0", "[0, 1)"]),
+        (MINIMAL + "ema_decay: 1\n", ["ema_decay", "found 1,", "[0, 1)"]),
         (MINIMAL + "batch_size: 7\naccumulation: 2\n", ["batch_size", "7", "a multiple of accumulation=2"]),
         (MINIMAL + "cache_features: true\n", ["cache_features", "vision_tower"]),
         (MINIMAL + "model: {changes: {peft_lr: 1}}\n", ["model.changes.peft_lr", "a field of ModelConfig"]),

@@ -13,15 +13,8 @@ from hypothesis.extra.numpy import arrays
 from safetensors.numpy import save_file
 
 from selfalign_core.errors import CheckpointError, InputError
-from selfalign_core.policy.transforms import (
-    Normalizer,
-    NormStats,
-    load_norm_stats,
-    pad_to_dim,
-    save_norm_stats,
-    to_absolute,
-    to_delta,
-)
+from selfalign_core.policy.statistics_files import load_norm_stats, save_norm_stats
+from selfalign_core.policy.transforms import Normalizer, NormStats, pad_to_dim, to_absolute, to_delta
 
 DIM = 3
 STATS = NormStats(
