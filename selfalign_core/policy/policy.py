@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -36,6 +36,8 @@ from selfalign_core.policy.untrained import TINY_WORDS, UNTRAINED_SEED, is_untra
 from selfalign_core.robot.chunking import Handover
 from selfalign_core.robot.contract import RobotContract
 from selfalign_core.robot.types import ActionChunk, EToken, Observation, token_norm
+
+Precision = Literal["float32", "bfloat16"]
 
 
 class Policy:
@@ -95,16 +97,21 @@ class Policy:
         Raises:
             CheckpointError, ConfigError: what is wrong with the files, or how they do not fit the contract.
         """
-        if precision not in ("auto", "float32", "bfloat16"):
+        choices: dict[str, Precision | None] = {
+            "auto": "bfloat16" if torch.device(device).type == "cuda" else None,
+            "float32": "float32",
+            "bfloat16": "bfloat16",
+        }
+        if precision not in choices:
             raise ConfigError(f"precision: found {precision!r}, expected auto, float32 or bfloat16")
-        wanted = {"auto": "bfloat16" if torch.device(device).type == "cuda" else None}.get(precision, precision)
+        wanted = choices[precision]
         if is_untrained(checkpoint):
             return cls.untrained(contract, device=device, precision=wanted)
         source = Source.read(directory_of(checkpoint)).fit(contract)
         return cls._of(source, dt=contract.dt, device=device, precision=wanted)
 
     @classmethod
-    def untrained(cls, contract: RobotContract, *, device: str = "cpu", precision: str | None = None) -> Policy:
+    def untrained(cls, contract: RobotContract, *, device: str = "cpu", precision: Precision | None = None) -> Policy:
         """The tiny model with random weights: real code paths, meaningless small motions around the pose it is in."""
         joints = contract.joints
         lower, upper = contract.lower.astype(np.float32), contract.upper.astype(np.float32)
@@ -137,7 +144,7 @@ class Policy:
         dt: float,
         tokenizer: str | Path | None = None,
         device: str = "cpu",
-        precision: str | None = None,
+        precision: Precision | None = None,
         initialise: Sequence[str] = (),
         **foreign: Any,
     ) -> Policy:
@@ -165,7 +172,7 @@ class Policy:
         dt: float,
         tokenizer: str | Path | None = None,
         device: str,
-        precision: str | None,
+        precision: Precision | None,
         initialise: tuple[str, ...] = (),
     ) -> Policy:
         text = load_tokenizer(tokenizer or source.path)

@@ -79,21 +79,23 @@ class Normalizer:
             raise InputError(f"normalisation mode: found {self.mode!r}, expected identity, z_score or quantile")
         if self.mode != "identity" and self.stats is None:
             raise InputError(f"normalisation {self.mode}: found no statistics, expected mean and std (and q01, q99)")
-        if self.mode == "quantile" and (self.stats.q01 is None or self.stats.q99 is None):
+        if self.mode == "quantile" and self.stats is not None and (self.stats.q01 is None or self.stats.q99 is None):
             raise InputError("normalisation quantile: found statistics without q01 and q99, expected both")
 
     def _parts(self, dim: int, *, back: bool) -> tuple[np.ndarray | float, np.ndarray | float, float]:
         """Origin, scale and shift, float64: normalised = (x - origin) / scale - shift; ``back``: for undoing it."""
-        if self.mode == "identity":
+        stats = self.stats
+        if self.mode == "identity" or stats is None:
             return 0.0, 1.0, 0.0
-        if dim != len(self.stats.mean):
-            raise InputError(f"normalisation: found a vector of {dim}, expected {len(self.stats.mean)} (statistics)")
+        if dim != len(stats.mean):
+            raise InputError(f"normalisation: found a vector of {dim}, expected {len(stats.mean)} (statistics)")
         if self.mode == "z_score":
             epsilon = EPSILON if self.lerobot_epsilon is None else 0.0 if back else self.lerobot_epsilon
-            return self.stats.mean.astype(np.float64), self.stats.std.astype(np.float64) + epsilon, 0.0
+            return stats.mean.astype(np.float64), stats.std.astype(np.float64) + epsilon, 0.0
+        assert stats.q01 is not None and stats.q99 is not None
         # The shift stays apart: added to the origin, half of a range near EPSILON would be lost in rounding.
-        q01 = self.stats.q01.astype(np.float64)
-        width = self.stats.q99 - q01
+        q01 = stats.q01.astype(np.float64)
+        width = stats.q99 - q01
         if self.lerobot_epsilon is None:
             return q01, (width + EPSILON) / 2, 1.0
         return q01, np.where(width == 0, self.lerobot_epsilon, width) / 2, 1.0

@@ -120,11 +120,11 @@ def measure_feature_scale(
     for begin in range(0, len(rows), 64):
         block = rows[begin : begin + 64]
         if features is not None:
-            tokens = torch.from_numpy(features[block]).to(device).float().unbind(1)
+            tokens = list(torch.from_numpy(features[block]).to(device).float().unbind(1))
         else:
             images = torch.from_numpy(loader.dataset.images[block]).to(device)
             tokens = model.embed_images([pixels_to_model(image) for image in images.unbind(1)])
-        pooled.append(model.pool_features(list(tokens)).flatten(0, 1).double())
+        pooled.append(model.pool_features(tokens).flatten(0, 1).double())
     values = torch.cat(pooled)
     std = values.std(0)
     model.next_obs_mean.copy_(values.mean(0))

@@ -51,7 +51,8 @@ class Sample:
     def split(self, parts: int) -> list[Sample]:
         """``parts`` samples of equal size in the same order."""
         size = len(self) // parts
-        return [_map(self, lambda tensor, i=i: tensor[i * size : (i + 1) * size]) for i in range(parts)]
+        slices = [slice(i * size, (i + 1) * size) for i in range(parts)]
+        return [_map(self, lambda tensor, rows=rows: tensor[rows]) for rows in slices]  # type: ignore[misc]
 
 
 def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -135,13 +135,13 @@ def _origin(config: TrainConfig, dt: float) -> _Origin:
         policy = Policy.from_checkpoint(path, dt=dt, initialise=section.initialise)
         if changes:
             changed = ModelConfig.from_dict({**policy.config.model.to_dict(), **changes})
-            without = () if changed.use_peft_prefix_token else ("e_token",)
+            without: tuple[str, ...] = () if changed.use_peft_prefix_token else ("e_token",)
             without += () if changed.alignment_expert is not None else ("alignment",)
             policy.model = load_model(path, changed, initialise=section.initialise, leave_out=without, seed=config.seed)
         model = policy.model.float().requires_grad_(True)
         model.paligemma_with_expert.gemma_expert.lm_head.requires_grad_(False)
         bank = None if policy.bank is None else (policy.config.bank_keys, policy.bank)
-        codec, embodiment = policy.codec, policy.e_token.embodiment
+        codec, embodiment = policy.codec, "" if policy.e_token is None else policy.e_token.embodiment
         return _Origin(model, codec.tokenizer, codec.stats, bank, embodiment, policy.digest)
 
 
