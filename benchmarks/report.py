@@ -18,7 +18,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from selfalign_core.errors import SelfAlignError
-from selfalign_core.policy.checkpoint import write_atomically
+from selfalign_core.files import write_text
 
 MIB = 2**20
 
@@ -72,7 +72,7 @@ def write_json(path: str | Path | None, values: dict[str, Any]) -> None:
         return
     path = Path(path)
     text = json.dumps(_finite(values), indent=1) + "\n"
-    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    write_text(path, text)
 
 
 def _finite(value: Any) -> Any:

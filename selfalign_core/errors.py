@@ -15,3 +15,7 @@ class InputError(SelfAlignError):
 
 class CheckpointError(SelfAlignError):
     """A checkpoint or E-Token file is missing tensors, holds surplus ones, or belongs to another model."""
+
+
+class DatasetError(SelfAlignError):
+    """A dataset that cannot be read or written: the message names the file or the episode and frame."""

@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from selfalign_core.data.dataset import run_command
 from selfalign_core.errors import ConfigError
+from selfalign_core.files import write_text
 from selfalign_core.policy import Policy
-from selfalign_core.policy.checkpoint import write_atomically
 from selfalign_core.sim import JOINTS
 from selfalign_core.study.animation import check_animation_path, save_animation
 from selfalign_core.study.rollout import PolicyPlanner, RolloutConfig
@@ -111,7 +111,7 @@ def _run(options: argparse.Namespace) -> None:
             "episodes": [episode_record(*pair) for pair in pairs],
         }
         text = json.dumps(document, indent=2, allow_nan=False) + "\n"
-        write_atomically(Path(options.json), lambda temporary: Path(temporary).write_text(text))
+        write_text(Path(options.json), text)
     if options.gif:
         save_animation(options.gif, planner, planned[0].episode, config)
 

@@ -156,7 +156,7 @@ class Bench:
     def _joint_inputs(self) -> tuple[ModelInputs, Tensor, Tensor, list[Tensor]]:
         policy, batch, config = self.policy, self.batch, self.policy.config.model
         device, count = self.token.device, len(batch)
-        frames = [policy.images_to_model(np.ascontiguousarray(batch.frames[:, i])) for i in range(len(batch.cameras))]
+        frames = [policy.codec.images_to_model(batch.frames[:, i]) for i in range(len(batch.cameras))]
         state = batch.frame_states[batch.obs_index]
         tokens = torch.randint(0, 4, (count, config.max_token_len), device=device)
         inputs = ModelInputs(
@@ -164,10 +164,10 @@ class Bench:
             [torch.ones(count, dtype=torch.bool, device=device) for _ in frames],
             tokens,
             torch.ones_like(tokens, dtype=torch.bool),
-            policy.state_to_model(state),
+            policy.codec.state_to_model(state),
         )
         actions = torch.randn(count, config.action_horizon, config.action_dim, device=device)
-        return inputs, actions, policy.actions_to_model(batch.actions, state), [frame[1:] for frame in frames]
+        return inputs, actions, policy.codec.actions_to_model(batch.actions, state), [frame[1:] for frame in frames]
 
 
 def counted(preset: str, transitions: int) -> dict[str, float]:

@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -115,11 +115,11 @@ def measure_size(height: int, width: int, frames: int) -> list[dict[str, Any]]:
     policy = Policy.untrained(RobotContract.from_yaml(config_file("contracts/sim_reach.yaml")))
     found = []
     for name, message in cases(height, width).items():
-        encoding = "raw" if isinstance(message, Image) else "compressed"
+        encoding: Literal["raw", "compressed"] = "raw" if isinstance(message, Image) else "compressed"
         camera = Camera(name="camera", topic="camera", encoding=encoding, height=height, width=width)
 
         def ours(camera: Camera = camera, message: Image | CompressedImage = message) -> Tensor:
-            return policy.images_to_model(decode(camera, message, (INPUT, INPUT))[None])
+            return policy.codec.images_to_model(decode(camera, message, (INPUT, INPUT))[None])
 
         def theirs(message: Image | CompressedImage = message) -> Tensor:
             return plain(message, INPUT)

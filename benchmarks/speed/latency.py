@@ -88,12 +88,12 @@ def shipped(checkpoint: str, device: str) -> Subject:
     rng = np.random.default_rng(0)
     images = {c: rng.integers(0, 256, (*policy.image_size, 3), dtype=np.uint8) for c in policy.config.cameras if c}
     observation = Observation(images, np.zeros(policy.state_dim, np.float32), "reach the red cube")
-    inputs = policy.inputs(observation)
+    inputs = policy.codec.observations_to_model([observation])
     noise = torch.randn(1, policy.horizon, policy.config.model.action_dim, device=device)
 
     def around() -> object:
-        policy.inputs(observation)
-        return policy.actions_from_model(noise[0], observation.state)
+        policy.codec.observations_to_model([observation])
+        return policy.codec.actions_from_model(noise[0], observation.state)
 
     mask = policy.dim_mask if policy.config.padding_masked else None
     return Subject(checkpoint, policy.model, inputs, noise, mask, around)

@@ -38,8 +38,10 @@ from selfalign_core.errors import ConfigError
 from selfalign_core.model.config import ModelConfig
 from selfalign_core.model.torch_state import check_device
 from selfalign_core.training.config import TrainConfig
-from selfalign_core.training.inputs import Encoder, cache_features, unreached_parameters
+from selfalign_core.training.features import cache_features
+from selfalign_core.training.joint import unreached_parameters
 from selfalign_core.training.parallel import Ranks
+from selfalign_core.training.samples import Encoder
 from selfalign_core.training.trainer import Trainer
 
 TIME_LIMIT = 1.6
@@ -122,9 +124,7 @@ class Bench:
                 trainer.output / "features", trainer.joint.model, trainer.dataset, device=self.device
             )
         action = Encoder(
-            trainer.policy_config,
-            trainer.stats,
-            trainer.tokenizer,
+            trainer.codec,
             trainer.dataset,
             row_of=[0] * len(trainer.dataset.meta.embodiments),
             seed=0,

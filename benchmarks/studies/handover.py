@@ -245,7 +245,7 @@ def _run(options: argparse.Namespace) -> int:
         raise ConfigError(f"latencies: found {min(options.latencies):g} ms, expected >= 0")
     policy = load_policy(options.checkpoint)
     contract = RobotContract.from_yaml(CONTRACT)
-    policy.check_contract(contract)
+    policy.config.check_contract(contract)
     trained = policy.config.rtc_max_delay > 0
     methods = options.methods or [WAIT, *(m for m in reversed(METHODS) if trained or m != "prefix")]
     for method in methods:

@@ -20,7 +20,9 @@ from selfalign_core.model.config import ModelConfig
 from selfalign_core.model.pi0 import Transitions
 from selfalign_core.policy import Policy
 from selfalign_core.policy.bank import TokenBank
-from selfalign_core.training.inputs import Encoder, JointModel, check_fits, pixels
+from selfalign_core.policy.codec import pixels_to_model
+from selfalign_core.training.joint import JointModel
+from selfalign_core.training.samples import Encoder, check_fits
 from selfalign_core.training.trainer import LOSSES
 
 _NOISE_DRAWS = 2
@@ -90,9 +92,7 @@ class Scorer:
         self.device = policy.dim_mask.device
         self._joint = JointModel(policy.model, self.bank, policy.dim_mask).to(self.device)
         self._encoder = Encoder(
-            policy.config,
-            policy.stats,
-            policy.tokenizer,
+            policy.codec,
             dataset,
             row_of=[0] * len(dataset.meta.embodiments),
             seed=seed,
@@ -123,14 +123,14 @@ class Scorer:
             return 0
         model, config = self.model, self.policy.config.model
         sample = self._encoder(drawn.batch, drawn.positions).to(self.device)
-        features = model.embed_images([pixels(image) for image in sample.inputs.images])
+        features = model.embed_images([pixels_to_model(image) for image in sample.inputs.images])
         prefix = model.prefix(sample.inputs, image_features=features)
         prefix = model.alignment_prefix(prefix, features, sample.inputs.image_masks)
         transitions = Transitions(
             state=sample.inputs.state,
             actions=sample.executed,
             next_obs=model.next_observation_features(
-                model.embed_images([pixels(image) for image in sample.next_images])
+                model.embed_images([pixels_to_model(image) for image in sample.next_images])
             ),
             action_masks=sample.executed_masks,
         )

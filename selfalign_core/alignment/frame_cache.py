@@ -113,14 +113,9 @@ class FrameCache:
     def _encode(self, frames: np.ndarray, cameras: tuple[str, ...], look: Look) -> Encoded:
         look()
         policy, model = self._policy, self._policy.model
-        features, masks = [], []
-        for camera in policy.config.cameras:
-            if camera is None:
-                pixels = np.zeros((len(frames), *policy.image_size, 3), np.uint8)
-            else:
-                pixels = np.ascontiguousarray(frames[:, cameras.index(camera)])
-            features.append(model.paligemma_with_expert.embed_image(policy.images_to_model(pixels)))
-            masks.append(torch.full((len(frames),), camera is not None, device=policy.dim_mask.device))
+        by_camera = {camera: frames[:, i] for i, camera in enumerate(cameras)}
+        images, masks = policy.codec.cameras_to_model(by_camera, len(frames))
+        features = [model.paligemma_with_expert.embed_image(image) for image in images]
         images_only = policy.config.model.alignment_prefix == "images_only"
         return Encoded(
             tuple(features), tuple(masks), model.images_only_prefix(features, masks) if images_only else None

@@ -1,6 +1,6 @@
 """The last accepted tokens of one robot, in memory and in one file.
 
-The file is an E-Token file (:func:`selfalign_core.policy.checkpoint.load_e_token` reads the newest token of it) with
+The file is an E-Token file (:func:`selfalign_core.policy.token_files.load_e_token` reads the newest token of it) with
 the earlier tokens in its metadata, written atomically: after a crash it holds all of the old or all of the new.
 """
 
@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
 
 from selfalign_core.errors import CheckpointError, InputError
-from selfalign_core.policy.checkpoint import load_e_token, save_e_token
+from selfalign_core.policy.token_files import load_e_token_and_metadata, save_e_token
 from selfalign_core.robot.types import EToken
 
 _KEY = "history"
@@ -87,11 +86,9 @@ class History:
             CheckpointError: the file is damaged, or of another model, shape or embodiment.
         """
         shape = tuple(like.data.shape)
-        token = load_e_token(path, model_digest=like.model_digest, shape=shape)
+        token, metadata = load_e_token_and_metadata(path, model_digest=like.model_digest, shape=shape)
         if token.embodiment != like.embodiment:
             raise CheckpointError(f"{path}: found tokens of {token.embodiment!r}, expected {like.embodiment!r}")
-        with safe_open(path, framework="np") as file:
-            metadata = file.metadata()
         try:
             earlier = [_from_dict(entry, token, shape) for entry in json.loads(metadata[_KEY])]
             score = json.loads(metadata["losses"]).get("total", math.nan)

@@ -109,8 +109,8 @@ class Scorer:
         frames = self._frames.encode(batch.frames, batch.cameras, look)
         state = batch.frame_states[batch.obs_index]
         transitions = Transitions(
-            state=policy.state_to_model(state),
-            actions=policy.actions_to_model(batch.actions, state),
+            state=policy.codec.state_to_model(state),
+            actions=policy.codec.actions_to_model(batch.actions, state),
             next_obs=model.next_observation_features([f[nxt] for f in frames.features]),
             next_obs_masks=model.next_observation_masks([m[nxt] for m in frames.masks]),
         )
@@ -122,9 +122,8 @@ class Scorer:
         for rows in torch.arange(len(state)).split(MAX_FRAMES):
             look()
             seen, states = frames.select(rows.to(policy.dim_mask.device)), state[rows]
-            prompts = [policy.tokenize(self._prompt, s) for s in states]
-            tokens, token_masks = (torch.cat(values) for values in zip(*prompts, strict=True))
-            inputs = ModelInputs([], seen.masks, tokens, token_masks, policy.state_to_model(states))
+            prompts = policy.codec.prompts_to_model([self._prompt] * len(states), states)
+            inputs = ModelInputs([], list(seen.masks), *prompts, policy.codec.state_to_model(states))
             parts.append(policy.model.prefix(inputs, image_features=seen.features))
         return PrefixCache.joined(parts)
 

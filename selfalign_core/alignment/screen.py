@@ -32,8 +32,8 @@ def screen(
             words.append(f"camera {camera!r} stood still in {frozen.sum()} transitions while the robot moved")
         good &= ~frozen
     for what, values in (
-        ("state", np.maximum(*(np.abs(policy.state_to_model(states[i]).cpu().numpy()) for i in (obs, nxt)))),
-        ("action", np.abs(policy.actions_to_model(batch.actions, states[obs]).cpu().numpy()).max(1)),
+        ("state", np.maximum(*(np.abs(policy.codec.state_to_model(states[i]).cpu().numpy()) for i in (obs, nxt)))),
+        ("action", np.abs(policy.codec.actions_to_model(batch.actions, states[obs]).cpu().numpy()).max(1)),
     ):
         values = values[:, : len(joints)]
         bad = ~(values.max(1) <= config.max_value)

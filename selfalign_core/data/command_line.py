@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from selfalign_core.data.partial import DatasetError
-from selfalign_core.errors import SelfAlignError
+from selfalign_core.errors import DatasetError, SelfAlignError
 
 
 def image_size_argument(numbers: Sequence[int]) -> tuple[int, int]:

@@ -17,7 +17,6 @@ come from.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,9 +27,11 @@ import numpy as np
 from selfalign_core.data.command_line import run_command
 from selfalign_core.data.dataset_meta import PLAY, DatasetMeta
 from selfalign_core.data.dataset_writer import DatasetWriter
-from selfalign_core.data.partial import DatasetError
 from selfalign_core.data.timeline import Timeline, Track
-from selfalign_core.policy.transforms import NormStats, load_norm_stats
+from selfalign_core.errors import DatasetError
+from selfalign_core.policy.statistics_files import load_norm_stats
+from selfalign_core.policy.transforms import NormStats
+from selfalign_core.records import load_document, named
 from selfalign_core.robot.types import TransitionBatch
 
 _ROWS_PER_CHECK = 2048
@@ -51,16 +52,9 @@ class TransitionDataset:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         file = self.path / "meta.json"
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
-            raise DatasetError(f"{file}: found no such file, expected a dataset directory") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise DatasetError(f"{file}: found invalid JSON ({error})") from None
-        try:
+        values = load_document(file, "a dataset directory", error=DatasetError)
+        with named(file, DatasetError):
             self.meta = DatasetMeta.from_dict(values)
-        except DatasetError as error:
-            raise DatasetError(f"{file}: {error}") from None
         arrays = {name: self._array(name, *expected) for name, expected in self.meta.shapes().items()}
         self.images: np.ndarray = arrays["images"]
         self.states: np.ndarray = arrays["states"]

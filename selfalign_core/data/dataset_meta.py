@@ -6,12 +6,13 @@ The directory itself is described in ``selfalign_core.data.dataset``. Must not k
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 import numpy as np
 
-from selfalign_core.data.partial import DatasetError
+from selfalign_core.errors import DatasetError
+from selfalign_core.records import Count, Natural, Only, Range, Record, plain, read, shown
 
 FORMAT = "selfalign-dataset-1"
 TRACK_FORMAT = "selfalign-dataset-2"  # of a dataset with a track of executed actions
@@ -20,19 +21,20 @@ PLAY = -1  # prompt of an episode that pursued no goal
 
 
 @dataclass(frozen=True)
-class Episode:
+class Episode(Record):
     """Consecutive rows. ``prompt`` is an index into the prompts; ``PLAY`` (-1) is none.
 
     Their executed actions are ``track_length`` rows of the track from ``track_start`` on; 0 in a dataset without one,
     whose rows are one control step apart and have an action each.
     """
 
-    start: int
-    length: int
-    embodiment: int
-    prompt: int
-    track_start: int = 0
-    track_length: int = 0
+    error = DatasetError
+    start: Natural
+    length: Count
+    embodiment: Natural
+    prompt: Annotated[int, Range(PLAY)]
+    track_start: Natural = 0
+    track_length: Natural = 0
 
     @property
     def stop(self) -> int:
@@ -40,63 +42,56 @@ class Episode:
 
 
 @dataclass(frozen=True)
-class DatasetMeta:
+class DatasetMeta(Record):
     """``meta.json``. Raises ``DatasetError`` when the fields contradict each other.
 
     ``delta_mask``: per action dimension, True if action statistics are of ``action - state`` of the chunk's first
     frame. ``statistics_horizon``: actions per chunk these statistics are over. ``counters``: frames left out and why.
     """
 
-    cameras: tuple[str, ...]
-    image_size: tuple[int, int]
-    state_dim: int
-    action_dim: int
-    dt_ns: int
-    prompts: tuple[str, ...]
+    error = DatasetError
+    cameras: Annotated[tuple[str, ...], Only(len, "at least one camera")]
+    image_size: tuple[Count, Count]
+    state_dim: Count
+    action_dim: Count
+    dt_ns: Count
+    prompts: Annotated[tuple[str, ...], Only(all, "text in each")]
     embodiments: tuple[str, ...]
     episodes: tuple[Episode, ...]
-    delta_mask: tuple[bool, ...]
-    statistics_horizon: int
-    chunk_horizon: int | None = None
+    delta_mask: tuple[bool, ...] = ()
+    statistics_horizon: Count = DEFAULT_STATISTICS_HORIZON
+    chunk_horizon: Count | None = None
     joint_names: tuple[str, ...] = ()
     counters: Mapping[str, int] = field(default_factory=dict)
     sources: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("state_dim", "action_dim", "dt_ns", "statistics_horizon"):
-            expect(getattr(self, name) >= 1, f"{name}: found {getattr(self, name)}, expected >= 1")
-        expect(len(self.cameras) >= 1, "cameras: found none, expected at least one")
+        if not self.delta_mask:
+            object.__setattr__(self, "delta_mask", (False,) * self.action_dim)
+        super().__post_init__()
         for name in ("cameras", "prompts", "embodiments"):
             values = getattr(self, name)
-            expect(len(set(values)) == len(values), f"{name}: found {list(values)}, expected each once")
-        expect(all(self.prompts), f"prompts: found an empty one in {list(self.prompts)}, expected text")
-        expect(len(self.image_size) == 2 and min(self.image_size) >= 1, f"image_size: found {self.image_size}")
-        expect(
-            len(self.delta_mask) == self.action_dim,
-            f"delta_mask: found {len(self.delta_mask)} values, expected action_dim={self.action_dim}",
+            self.expect(len(set(values)) == len(values), name, "each once")
+        values, dim = f"{len(self.delta_mask)} values", self.action_dim
+        self.expect(len(self.delta_mask) == dim, "delta_mask", f"action_dim={dim}", values)
+        self.expect(
+            not any(self.delta_mask) or self.state_dim == dim,
+            "delta_mask",
+            "them equal",
+            f"delta actions with state_dim={self.state_dim} and action_dim={dim}",
         )
-        expect(
-            not any(self.delta_mask) or self.state_dim == self.action_dim,
-            f"delta_mask: found delta actions with state_dim={self.state_dim} and action_dim={self.action_dim}, "
-            "expected them equal",
-        )
-        stop = actions = 0
+        stop, actions, bodies, prompts = 0, 0, len(self.embodiments), len(self.prompts)
         for i, episode in enumerate(self.episodes):
             name = f"episodes[{i}]"
-            expect(episode.start == stop, f"{name}.start: found {episode.start}, expected {stop} (no gaps)")
-            expect(episode.length >= 1, f"{name}.length: found {episode.length}, expected >= 1")
-            expect(
-                0 <= episode.embodiment < len(self.embodiments),
-                f"{name}.embodiment: found {episode.embodiment}, expected 0..{len(self.embodiments) - 1}",
-            )
-            expect(
-                PLAY <= episode.prompt < len(self.prompts),
-                f"{name}.prompt: found {episode.prompt}, expected -1..{len(self.prompts) - 1}",
-            )
-            expect(
+            self.expect(episode.start == stop, f"{name}.start", f"{stop} (no gaps)", shown(episode.start))
+            body, prompt = episode.embodiment, episode.prompt
+            self.expect(body < bodies, f"{name}.embodiment", f"0..{bodies - 1}", shown(body))
+            self.expect(prompt < prompts, f"{name}.prompt", f"-1..{prompts - 1}", shown(prompt))
+            self.expect(
                 episode.track_start == actions and (episode.track_length >= 1) == self.has_track,
-                f"{name}: found track_start {episode.track_start}, track_length {episode.track_length}, expected "
+                name,
                 f"{actions} and {'at least 1' if self.has_track else 0}",
+                f"track_start {episode.track_start}, track_length {episode.track_length}",
             )
             stop, actions = episode.stop, actions + episode.track_length
 
@@ -131,7 +126,7 @@ class DatasetMeta:
         return shapes
 
     def to_dict(self) -> dict[str, Any]:
-        values = {"format": self.format, **asdict(self)}
+        values = {"format": self.format, **plain(self)}
         if not self.has_track:
             for episode in values["episodes"]:
                 del episode["track_start"], episode["track_length"]
@@ -140,35 +135,7 @@ class DatasetMeta:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DatasetMeta:
         """Raises ``DatasetError`` naming the key."""
-        if values.get("format") not in (FORMAT, TRACK_FORMAT):
-            raise DatasetError(f"format: found {values.get('format')!r}, expected {FORMAT!r} or {TRACK_FORMAT!r}")
-        required = ("cameras", "image_size", "state_dim", "action_dim", "dt_ns", "prompts", "embodiments", "episodes")
-        if missing := [key for key in required if key not in values]:
-            raise DatasetError(f"found no {', '.join(missing)}, expected all of {', '.join(required)}")
-        try:
-            meta = cls(
-                cameras=tuple(values["cameras"]),
-                image_size=tuple(values["image_size"]),
-                state_dim=values["state_dim"],
-                action_dim=values["action_dim"],
-                dt_ns=values["dt_ns"],
-                prompts=tuple(values["prompts"]),
-                embodiments=tuple(values["embodiments"]),
-                episodes=tuple(Episode(**episode) for episode in values["episodes"]),
-                delta_mask=tuple(values.get("delta_mask") or (False,) * values["action_dim"]),
-                statistics_horizon=values.get("statistics_horizon", DEFAULT_STATISTICS_HORIZON),
-                chunk_horizon=values.get("chunk_horizon"),
-                joint_names=tuple(values.get("joint_names", ())),
-                counters=dict(values.get("counters", {})),
-                sources=tuple(values.get("sources", ())),
-            )
-        except TypeError as error:
-            raise DatasetError(f"found values of the wrong type ({error})") from error
-        if meta.has_track != (values["format"] == TRACK_FORMAT):
+        meta = read(cls, values, formats=(FORMAT, TRACK_FORMAT))
+        if meta.format != values["format"]:
             raise DatasetError(f"format: found {values['format']!r}, expected {meta.format!r} (by its episodes)")
         return meta
-
-
-def expect(condition: bool, message: str) -> None:
-    if not condition:
-        raise DatasetError(message)

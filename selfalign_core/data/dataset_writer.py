@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.lib import format as npy
 
-from selfalign_core.data.dataset_meta import DEFAULT_STATISTICS_HORIZON, PLAY, DatasetMeta, Episode, expect
-from selfalign_core.data.partial import DatasetError, PartialDirectory
+from selfalign_core.data.dataset_meta import DEFAULT_STATISTICS_HORIZON, PLAY, DatasetMeta, Episode
 from selfalign_core.data.statistics import norm_stats_of
 from selfalign_core.data.timeline import Timeline, Track
-from selfalign_core.policy.transforms import save_norm_stats
+from selfalign_core.errors import DatasetError
+from selfalign_core.files import PartialDirectory
+from selfalign_core.policy.statistics_files import save_norm_stats
 from selfalign_core.robot.frames import Pairing
 
 
@@ -305,6 +306,11 @@ class _GrowingArray:
         shape = (self.rows, *self._row_shape)
         header = {"descr": npy.dtype_to_descr(self._dtype), "fortran_order": False, "shape": shape}
         npy.write_array_header_1_0(self._file, header)
+
+
+def expect(condition: bool, message: str) -> None:
+    if not condition:
+        raise DatasetError(message)
 
 
 def _checked(name: str, values: np.ndarray, dtype: type, shape: tuple[int | None, ...]) -> np.ndarray:

@@ -5,7 +5,6 @@ Must not know ROS, the model or torch; the ``lerobot`` package is not needed.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,11 +19,64 @@ from tqdm import tqdm
 
 from selfalign_core.data.dataset_writer import DatasetWriter
 from selfalign_core.data.lerobot_layout import ACTION, EXTRA, IMAGES, OURS, STATE, VIDEO_PATH
-from selfalign_core.data.partial import DatasetError
-from selfalign_core.errors import InputError, SelfAlignError
+from selfalign_core.errors import DatasetError, InputError, SelfAlignError
+from selfalign_core.records import Count, Positive, Record, load
 from selfalign_core.robot.images import decode_compressed, resize_with_pad
 
 _FRAMES_PER_READ = 64
+_FOLDER = "one of a LeRobotDataset v3"
+
+
+class _Said(Record):
+    """Of a file that others write too: keys that are not known are theirs."""
+
+    error = DatasetError
+    foreign = True
+
+
+@dataclass(frozen=True)
+class _Feature(_Said):
+    dtype: str = ""
+    shape: tuple[int, ...] | None = None
+    names: Any = None
+    info: dict[str, Any] | None = None
+    video_info: dict[str, Any] | None = None
+
+    @property
+    def is_depth(self) -> bool:
+        details = {**(self.video_info or {}), **(self.info or {})}
+        return bool(details.get("is_depth_map") or details.get("video.is_depth_map"))
+
+
+@dataclass(frozen=True)
+class _Info(_Said):
+    """``meta/info.json``."""
+
+    codebase_version: Any
+    fps: Positive
+    features: dict[str, _Feature]
+    robot_type: str | None = None
+    total_frames: int | None = None
+    video_path: str | None = None
+
+    def __post_init__(self) -> None:
+        version = str(self.codebase_version)
+        converter = "v3.0 (LeRobot's convert_dataset_v21_to_v30 converts older datasets)"
+        self.expect(version.startswith("v3."), "codebase_version", converter, version)
+        super().__post_init__()
+        for key in (STATE, ACTION):
+            shape = self.features[key].shape if key in self.features else None
+            self.expect(shape is not None and len(shape) == 1, f"features.{key}", "a vector", f"shape {shape}")
+
+
+@dataclass(frozen=True)
+class _Ours(_Said):
+    """:data:`~selfalign_core.data.lerobot_layout.OURS`, where SelfAlign wrote the folder."""
+
+    embodiments: tuple[str, ...] = ()
+    dt_ns: Count | None = None
+    delta_mask: tuple[bool, ...] | None = None
+    statistics_horizon: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -32,51 +84,44 @@ class _Source:
     """The metadata of a LeRobot folder."""
 
     root: Path
-    info: dict[str, Any]
-    ours: dict[str, Any]
+    info: _Info
+    ours: _Ours
     cameras: dict[str, str]  # our camera name -> feature key
     tasks: dict[int, str]
     episodes: dict[int, dict[str, Any]]  # rows of meta/episodes by episode_index
 
     @property
-    def features(self) -> dict[str, dict[str, Any]]:
-        return self.info["features"]
+    def features(self) -> dict[str, _Feature]:
+        return self.info.features
+
+    @property
+    def dt_ns(self) -> int:
+        return self.ours.dt_ns or round(1e9 / self.info.fps)
 
     @property
     def data_files(self) -> list[Path]:
         return sorted((self.root / "data").glob("*/*.parquet"))
 
     def dim(self, key: str) -> int:
-        return int(self.features[key]["shape"][0])
+        shape = self.features[key].shape
+        assert shape is not None
+        return shape[0]
 
     @classmethod
     def open(cls, root: Path, cameras: Sequence[str] | None) -> _Source:
         file = root / "meta" / "info.json"
-        info = _read_json(file)
-        version = str(info.get("codebase_version"))
-        if not version.startswith("v3."):
-            raise DatasetError(
-                f"{file}: found codebase_version {version}, expected v3.0 "
-                "(LeRobot's convert_dataset_v21_to_v30 converts older datasets)"
-            )
-        features = info.get("features", {})
-        for key in (STATE, ACTION):
-            shape = features.get(key, {}).get("shape")
-            if not shape or len(shape) != 1:
-                raise DatasetError(f"{file}: feature {key}: found shape {shape}, expected a vector")
-        if not info.get("fps", 0) > 0:
-            raise DatasetError(f"{file}: fps: found {info.get('fps')}, expected a number above 0")
+        info = load(_Info, file, _FOLDER, error=DatasetError)
         known = {
             _camera_name(key): key
-            for key, feature in features.items()
-            if feature.get("dtype") in ("image", "video") and not _is_depth(feature)
+            for key, feature in info.features.items()
+            if feature.dtype in ("image", "video") and not feature.is_depth
         }
         chosen = list(known) if cameras is None else list(cameras)
         if missing := [name for name in chosen if name not in known]:
             raise DatasetError(f"{file}: cameras: found {sorted(known)}, expected also {missing}")
         if not chosen:
             raise DatasetError(f"{file}: found no colour image feature, expected at least one camera")
-        ours = _read_json(root / OURS) if (root / OURS).is_file() else {}
+        ours = load(_Ours, root / OURS, _FOLDER, error=DatasetError) if (root / OURS).is_file() else _Ours()
         tasks, episodes = _read_tasks(root), _read_episodes(root)
         return cls(root, info, ours, {name: known[name] for name in chosen}, tasks, episodes)
 
@@ -102,7 +147,7 @@ def import_lerobot(
         DatasetError: naming file, episode and frame; nothing is left at ``output`` then.
     """
     source = _Source.open(Path(root), cameras)
-    names = source.features[ACTION].get("names")
+    names = source.features[ACTION].names
     joint_names = names if isinstance(names, list) and len(names) == source.dim(ACTION) else ()
     joint_names = [str(name).removesuffix(".pos") for name in joint_names]  # LeRobot's robots say joint.quantity
     with DatasetWriter(
@@ -111,22 +156,23 @@ def import_lerobot(
         image_size=image_size,
         state_dim=source.dim(STATE),
         action_dim=source.dim(ACTION),
-        dt_ns=source.ours.get("dt_ns") or round(1e9 / source.info["fps"]),
-        delta_mask=[False] * source.dim(ACTION) if absolute_actions else source.ours.get("delta_mask"),
-        statistics_horizon=statistics_horizon or source.ours.get("statistics_horizon"),
+        dt_ns=source.dt_ns,
+        delta_mask=[False] * source.dim(ACTION) if absolute_actions else source.ours.delta_mask,
+        statistics_horizon=statistics_horizon or source.ours.statistics_horizon,
         joint_names=tuple(map(str, joint_names)),
     ) as writer:
         _read_rows(source, writer, embodiment)
-        if writer.num_frames != source.info.get("total_frames", writer.num_frames):
+        promised = source.info.total_frames
+        if promised is not None and writer.num_frames != promised:
             raise DatasetError(
                 f"{source.root / 'data'}: found {writer.num_frames} frames, expected the "
-                f"{source.info['total_frames']} of meta/info.json; files are missing or cut short"
+                f"{promised} of meta/info.json; files are missing or cut short"
             )
         # disable=None: no bar where the output is not a terminal
         total = writer.num_frames * len(source.cameras)
         with tqdm(total=total, desc=source.root.name, unit="image", disable=None if progress else True) as bar:
             for index, key in enumerate(source.cameras.values()):
-                is_video = source.features[key]["dtype"] == "video"
+                is_video = source.features[key].dtype == "video"
                 images = _video_images(source, key) if is_video else _row_images(source, key)
                 for row, image in enumerate(images):
                     writer.write_image(row, index, resize_with_pad(image, *image_size))
@@ -137,11 +183,10 @@ def import_lerobot(
 def _read_rows(source: _Source, writer: DatasetWriter, embodiment: str | None) -> None:
     """States, actions and episodes, in the order of the files."""
     columns = [STATE, ACTION, "frame_index", "episode_index", "task_index"]
-    bodies = source.ours.get("embodiments") if embodiment is None else None
+    bodies = source.ours.embodiments if embodiment is None else ()
     if bodies:
         columns += list(EXTRA)
-    fallback = embodiment or source.info.get("robot_type") or source.root.name
-    dt_ns = source.ours.get("dt_ns") or round(1e9 / source.info["fps"])
+    fallback, dt_ns = embodiment or source.info.robot_type or source.root.name, source.dt_ns
     counted: dict[int, int] = {}
     for file in source.data_files:
         rows = _read_columns(file, columns)
@@ -192,8 +237,8 @@ def _row_images(source: _Source, key: str) -> Iterator[np.ndarray]:
 
 def _video_images(source: _Source, key: str) -> Iterator[np.ndarray]:
     """Images of every episode, in the order of the rows, out of the video files."""
-    fps = float(source.info["fps"])
-    template = source.info.get("video_path") or VIDEO_PATH
+    fps = source.info.fps
+    template = source.info.video_path or VIDEO_PATH
     for number in sorted(source.episodes):
         episode = source.episodes[number]
         try:
@@ -278,15 +323,10 @@ def _named(file: Path) -> Iterator[None]:
     except SelfAlignError:
         raise
     except FileNotFoundError:
-        raise DatasetError(f"{file}: found no such file, expected one of a LeRobotDataset v3") from None
+        raise DatasetError(f"{file}: found no such file, expected {_FOLDER}") from None
     # FFmpegError comes as OSError or ValueError, pyarrow's errors as either or as ArrowException.
     except (OSError, ValueError, IndexError, pa.ArrowException) as error:
         raise DatasetError(f"{file}: found an unreadable file ({' '.join(str(error).split())})") from error
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    with _named(file):
-        return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _vectors(values: np.ndarray) -> np.ndarray:
@@ -296,8 +336,3 @@ def _vectors(values: np.ndarray) -> np.ndarray:
 
 def _camera_name(key: str) -> str:
     return key.removeprefix(IMAGES).removeprefix("observation.").replace(".", "_")
-
-
-def _is_depth(feature: dict[str, Any]) -> bool:
-    details = {**(feature.get("video_info") or {}), **(feature.get("info") or {})}
-    return bool(details.get("is_depth_map") or details.get("video.is_depth_map"))

@@ -33,8 +33,9 @@ from selfalign_core.data.lerobot_layout import (
     STATE,
     VIDEO_PATH,
 )
-from selfalign_core.data.partial import DatasetError, PartialDirectory
 from selfalign_core.data.regular import Part, regular_parts
+from selfalign_core.errors import DatasetError
+from selfalign_core.files import PartialDirectory
 
 _CHUNK_SIZE = 1000  # files per chunk directory
 _DATA_MB, _VIDEO_MB = 100, 200  # file sizes after which another one is begun

@@ -24,7 +24,7 @@ import numpy as np
 
 from selfalign_core.data.command_line import run_command
 from selfalign_core.data.dataset import TransitionDataset
-from selfalign_core.data.partial import DatasetError
+from selfalign_core.errors import DatasetError
 
 if TYPE_CHECKING:
     import torch

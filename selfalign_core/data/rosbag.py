@@ -24,13 +24,12 @@ from tqdm import tqdm
 from selfalign_core.data.command_line import image_size_argument, run_command
 from selfalign_core.data.dataset import TransitionDataset, describe
 from selfalign_core.data.dataset_writer import DatasetWriter
-from selfalign_core.data.partial import DatasetError
 from selfalign_core.data.rosbag_file import NS, BagError, BagFile, find_bags
 from selfalign_core.data.rosbag_frames import Player
 from selfalign_core.data.rosbag_messages import IMAGE_TYPES
 from selfalign_core.data.rosbag_options import Options
 from selfalign_core.data.rosbag_recording import read_recording
-from selfalign_core.errors import InputError
+from selfalign_core.errors import DatasetError, InputError
 from selfalign_core.robot.contract import Camera, RobotContract
 from selfalign_core.robot.images import decode_compressed, decode_resized, resize_with_pad
 

@@ -16,7 +16,7 @@ from typing import Any
 from rosbags.rosbag2 import Reader
 from rosbags.typesys import Stores, get_typestore
 
-from selfalign_core.data.partial import DatasetError
+from selfalign_core.errors import DatasetError
 
 NS = 1_000_000_000
 _STORAGE_SUFFIXES = (".mcap", ".db3")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from selfalign_core.data.partial import DatasetError
+from selfalign_core.errors import DatasetError
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ are never stated at all, they follow from the inputs (see ``selfalign_core.model
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from selfalign_core.errors import ConfigError
+from selfalign_core.records import Count, Natural, NotNegative, Record, named, plain, read
 
 PALIGEMMA_VOCAB_SIZE = 257152
 
@@ -19,55 +19,40 @@ _DERIVED = cast("int", None)
 """The default of a field that ``__post_init__`` derives from others."""
 
 
-def _require_positive_ints(owner: object, *names: str) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{type(owner).__name__}.{name}: found {value!r}, expected an integer >= 1")
-
-
 @dataclass(frozen=True)
-class GemmaSize:
+class GemmaSize(Record):
     """Size of one Gemma stack (the VLM's language model or an expert)."""
 
-    width: int
-    depth: int
-    mlp_dim: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
+    width: Count
+    depth: Count
+    mlp_dim: Count
+    num_heads: Count
+    num_kv_heads: Count
+    head_dim: Count
 
     def __post_init__(self) -> None:
-        _require_positive_ints(self, *(field.name for field in dataclasses.fields(self)))
-        if self.num_heads % self.num_kv_heads:
-            raise ConfigError(
-                f"GemmaSize.num_heads: found {self.num_heads}, expected a multiple of num_kv_heads={self.num_kv_heads}"
-            )
-        if self.head_dim % 2:
-            raise ConfigError(f"GemmaSize.head_dim: found {self.head_dim}, expected an even number (rotary embedding)")
+        super().__post_init__()
+        self.expect(
+            self.num_heads % self.num_kv_heads == 0, "num_heads", f"a multiple of num_kv_heads={self.num_kv_heads}"
+        )
+        self.expect(self.head_dim % 2 == 0, "head_dim", "an even number (rotary embedding)")
 
 
 @dataclass(frozen=True)
-class VisionSize:
+class VisionSize(Record):
     """Size of the SigLIP vision tower; ``image_size`` and ``patch_size`` in pixels."""
 
-    width: int
-    depth: int
-    mlp_dim: int
-    num_heads: int
-    image_size: int
-    patch_size: int
+    width: Count
+    depth: Count
+    mlp_dim: Count
+    num_heads: Count
+    image_size: Count
+    patch_size: Count
 
     def __post_init__(self) -> None:
-        _require_positive_ints(self, *(field.name for field in dataclasses.fields(self)))
-        if self.width % self.num_heads:
-            raise ConfigError(
-                f"VisionSize.width: found {self.width}, expected a multiple of num_heads={self.num_heads}"
-            )
-        if self.image_size < self.patch_size:
-            raise ConfigError(
-                f"VisionSize.image_size: found {self.image_size}, expected at least patch_size={self.patch_size}"
-            )
+        super().__post_init__()
+        self.expect(self.width % self.num_heads == 0, "width", f"a multiple of num_heads={self.num_heads}")
+        self.expect(self.image_size >= self.patch_size, "image_size", f"at least patch_size={self.patch_size}")
 
     @property
     def num_patches(self) -> int:
@@ -81,7 +66,7 @@ SIGLIP_SO400M = VisionSize(width=1152, depth=27, mlp_dim=4304, num_heads=16, ima
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Record):
     """Everything that decides the model's parameters and what its tokens may see.
 
     ``alignment_prefix`` says what the alignment path may read: ``images_only`` (design: no prompt, no clean state)
@@ -95,55 +80,40 @@ class ModelConfig:
     text: GemmaSize
     action_expert: GemmaSize
     alignment_expert: GemmaSize | None = None
-    vocab_size: int = PALIGEMMA_VOCAB_SIZE
-    action_dim: int = 32
-    action_horizon: int = 50
-    max_token_len: int = _DERIVED
-    expert_layer_offset: int = 0
+    vocab_size: Count = PALIGEMMA_VOCAB_SIZE
+    action_dim: Count = 32
+    action_horizon: Count = 50
+    max_token_len: Count = _DERIVED
+    """π0.5 writes the state into the prompt: 200 unless said otherwise; 48 for π0 (openpi)."""
+    expert_layer_offset: Natural = 0
     """Layer i of an expert reads the VLM's layer ``i + expert_layer_offset``; 0 in every public checkpoint."""
 
     use_peft_prefix_token: bool = True
-    peft_num_tokens: int = 1
+    peft_num_tokens: Count = 1
     peft_init: Literal["zeros", "normal"] = "zeros"
-    peft_lr: float = 1e-3
+    peft_lr: NotNegative = 1e-3
 
-    transition_horizon: int = _DERIVED
+    transition_horizon: Count = _DERIVED
     """Executed actions per transition; the action horizon unless said otherwise."""
-    feature_tokens_per_camera: int = 4
+    feature_tokens_per_camera: Count = 4
     alignment_prefix: Literal["images_only", "full"] = "images_only"
     restrict_image_to_language: bool = False
-    lambda_perc: float = 0.3
-    lambda_dyn: float = 1.0
-    lambda_inv: float = 3.0
+
+    lambda_perc: NotNegative = 0.3
+    lambda_dyn: NotNegative = 1.0
+    lambda_inv: NotNegative = 3.0
+    """Weights of the three tasks beside the actions' loss when the model is trained: how much of it they may claim.
+
+    A token is aligned with weights of its own (``alignment.config.AlignConfig``): there E alone learns, from these
+    losses alone, and what tells bodies apart counts most.
+    """
 
     def __post_init__(self) -> None:
         if self.max_token_len is None:
-            # openpi: the state is written into π0.5's prompt, which therefore is longer.
             object.__setattr__(self, "max_token_len", 200 if self.pi05 else 48)
         if self.transition_horizon is None:
             object.__setattr__(self, "transition_horizon", self.action_horizon)
-        _require_positive_ints(
-            self, "vocab_size", "action_dim", "action_horizon", "max_token_len", "peft_num_tokens",
-            "transition_horizon", "feature_tokens_per_camera",
-        )  # fmt: skip
-        for name in ("pi05", "use_peft_prefix_token", "restrict_image_to_language"):
-            value = getattr(self, name)
-            if not isinstance(value, bool):
-                raise ConfigError(f"ModelConfig.{name}: found {value!r}, expected True or False")
-        if self.peft_init not in ("zeros", "normal"):
-            raise ConfigError(f"ModelConfig.peft_init: found {self.peft_init!r}, expected 'zeros' or 'normal'")
-        if self.alignment_prefix not in ("images_only", "full"):
-            raise ConfigError(
-                f"ModelConfig.alignment_prefix: found {self.alignment_prefix!r}, expected 'images_only' or 'full'"
-            )
-        for name in ("lambda_perc", "lambda_dyn", "lambda_inv", "peft_lr"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise ConfigError(f"ModelConfig.{name}: found {value!r}, expected a number >= 0")
-        if not isinstance(self.expert_layer_offset, int) or self.expert_layer_offset < 0:
-            raise ConfigError(
-                f"ModelConfig.expert_layer_offset: found {self.expert_layer_offset!r}, expected an integer >= 0"
-            )
+        super().__post_init__()
         self._check_expert("action_expert", self.action_expert)
         if self.alignment_expert is not None:
             self._check_expert("alignment_expert", self.alignment_expert)
@@ -174,39 +144,21 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict, for JSON."""
-        return dataclasses.asdict(self)
+        return plain(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
         """Inverse of :meth:`to_dict`; an unknown or missing key is an error that names it."""
-        values = dict(values)
-        for name, kind in (
-            ("vision", VisionSize), ("text", GemmaSize), ("action_expert", GemmaSize), ("alignment_expert", GemmaSize)
-        ):  # fmt: skip
-            if isinstance(values.get(name), dict):
-                values[name] = build_dataclass(kind, values[name], f"model.{name}")
-        return build_dataclass(cls, values, "model")
+        implied = ("max_token_len", "transition_horizon")
+        return read(cls, {k: v for k, v in values.items() if v is not None or k not in implied}, "model")
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> ModelConfig:
         """``pi0``, ``pi05`` (the public sizes with a 300M alignment expert) or ``tiny`` (runs on a laptop's CPU)."""
         if name not in _PRESETS:
             raise ConfigError(f"model preset: found {name!r}, expected one of {sorted(_PRESETS)}")
-        return build_dataclass(cls, {**_PRESETS[name], **changes}, f"model preset {name}")
-
-
-def build_dataclass(kind: type, values: dict[str, Any], where: str) -> Any:
-    """``kind(**values)``; an unknown or missing key is an error that names it and ``where``."""
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    unknown = sorted(set(values) - set(fields))
-    if unknown:
-        raise ConfigError(f"{where}: found unknown key(s) {unknown}, expected a subset of {sorted(fields)}")
-    missing = sorted(
-        name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in values
-    )
-    if missing:
-        raise ConfigError(f"{where}: missing key(s) {missing}")
-    return kind(**values)
+        with named(f"model preset {name}"):
+            return read(cls, {**_PRESETS[name], **changes})
 
 
 _TINY_EXPERT = GemmaSize(width=64, depth=3, mlp_dim=128, num_heads=4, num_kv_heads=1, head_dim=16)

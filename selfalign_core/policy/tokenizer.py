@@ -48,18 +48,19 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 class PromptTokenizer:
     """Writes a prompt as the model was trained to read it.
 
-    π0: ``<bos>text\\n``. π0.5: ``<bos>Task: text, State: 12 200 …;\\nAction:`` and a space, with the normalised state in 256
-    bins.
+    π0: ``<bos>text\\n``. π0.5: ``<bos>Task: text, State: 12 200 …;\\nAction:`` and a space, with the normalised state
+    in 256 bins.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, max_len: int, pi05: bool):
         self._tokenizer = tokenizer
         self._max_len = max_len
         self._pi05 = pi05
-        self._bos = tokenizer.token_to_id(BOS)
         self._encode = functools.lru_cache(maxsize=16)(self._ids)  # a robot is told the same again and again
-        if self._bos is None:
+        bos = tokenizer.token_to_id(BOS)
+        if bos is None:
             raise CheckpointError(f"tokenizer: found no token {BOS!r}, expected it in the vocabulary")
+        self._bos = bos
 
     def _ids(self, text: str) -> tuple[list[int], bool]:
         """Ids of ``text``, and whether it holds a word that the tokenizer does not know."""
@@ -86,7 +87,7 @@ class PromptTokenizer:
             pieces = [f"Task: {text}, State: {' '.join(map(str, bins))};\nAction: "]
         else:
             pieces = [text, "\n"]
-        ids = [self._bos]
+        ids: list[int] = [self._bos]
         for piece in pieces:
             found, unknown = self._encode(piece)
             if unknown:

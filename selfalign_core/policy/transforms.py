@@ -5,16 +5,13 @@ Order as in openpi: raw → delta → normalise → pad → model → cut → un
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from selfalign_core.errors import CheckpointError, InputError
+from selfalign_core.records import shown
 
 NormMode = Literal["identity", "z_score", "quantile"]
 EPSILON = 1e-6
@@ -38,9 +35,12 @@ class NormStats:
             value = getattr(self, name)
             if value is None:
                 continue
-            array = np.asarray(value, np.float32)
+            try:
+                array = np.asarray(value, np.float32)
+            except (TypeError, ValueError):
+                array = np.array(np.nan)
             if array.ndim != 1 or not np.isfinite(array).all():
-                raise InputError(f"NormStats.{name}: found {value!r}, expected a vector of finite numbers")
+                raise InputError(f"NormStats.{name}: found {shown(value)}, expected a vector of finite numbers")
             if array.shape != np.shape(self.mean):
                 raise InputError(f"NormStats.{name}: found {array.shape}, expected mean's {np.shape(self.mean)}")
             object.__setattr__(self, name, array)
@@ -79,21 +79,23 @@ class Normalizer:
             raise InputError(f"normalisation mode: found {self.mode!r}, expected identity, z_score or quantile")
         if self.mode != "identity" and self.stats is None:
             raise InputError(f"normalisation {self.mode}: found no statistics, expected mean and std (and q01, q99)")
-        if self.mode == "quantile" and (self.stats.q01 is None or self.stats.q99 is None):
+        if self.mode == "quantile" and self.stats is not None and (self.stats.q01 is None or self.stats.q99 is None):
             raise InputError("normalisation quantile: found statistics without q01 and q99, expected both")
 
     def _parts(self, dim: int, *, back: bool) -> tuple[np.ndarray | float, np.ndarray | float, float]:
         """Origin, scale and shift, float64: normalised = (x - origin) / scale - shift; ``back``: for undoing it."""
-        if self.mode == "identity":
+        stats = self.stats
+        if self.mode == "identity" or stats is None:
             return 0.0, 1.0, 0.0
-        if dim != len(self.stats.mean):
-            raise InputError(f"normalisation: found a vector of {dim}, expected {len(self.stats.mean)} (statistics)")
+        if dim != len(stats.mean):
+            raise InputError(f"normalisation: found a vector of {dim}, expected {len(stats.mean)} (statistics)")
         if self.mode == "z_score":
             epsilon = EPSILON if self.lerobot_epsilon is None else 0.0 if back else self.lerobot_epsilon
-            return self.stats.mean.astype(np.float64), self.stats.std.astype(np.float64) + epsilon, 0.0
+            return stats.mean.astype(np.float64), stats.std.astype(np.float64) + epsilon, 0.0
+        assert stats.q01 is not None and stats.q99 is not None
         # The shift stays apart: added to the origin, half of a range near EPSILON would be lost in rounding.
-        q01 = self.stats.q01.astype(np.float64)
-        width = self.stats.q99 - q01
+        q01 = stats.q01.astype(np.float64)
+        width = stats.q99 - q01
         if self.lerobot_epsilon is None:
             return q01, (width + EPSILON) / 2, 1.0
         return q01, np.where(width == 0, self.lerobot_epsilon, width) / 2, 1.0
@@ -133,39 +135,3 @@ def _reference(state: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """(..., A): ``state`` (..., S) where ``mask`` (A,) is True, 0 elsewhere."""
     state = state[..., : len(mask)]
     return np.where(mask, pad_to_dim(state, len(mask)), 0)
-
-
-def load_norm_stats(path: Path) -> dict[str, NormStats]:
-    """``state`` and ``actions`` statistics from openpi's norm_stats.json or LeRobot's stats JSON or safetensors.
-
-    Raises:
-        CheckpointError: naming the file and what it lacks.
-    """
-    raw: Any = {}
-    try:
-        if path.suffix == ".safetensors":
-            for key, value in load_file(path).items():
-                feature, _, statistic = key.rpartition(".")
-                raw.setdefault(feature, {})[statistic] = value
-        else:
-            raw = json.loads(path.read_text())
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: found {error}, expected normalisation statistics") from error
-    raw = raw.get("norm_stats", raw) if isinstance(raw, dict) else raw
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: found no table of statistics, expected state and actions with mean and std")
-    stats = {}
-    for name, keys in (("state", ("state", "observation.state")), ("actions", ("actions", "action"))):
-        found = next((raw[key] for key in keys if key in raw), None)
-        if found is None:
-            raise CheckpointError(f"{path}: found statistics of {sorted(raw)}, expected one of {keys}")
-        missing = [k for k in ("mean", "std") if not isinstance(found, dict) or k not in found]
-        if missing:
-            raise CheckpointError(f"{path}: statistics of {name}: missing {missing}")
-        stats[name] = NormStats(**{k: np.ravel(found[k]) for k in STATISTICS if found.get(k) is not None})
-    return stats
-
-
-def save_norm_stats(path: Path, stats: dict[str, NormStats]) -> None:
-    """Write openpi's norm_stats.json."""
-    path.write_text(json.dumps({"norm_stats": {k: v.to_dict() for k, v in stats.items()}}, indent=2))

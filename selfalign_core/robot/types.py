@@ -50,6 +50,14 @@ class EToken:
     model_digest: str
 
 
+def token_norm(data: np.ndarray) -> float:
+    """The size of an E-Token (T, W): root mean square over the width of its largest vector.
+
+    What ``guard_max_norm`` bounds and every report gives; 1 is the size of a normally initialised one.
+    """
+    return float(np.sqrt(np.square(data, dtype=np.float64).mean(-1)).max(initial=0.0))
+
+
 @dataclass(frozen=True)
 class TransitionBatch:
     """B transitions over N frames, each frame stored once.

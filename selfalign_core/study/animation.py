@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from selfalign_core.errors import ConfigError
-from selfalign_core.policy.checkpoint import write_atomically
+from selfalign_core.files import write_atomically
 from selfalign_core.sim import prompt_for
 from selfalign_core.study.rollout import (
     CONTROL_HZ,

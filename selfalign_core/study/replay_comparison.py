@@ -35,6 +35,7 @@ import numpy as np
 
 from selfalign_core.errors import InputError
 from selfalign_core.robot.commands import step_in_force
+from selfalign_core.robot.types import token_norm
 from selfalign_core.text_table import align_columns
 
 SCHEMA = "selfalign/replay_comparison"
@@ -154,8 +155,8 @@ def _run(replay: _Replay) -> dict[str, Any]:
         "compute_per_attempt_s": _mean_max(compute),
         "compute_s": math.fsum(report["measured"]["align_s"]),
         "e_token": {
-            "norm_first": float(np.linalg.norm(tokens[0])),
-            "norm_last": float(np.linalg.norm(tokens[-1])),
+            "norm_first": token_norm(tokens[0]),
+            "norm_last": token_norm(tokens[-1]),
             "moved_spreads": _distance(tokens[0], tokens[-1], replay.scores["spread"]),
         },
         "losses_on_bag": {name: value for name, value in replay.scores.items() if name != "spread"},
@@ -207,7 +208,7 @@ def _token_series(first: _Replay, second: _Replay) -> list[list[float]]:
         one, other = (_in_force(replay.tokens, stamp) for replay in (first, second))
         same = first.digest == second.digest
         distance = _distance(one, other, first.scores["spread"]) if same else math.nan
-        rows.append([first.seconds(stamp), float(np.linalg.norm(one)), float(np.linalg.norm(other)), distance])
+        rows.append([first.seconds(stamp), token_norm(one), token_norm(other), distance])
     return rows
 
 

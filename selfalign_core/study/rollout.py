@@ -15,7 +15,6 @@ import torch
 
 from selfalign_core.data.sim_demos import REACH_JOINTS
 from selfalign_core.errors import ConfigError, InputError
-from selfalign_core.model.pi0 import ModelInputs
 from selfalign_core.policy import Policy
 from selfalign_core.robot.chunking import Handover
 from selfalign_core.robot.images import resize_with_pad
@@ -229,14 +228,14 @@ class PolicyPlanner:
         """``handover``: of the running episodes as a batch, in their order."""
         policy = self.policy
         observations = [one.observation(self.cameras) for one in running]
+        states = np.stack([observation.state for observation in observations])
         actions = policy.model.sample_actions(
-            _collate([policy.inputs(observation) for observation in observations]),
+            policy.codec.observations_to_model(observations),
             torch.stack([self._noise(one) for one in running]).to(policy.dim_mask.device),
             token=self._tokens(running),
-            **policy.sampling_options(handover, np.stack([observation.state for observation in observations])),
+            **policy.sampling_options(handover, states),
         )
-        pairs = zip(actions, observations, strict=True)
-        chunks = np.stack([policy.actions_from_model(rows, observation.state) for rows, observation in pairs])
+        chunks = policy.codec.actions_from_model(actions, states)
         if handover is not None:
             chunks = handover.join(chunks)
         if not np.isfinite(chunks).all():
@@ -320,14 +319,3 @@ def _plan(planner: Planner, running: Sequence[RunningEpisode], config: RolloutCo
         raise ConfigError(f"chunks: found {chunks.shape[1]} actions, expected replan_steps + latency = {needed}")
     for one, chunk in zip(running, chunks, strict=True):
         one.add_chunk(chunk)
-
-
-def _collate(inputs: Sequence[ModelInputs]) -> ModelInputs:
-    """Batches of one as one batch."""
-    return ModelInputs(
-        images=[torch.cat(images) for images in zip(*(one.images for one in inputs), strict=True)],
-        image_masks=[torch.cat(masks) for masks in zip(*(one.image_masks for one in inputs), strict=True)],
-        tokens=torch.cat([one.tokens for one in inputs]),
-        token_masks=torch.cat([one.token_masks for one in inputs]),
-        state=torch.cat([one.state for one in inputs]),
-    )

@@ -14,7 +14,7 @@ latency_s            inference time per chunk, statistics ``all``, ``while_align
                      ``ratio`` (while_aligning over while_not_aligning, for p50, p95 and p99)
 observation_age_s    age of the observation when inference started, statistics
 frames               per camera topic: received, dropped (gaps in the stamps), rate_hz
-e_token              first_version, last_version, norm (of the last)
+e_token              first_version, last_version, norm (of the last, as guard_max_norm bounds it)
 align                rounds, attempts, accepted, refused, returned (to an earlier token), drifts, duration_s (statistics
                      over attempts)
 bodies               of a simulated robot: the names of the bodies it had, in their order

@@ -14,15 +14,11 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import sys
-from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -34,13 +30,10 @@ from selfalign_core.alignment.scoring import Scorer
 from selfalign_core.alignment.trusted import Trusted
 from selfalign_core.data.command_line import run_command
 from selfalign_core.data.dataset import TransitionDataset
-from selfalign_core.data.partial import DatasetError
-from selfalign_core.errors import CheckpointError
+from selfalign_core.errors import DatasetError
 from selfalign_core.policy import Policy
-from selfalign_core.policy.checkpoint import write_atomically
+from selfalign_core.policy.token_files import save_tokens
 from selfalign_core.robot.types import TransitionBatch
-
-FORMAT = "selfalign-tokens-1"
 
 
 def unknown_bodies(policy: Policy, dataset: TransitionDataset) -> list[str]:
@@ -73,35 +66,6 @@ def _spread(dataset: TransitionDataset, embodiment: int, horizon: int, count: in
     return dataset.transitions(starts[chosen], horizon)
 
 
-# ------------------------------------------------------------------------------------------------ files
-
-
-def save_tokens(path: str | Path, tokens: Mapping[str, Tensor], model_digest: str) -> None:
-    """Write tokens (T, W) by embodiment as safetensors, atomically."""
-    metadata = {"format": FORMAT, "model_digest": model_digest}
-    write_atomically(Path(path), lambda temporary: save_file(dict(tokens), temporary, metadata))
-
-
-def load_tokens(path: str | Path, *, model_digest: str) -> dict[str, Tensor]:
-    """Tokens by embodiment, float32.
-
-    Raises:
-        CheckpointError: the file cannot be read, is no file of tokens, or they are of another model.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata, names = file.metadata() or {}, list(file.keys())
-            tokens = {name: file.get_tensor(name).float() for name in names}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: found {error}, expected a file of tokens by embodiment") from error
-    if metadata.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: found format {metadata.get('format')!r}, expected {FORMAT!r}")
-    owner = metadata.get("model_digest", "")
-    if owner != model_digest:
-        raise CheckpointError(f"{path}: found tokens of model {owner[:12]!r}, expected model {model_digest[:12]!r}")
-    return tokens
-
-
 # ------------------------------------------------------------------------------------------------ command line
 
 
@@ -125,7 +89,7 @@ def _run(options: argparse.Namespace) -> None:
     tasks = [(options.checkpoint, options.dataset, name) for name in names]
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         found = list(tqdm(pool.map(_work, tasks), total=len(tasks), unit="body", mininterval=1.0))
-    save_tokens(options.output, dict(zip(names, found, strict=True)), policy.digest)
+    save_tokens(options.output, {name: token.numpy() for name, token in zip(names, found, strict=True)}, policy.digest)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from selfalign_core.errors import ConfigError, SelfAlignError
+from selfalign_core.files import write_text
 
 LOG_NAME = "log.jsonl"
 
@@ -99,12 +99,7 @@ def drop_after(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = "".join(json.dumps(line) + "\n" for line in read_log(path) if line["step"] <= step)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    write_text(path, kept)
 
 
 @contextmanager

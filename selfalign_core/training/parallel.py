@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from selfalign_core.errors import ConfigError, SelfAlignError
 from selfalign_core.model.gemma import KeyValues
 from selfalign_core.model.pi0 import Losses
-from selfalign_core.training.inputs import JointModel
+from selfalign_core.training.joint import JointModel
 
 TIMEOUT = datetime.timedelta(minutes=30)
 """A rank that waits longer for the others gives up. One that died is noticed by torchrun at once."""

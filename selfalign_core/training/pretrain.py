@@ -25,17 +25,18 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from selfalign_core.data.partial import PartialDirectory
 from selfalign_core.data.sim_demos import REACH_JOINTS
 from selfalign_core.data.sim_frames import POINTS, Frames, random_frames
 from selfalign_core.errors import ConfigError, SelfAlignError
+from selfalign_core.files import PartialDirectory
 from selfalign_core.model.config import ModelConfig
 from selfalign_core.model.pi0 import Pi0
+from selfalign_core.policy.codec import pixels_to_model
 from selfalign_core.policy.config import PolicyConfig
-from selfalign_core.policy.policy import TINY_WORDS, Policy
+from selfalign_core.policy.policy import Policy
 from selfalign_core.policy.tokenizer import PromptTokenizer, word_tokenizer
+from selfalign_core.policy.untrained import TINY_WORDS
 from selfalign_core.sim import TARGET_NAMES, prompt_for
-from selfalign_core.training.inputs import pixels
 
 HELD_OUT = 1000
 """Frames at the end that are scored and never trained on."""
@@ -92,7 +93,7 @@ def train_vision(model: Pi0, frames: Frames, *, steps: int, batch_size: int, see
     def loss_of(rows: Tensor) -> Tensor:
         wanted = points[rows]
         seen = visible(wanted)
-        found, weights = head(vlm.embed_image(pixels(images[rows])))
+        found, weights = head(vlm.embed_image(pixels_to_model(images[rows])))
         cell = (wanted.clamp(0, 0.999) * side).long()
         chosen = weights.gather(2, (cell[..., 1] * side + cell[..., 0])[..., None]).squeeze(-1)
         distance = _mean_where((found - wanted).abs().sum(-1), seen)
@@ -100,7 +101,7 @@ def train_vision(model: Pi0, frames: Frames, *, steps: int, batch_size: int, see
 
     def score() -> dict[str, float]:
         wanted = points[-HELD_OUT:]
-        found = torch.cat([head(vlm.embed_image(pixels(part)))[0] for part in images[-HELD_OUT:].split(100)])
+        found = torch.cat([head(vlm.embed_image(pixels_to_model(part)))[0] for part in images[-HELD_OUT:].split(100)])
         away = (found - wanted).norm(dim=-1) * vision.image_size
         seen = visible(wanted)
         return {f"pixels_{name}": float(_mean_where(away[:, i], seen[:, i])) for i, name in enumerate(POINTS)}
@@ -126,7 +127,7 @@ def train_grounding(
     images = torch.from_numpy(frames.images)
     points = torch.from_numpy(frames.points[:, : len(TARGET_NAMES)]).nan_to_num(-1.0)
     with torch.no_grad():
-        features = torch.cat([vlm.embed_image(pixels(part)).half() for part in images.split(250)])
+        features = torch.cat([vlm.embed_image(pixels_to_model(part)).half() for part in images.split(250)])
     parameters = [*vlm.language_model.parameters(), *heads.parameters()]
 
     def locate(rows: Tensor) -> tuple[Tensor, Tensor]:

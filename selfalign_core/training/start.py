@@ -20,11 +20,13 @@ from selfalign_core.model.config import ModelConfig
 from selfalign_core.model.pi0 import Pi0
 from selfalign_core.policy.bank import SHARED_KEY, TokenBank, bank_mean
 from selfalign_core.policy.checkpoint import load_model
-from selfalign_core.policy.config import PolicyConfig, is_foreign
-from selfalign_core.policy.foreign import read_foreign
-from selfalign_core.policy.policy import TINY_WORDS, Policy
+from selfalign_core.policy.codec import Codec
+from selfalign_core.policy.config import PolicyConfig
+from selfalign_core.policy.policy import Policy
+from selfalign_core.policy.source import Source, is_foreign
+from selfalign_core.policy.token_files import load_tokens
 from selfalign_core.policy.tokenizer import load_tokenizer, word_tokenizer
-from selfalign_core.training.aligned_tokens import load_tokens
+from selfalign_core.policy.untrained import TINY_WORDS
 from selfalign_core.training.config import TrainConfig
 
 KnownBank = tuple[tuple[str, ...], Tensor]
@@ -33,16 +35,14 @@ KnownBank = tuple[tuple[str, ...], Tensor]
 
 @dataclass(frozen=True)
 class Start:
-    """The float32 ``model`` to train and what a policy is beside it.
+    """The float32 ``model`` to train and the ``codec`` of the policies it becomes.
 
     ``known``: the checkpoint's bank if it has one, ``embodiment``: the body whose token it carries. ``found``: tokens
     of other bodies, which stand still like the bank's.
     """
 
     model: Pi0
-    policy_config: PolicyConfig
-    tokenizer: Any
-    stats: Mapping[str, Any]
+    codec: Codec
     known: KnownBank | None
     embodiment: str = ""
     found: Mapping[str, Tensor] = field(default_factory=dict)
@@ -62,8 +62,10 @@ class Start:
         if config.bank.tokens is not None:
             if origin.known is None:
                 raise ConfigError(f"bank.tokens: found no bank in {config.model.init}, expected one to leave as it is")
-            found = load_tokens(config.bank.tokens, model_digest=origin.digest)
-        return cls(model, policy_config, tokenizer, stats if normalised else {}, origin.known, origin.embodiment, found)
+            tokens = load_tokens(config.bank.tokens, model_digest=origin.digest)
+            found = {key: torch.from_numpy(token) for key, token in tokens.items()}
+        codec = Codec(policy_config, dict(stats) if normalised else {}, tokenizer)
+        return cls(model, codec, origin.known, origin.embodiment, found)
 
     def new_bank(self, config: TrainConfig, dataset: TransitionDataset, episodes: np.ndarray) -> TokenBank | None:
         """A token for every embodiment in ``episodes``, or one for all; None if the model has no E-Token.
@@ -126,20 +128,21 @@ def _origin(config: TrainConfig, dt: float) -> _Origin:
         path = Path(section.init)
         changes = section.changes
         if is_foreign(path):
-            read = read_foreign(path)
-            changed = read.config.model.replace(**changes)
+            source = Source.read(path)
+            changed = source.config.model.replace(**changes)
             model = load_model(path, changed, initialise=section.initialise, seed=config.seed).float()
-            return _Origin(model, load_tokenizer(config.data.tokenizer or path), read.stats)
+            return _Origin(model, load_tokenizer(config.data.tokenizer or path), source.stats)
         policy = Policy.from_checkpoint(path, dt=dt, initialise=section.initialise)
         if changes:
             changed = ModelConfig.from_dict({**policy.config.model.to_dict(), **changes})
-            without = () if changed.use_peft_prefix_token else ("e_token",)
+            without: tuple[str, ...] = () if changed.use_peft_prefix_token else ("e_token",)
             without += () if changed.alignment_expert is not None else ("alignment",)
             policy.model = load_model(path, changed, initialise=section.initialise, leave_out=without, seed=config.seed)
         model = policy.model.float().requires_grad_(True)
         model.paligemma_with_expert.gemma_expert.lm_head.requires_grad_(False)
         bank = None if policy.bank is None else (policy.config.bank_keys, policy.bank)
-        return _Origin(model, policy.tokenizer, policy.stats, bank, policy.e_token.embodiment, policy.digest)
+        codec, embodiment = policy.codec, "" if policy.e_token is None else policy.e_token.embodiment
+        return _Origin(model, codec.tokenizer, codec.stats, bank, embodiment, policy.digest)
 
 
 def _tokenizer(config: TrainConfig, dataset: TransitionDataset, model: ModelConfig, of_checkpoint: Any) -> Any:

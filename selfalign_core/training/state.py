@@ -18,16 +18,16 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from selfalign_core.errors import CheckpointError, ConfigError
-
-if TYPE_CHECKING:
-    from selfalign_core.training.parallel import Ranks
+from selfalign_core.files import publish, sync
+from selfalign_core.records import load_document
+from selfalign_core.training.parallel import Ranks
 
 FORMAT = "selfalign-training-1"
 INFO_NAME = "training.json"
@@ -152,11 +152,7 @@ def write_checkpoint(
         write_policy(partial / "policy")
         text = json.dumps({"format": FORMAT, "step": step, **info, "files": files}, indent=1)
         (partial / INFO_NAME).write_text(text)
-        for path in [*partial.rglob("*"), partial]:
-            sync(path)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-        sync(directory)
+        publish(partial, target, instead=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         left = list_checkpoints(directory)
@@ -229,22 +225,10 @@ def point_to(link: Path, target: Path) -> None:
     os.replace(temporary, link)
 
 
-def sync(path: Path) -> None:
-    """Have the file or directory on the disk before going on."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def read_info(path: Path) -> dict[str, Any]:
     """``training.json`` of a checkpoint; :class:`CheckpointError` names what is wrong with it."""
     file = path / INFO_NAME
-    try:
-        info = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: found {error}, expected a training checkpoint") from error
+    info = load_document(file, "a training checkpoint", error=CheckpointError)
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         raise CheckpointError(f"{file}: found another format, expected {FORMAT!r}")
     return info

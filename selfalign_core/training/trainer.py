@@ -22,22 +22,15 @@ from tqdm import tqdm
 from selfalign_core.data.dataset import TransitionDataset
 from selfalign_core.data.loader import Batch, Loader
 from selfalign_core.errors import CheckpointError, ConfigError, SelfAlignError
+from selfalign_core.files import write_text
 from selfalign_core.model.gemma import GemmaStack
 from selfalign_core.model.pi0 import Losses, Pi0
 from selfalign_core.policy import Policy
 from selfalign_core.policy.bank import MEAN_ROW, TokenBank, bank_mean, bank_spread
-from selfalign_core.policy.checkpoint import write_atomically
 from selfalign_core.training import lora
 from selfalign_core.training.config import TrainConfig
-from selfalign_core.training.inputs import (
-    Encoder,
-    JointModel,
-    Sample,
-    cache_features,
-    check_fits,
-    measure_feature_scale,
-    unreached_parameters,
-)
+from selfalign_core.training.features import cache_features, measure_feature_scale
+from selfalign_core.training.joint import JointModel, Sample, unreached_parameters
 from selfalign_core.training.logging import LOG_NAME, RunLog
 from selfalign_core.training.optim import (
     TOKEN_PARAMETERS,
@@ -51,6 +44,7 @@ from selfalign_core.training.optim import (
     set_lr,
 )
 from selfalign_core.training.parallel import Ranks, accumulating, copy_into, lost_rank, parallelise, peak_memory
+from selfalign_core.training.samples import Encoder, check_fits
 from selfalign_core.training.start import Start
 from selfalign_core.training.state import (
     checkpoint_to_resume,
@@ -114,8 +108,7 @@ class Trainer:
         self.dataset = TransitionDataset(config.data.path)
         train, held = self.dataset.split(config.data.holdout, by=config.data.holdout_by, seed=config.seed)
         start = Start.of(config, self.dataset)
-        model, self.policy_config = start.model, start.policy_config
-        self.tokenizer, self.stats = start.tokenizer, start.stats
+        model, self.codec, self.policy_config = start.model, start.codec, start.codec.config
         self._kept = None if config.bank.tokens is None else start  # has the bank that the policy is written with
         self.alignment = config.losses == "all" and model.config.alignment_expert is not None
         check_fits(self.policy_config, self.dataset)
@@ -130,9 +123,7 @@ class Trainer:
         self._gap_loader = self._loader(train, config.seed + 1, config.log.gap_samples)
         self._eval_loader = self._loader(held, config.seed + 2, config.log.eval_samples) if len(held) else None
         self.encoder = Encoder(
-            self.policy_config,
-            self.stats,
-            self.tokenizer,
+            self.codec,
             self.dataset,
             row_of=self._row_of(bank),
             seed=config.seed,
@@ -270,7 +261,7 @@ class Trainer:
     def _open_log(self) -> RunLog:
         self.output.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(self.config.to_dict(), sort_keys=False, allow_unicode=True)
-        write_atomically(self.output / "config.yaml", lambda part: Path(part).write_text(text, encoding="utf-8"))
+        write_text(self.output / "config.yaml", text)
         aside = set_aside_later(self.output / "checkpoints", self.step, self.output / LOG_NAME)
         if aside is not None:
             point_to(self.output / "policy", self._checkpoint / "policy")
@@ -510,7 +501,7 @@ class Trainer:
         model.load_state_dict(state, assign=True)
         config = replace(self.policy_config, bank_keys=keys, embodiment=deploy or (keys[0] if len(keys) == 1 else ""))
         dt = self.dataset.meta.dt_ns / 1e9
-        Policy(model, config, self.tokenizer, self.stats, dt=dt, bank=weight).save(directory)
+        Policy(model, config, self.codec.tokenizer, self.codec.stats, dt=dt, bank=weight).save(directory)
 
     def _restore(self, path: Path) -> None:
         info = read_info(path)

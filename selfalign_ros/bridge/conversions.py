@@ -26,7 +26,7 @@ from selfalign_core.errors import InputError
 from selfalign_core.robot.commands import CommandPath
 from selfalign_core.robot.contract import Camera, RobotContract
 from selfalign_core.robot.images import decode_compressed, decode_resized, resize_with_pad
-from selfalign_core.robot.types import ActionChunk, EToken, TransitionBatch
+from selfalign_core.robot.types import ActionChunk, EToken, TransitionBatch, token_norm
 
 if TYPE_CHECKING:
     from selfalign_core.alignment import StageReport
@@ -237,7 +237,7 @@ def report_message(report: StageReport, *, stamp: Time, embodiment: str, duratio
         text=report.text,
         version_before=report.token.version - report.accepted,
         version_after=report.token.version,
-        e_token_norm=float(np.linalg.norm(report.token.data)),
+        e_token_norm=token_norm(report.token.data),
         transitions=report.transitions,
         duration=duration_s,
     )

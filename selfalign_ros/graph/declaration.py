@@ -17,8 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
 
-import yaml
-
+from selfalign_core.records import load_document
 from selfalign_ros.life.resources import config_folder
 
 PACKAGE = "selfalign"
@@ -218,7 +217,7 @@ class GraphDeclaration:
 
 # --- arguments that several graphs share ---
 
-_DECLARED = yaml.safe_load((config_folder() / "parameters.yaml").read_text(encoding="utf-8"))["policy"]
+_DECLARED = load_document(config_folder() / "parameters.yaml", "the parameters of each kind of node")["policy"]
 
 CONTRACT = LaunchArgument(
     "contract",

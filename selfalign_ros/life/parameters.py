@@ -1,5 +1,5 @@
-"""ROS parameters, declared from ``config/parameters.yaml``: the one place that knows type, default, range
-and text.
+"""ROS parameters, declared from ``config/parameters.yaml`` and, of the aligner, from its settings in the core
+(``alignment.config``): between them the one place that knows type, default, range and text.
 
 Values are checked before they are set (the refusal names the parameter, what was found and what is allowed)
 and applied after, through one callback. What a parameter means is the node's business, not this module's.
@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
-import yaml
 from rcl_interfaces.msg import (
     FloatingPointRange,
     IntegerRange,
@@ -25,7 +24,9 @@ from rclpy.exceptions import ParameterException
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 
+from selfalign_core.alignment.config import declared
 from selfalign_core.errors import ConfigError
+from selfalign_core.records import Record, load_document, named, read
 from selfalign_ros.life.resources import config_folder
 
 _TYPES: dict[str, tuple[type, int]] = {
@@ -34,15 +35,16 @@ _TYPES: dict[str, tuple[type, int]] = {
     "double": (float, ParameterType.PARAMETER_DOUBLE),
     "string": (str, ParameterType.PARAMETER_STRING),
 }
+_NAMES = {python_type: name for name, (python_type, _) in _TYPES.items()}
 
 
 @dataclass(frozen=True)
-class ParameterSpec:
-    """One parameter as ``config/parameters.yaml`` states it. ``range`` is (lowest, highest), both allowed."""
+class ParameterSpec(Record):
+    """One parameter as it is declared. ``range`` is (lowest, highest), both allowed."""
 
     name: str
-    type: str
-    default: bool | int | float | str
+    type: Literal["bool", "int", "double", "string"]
+    default: Any
     description: str
     unit: str = ""
     range: tuple[float, float] | None = None
@@ -50,20 +52,11 @@ class ParameterSpec:
     read_only: bool = False
 
     def __post_init__(self) -> None:
-        if self.type not in _TYPES:
-            raise ConfigError(f"{self.name}.type: found {self.type!r}; expected one of {', '.join(_TYPES)}")
+        super().__post_init__()
+        if self.range is not None and self.type == "int":
+            object.__setattr__(self, "range", tuple(map(int, self.range)))
         if (problem := self.problem(self.default)) is not None:
-            raise ConfigError(f"{self.name}.default: {problem}")
-
-    @classmethod
-    def from_mapping(cls, name: str, values: dict[str, Any]) -> ParameterSpec:
-        known = {field.name for field in fields(cls)} - {"name"}
-        if unknown := sorted(set(values) - known):
-            raise ConfigError(f"{name}: found unknown keys {unknown}; expected {', '.join(sorted(known))}")
-        if missing := sorted({"type", "default", "description"} - set(values)):
-            raise ConfigError(f"{name}: found no {', '.join(missing)}; expected type, default and description")
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        return cls(name=name, **values)
+            raise ConfigError(f"ParameterSpec.default: {problem}")
 
     @property
     def allowed(self) -> str:
@@ -108,21 +101,42 @@ class ParameterSpec:
 
 
 @cache
+def _document() -> dict[str, dict[str, Any]]:
+    return load_document(config_folder() / "parameters.yaml", "the parameters of each kind of node")
+
+
+@cache
+def _settings() -> dict[str, ParameterSpec]:
+    """The parameters of the aligner that the core declares."""
+    return {
+        one.name: ParameterSpec(
+            name=one.name,
+            type=_NAMES[one.kind],  # type: ignore[arg-type]
+            default=one.default,
+            description=one.text,
+            unit=one.unit,
+            range=one.range,
+            one_of=one.choices,
+        )
+        for one in declared()
+    }
+
+
+@cache
 def _known_names() -> frozenset[str]:
     """Every name a parameter file may hold: those of all our nodes, and those rclpy declares."""
-    document = yaml.safe_load((config_folder() / "parameters.yaml").read_text(encoding="utf-8"))
-    return frozenset({"use_sim_time", "start_type_description_service"}.union(*document.values()))
+    return frozenset({"use_sim_time", "start_type_description_service"}.union(_settings(), *_document().values()))
 
 
 @cache
 def load_specs(kind: str) -> dict[str, ParameterSpec]:
     """The parameters of one kind of node (``policy``, ``buffer``, ``aligner``, ``robot_sim``), by name."""
-    path = config_folder() / "parameters.yaml"
-    document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    try:
-        return {name: ParameterSpec.from_mapping(name, values) for name, values in document[kind].items()}
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {kind}.{error}") from None
+    specs = dict(_settings()) if kind == "aligner" else {}
+    with named(config_folder() / "parameters.yaml"):
+        for name, values in _document()[kind].items():
+            same = values == "aligner"
+            specs[name] = _settings()[name] if same else read(ParameterSpec, {**values, "name": name}, f"{kind}.{name}")
+    return specs
 
 
 class Parameters:

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from selfalign_core.errors import ConfigError
-from selfalign_core.policy.config import is_untrained
+from selfalign_core.policy.untrained import is_untrained
 
 
 @cache

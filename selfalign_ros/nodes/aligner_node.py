@@ -7,7 +7,6 @@ never run backwards.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 import traceback
@@ -22,7 +21,8 @@ from std_srvs.srv import Trigger
 from selfalign.msg import AlignReport as AlignReportMsg
 from selfalign.msg import EToken as ETokenMsg
 from selfalign.srv import SampleTransitions, Step
-from selfalign_core.errors import InputError, SelfAlignError
+from selfalign_core.alignment.config import AlignConfig
+from selfalign_core.errors import ConfigError, InputError, SelfAlignError
 from selfalign_core.robot.types import EToken, TransitionBatch
 from selfalign_ros.bridge import qos
 from selfalign_ros.bridge.conversions import (
@@ -42,7 +42,7 @@ from selfalign_ros.life.resources import checkpoint_folder
 from selfalign_ros.life.worker import Outcome
 
 if TYPE_CHECKING:
-    from selfalign_core.alignment import AlignConfig, Request, SelfAligner, StageReport
+    from selfalign_core.alignment import Request, SelfAligner, StageReport
     from selfalign_core.alignment.motion_wanted import MotionWanted
 
 # How long a fresh aligner listens for the token in use before it starts from the checkpoint's own.
@@ -51,23 +51,8 @@ _WAITING = "not aligning yet: listening for the token in use"
 
 
 def align_config(parameters: Mapping[str, Any]) -> AlignConfig:
-    """The settings in force: the parameter ``guard_sigmas`` is ``AlignConfig.guard.sigmas``, and so on.
-
-    Without limits of time in lock-step. What has no parameter has its default.
-    """
-    from selfalign_core.alignment import AlignConfig
-
-    def given(section: Any, prefix: str = "") -> dict[str, Any]:
-        names = (field.name for field in dataclasses.fields(section))
-        return {name: parameters[prefix + name] for name in names if prefix + name in parameters}
-
-    config = AlignConfig()
-    stages = {
-        field.name: dataclasses.replace(stage, **given(stage, f"{field.name}_"))
-        for field in dataclasses.fields(config)
-        if dataclasses.is_dataclass(stage := getattr(config, field.name))
-    }
-    config = dataclasses.replace(config, **given(config), **stages)
+    """The settings in force, without limits of time in lock-step."""
+    config = AlignConfig.of(parameters)
     return config.without_budgets() if parameters["lockstep"] else config
 
 
@@ -153,9 +138,10 @@ class AlignerNode(ManagedNode):
             self._start_timer()
 
     def check_parameters(self, values: dict[str, Any]) -> str | None:
-        weights = [values[name] for name in ("lambda_perc", "lambda_dyn", "lambda_inv")]
-        if not any(weights):
-            return "lambda_perc, lambda_dyn, lambda_inv: found all 0; allowed: at least one above 0"
+        try:
+            AlignConfig.of(values)
+        except ConfigError as error:
+            return str(error)
         return None
 
     def _start_timer(self) -> None:

@@ -16,7 +16,7 @@ from sensor_msgs.msg import JointState
 
 from selfalign.srv import SampleTransitions, Step
 from selfalign_core.errors import InputError
-from selfalign_core.policy.config import image_size_of, transition_horizon_of
+from selfalign_core.policy.source import image_size_of, transition_horizon_of
 from selfalign_core.robot.buffer import TransitionBuffer
 from selfalign_core.robot.frames import Order, Selection, order_of
 from selfalign_ros.bridge import qos

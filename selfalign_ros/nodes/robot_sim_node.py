@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import cv2
 import numpy as np
-import yaml
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rosgraph_msgs.msg import Clock as ClockMsg
 from sensor_msgs.msg import CompressedImage, Image, JointState
@@ -31,6 +30,7 @@ from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 from selfalign.srv import SetBody
 from selfalign_core.errors import ConfigError, InputError
+from selfalign_core.records import parse_yaml
 from selfalign_core.robot.commands import CommandPath
 from selfalign_core.robot.contract import Camera
 from selfalign_ros.bridge import qos
@@ -98,11 +98,7 @@ def read_body(text: str) -> BodyConfig:
 
     if ":" not in text:
         return BodyConfig.from_yaml(config_file(text))
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"not readable as YAML: {error}") from None
-    return BodyConfig.from_dict(tree)
+    return BodyConfig.from_dict(parse_yaml(text, "a body of the simulated arm"))
 
 
 class RobotSimNode(SelfAlignNode):

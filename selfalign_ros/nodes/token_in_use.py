@@ -64,7 +64,8 @@ class TokenInUse:
 
     def read(self, path: Path, policy: Policy, max_norm: float) -> EToken:
         """The token in the file ``path``. Raises ``SelfAlignError`` if it does not fit ``policy`` and robot."""
-        from selfalign_core.policy.checkpoint import load_e_token
+        # Here and below: in the worker it is there by then, with the model; at the top it would delay the start.
+        from selfalign_core.policy.token_files import load_e_token
 
         shape = (0, 0) if policy.e_token is None else policy.e_token.data.shape
         token = load_e_token(path, model_digest=policy.digest, shape=shape)
@@ -78,7 +79,7 @@ class TokenInUse:
 
     def _swap(self, message: ETokenMsg, max_norm: float) -> EToken | None:
         """Use the message's token; None if it is the one in use. Raises ``InputError`` if it is refused."""
-        from selfalign_core.policy.checkpoint import save_e_token
+        from selfalign_core.policy.token_files import save_e_token
 
         policy = self._policy()
         assert policy is not None

@@ -12,16 +12,17 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.clock import Clock, ClockType
 from std_msgs.msg import Bool, Float64, String
 
 from selfalign.msg import ActionChunk, AlignReport, EToken
+from selfalign_core.errors import InputError
+from selfalign_core.robot.types import token_norm
 from selfalign_core.study import run_picture, run_summary
 from selfalign_core.study.run_summary import AlignRecord, ChunkRecord, RunRecords, StatusRecord, TokenRecord
 from selfalign_ros.bridge import qos
-from selfalign_ros.bridge.conversions import NS_PER_S, to_ns
+from selfalign_ros.bridge.conversions import NS_PER_S, e_token_from_message, to_ns
 from selfalign_ros.bridge.topics import camera_topics, header_stamp_ns
 from selfalign_ros.graph.supervisor import STATUS_LINE_ENVIRONMENT
 from selfalign_ros.life.tool_node import ToolNode, check_report_path, run_tool, write_report, writing_report
@@ -134,7 +135,10 @@ class RunReport(ToolNode):
         )
 
     def _on_token(self, message: EToken) -> None:
-        norm = float(np.linalg.norm(np.asarray(message.data, np.float64)))
+        try:
+            norm = token_norm(e_token_from_message(message).data)
+        except InputError:
+            return  # the policy says what is wrong with it
         self._records.tokens.append(TokenRecord(to_ns(message.header.stamp) / NS_PER_S, message.version, norm))
 
     def _on_distance(self, message: Float64) -> None:

@@ -298,8 +298,8 @@ def test_state_written_into_the_prompt_stays_out_of_alignment(way: dict) -> None
     outputs = []
     for value in (-0.9, 0.9):
         state = torch.full((3,), value)
-        tokens, token_masks = policy.tokenize("pick up", state.numpy())
-        padded = policy.state_to_model(state.numpy()[None])
+        tokens, token_masks = policy.codec.prompts_to_model(["pick up"], state.numpy()[None])
+        padded = policy.codec.state_to_model(state.numpy()[None])
         inputs = dataclasses.replace(
             random_inputs(config, batch=1), tokens=tokens, token_masks=token_masks, state=padded
         )

@@ -67,7 +67,7 @@ def test_pure_noise_passes_no_more_often_than_stated(
     base = float(policy.e_token.data[0, 0])
     losses = fake_losses(lambda s, t: (s[:, 0] * (t[:, 0, 0] - base) + s[:, 1]).exp())
     monkeypatch.setattr(policy.model, "alignment_losses", losses)
-    policy.state_to_model = lambda state: torch.from_numpy(np.pad(state, ((0, 0), (0, 2))))
+    policy.codec.state_to_model = lambda state: torch.from_numpy(np.pad(state, ((0, 0), (0, 2))))
     scorer, trusted = Scorer(policy, WEIGHTS), Trusted.of(policy)
     current = torch.from_numpy(policy.e_token.data)
     shadow = current.clone()

@@ -14,7 +14,7 @@ import pytest
 
 from selfalign_core.alignment.history import Accepted, History
 from selfalign_core.errors import CheckpointError, InputError
-from selfalign_core.policy.checkpoint import E_TOKEN_PARAMETER, load_e_token, load_e_token_losses, save_e_token
+from selfalign_core.policy.token_files import E_TOKEN_PARAMETER, load_e_token, load_e_token_losses, save_e_token
 from selfalign_core.robot.types import EToken
 
 FIRST = EToken(np.full((2, 4), 0.5, np.float32), 3, "arm", "a" * 64)

@@ -31,7 +31,7 @@ GAINS = {"wrong": (-1.0, 1.0, 0.5), "right": (0.5, 1.0, -1.5), "other": (1.5, -0
 def with_bank(policy: Policy, keys: tuple[str, ...], bank: Tensor) -> Policy:
     """``policy`` with a bank; its own token is the first entry."""
     config = dataclasses.replace(policy.config, bank_keys=keys)
-    made = Policy(policy.model, config, policy.tokenizer, {}, dt=policy.dt, bank=bank)
+    made = Policy(policy.model, config, policy.codec.tokenizer, {}, dt=policy.dt, bank=bank)
     made.e_token = dataclasses.replace(made.e_token, data=bank[0].numpy().copy())
     return made
 

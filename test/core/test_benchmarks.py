@@ -255,7 +255,7 @@ def test_every_variant_is_trained_and_measured_on_unseen_bodies(study: tuple[Pat
     assert policies["shared_token"].config.bank_keys == ("shared",)
     assert policies["no_dynamics"].config.model.lambda_dyn == 0.0
     # One normalisation, whatever a variant trains on.
-    stats = [policies[name].stats["actions"].mean for name in ("bank", "no_play")]
+    stats = [policies[name].codec.stats["actions"].mean for name in ("bank", "no_play")]
     assert np.array_equal(*stats)
     plays = [TransitionDataset(out / "data" / f"demos_2x2x12{end}") for end in ("", "_without_play")]
     assert not np.array_equal(plays[0].actions, plays[1].actions)

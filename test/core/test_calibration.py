@@ -33,7 +33,7 @@ def robots(draw) -> tuple[RobotContract, np.ndarray]:
         speed = draw(st.floats(0.1, 5.0))
         step = draw(st.floats(0.2, 2.0)) * speed / rate
         pose.append(lower + draw(st.floats(0.0, 1.0)) * (upper - lower))
-        joints.append(Joint(f"joint_{index}", "rad", lower, upper, speed, step, lower))
+        joints.append(Joint(f"joint_{index}", "rad", lower, upper, speed, lower, step))
     pose = np.clip(pose, [j.lower for j in joints], [j.upper for j in joints])
     return contract_of(joints, rate), pose
 

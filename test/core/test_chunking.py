@@ -210,7 +210,7 @@ def relative_policy(pi05: bool = False) -> Policy:
         rtc_max_delay=2,
         num_steps=10,
     )
-    return Policy(policy.model, config, policy.tokenizer, stats, dt=0.05)
+    return Policy(policy.model, config, policy.codec.tokenizer, stats, dt=0.05)
 
 
 def taken_over(policy: Policy, method: str, *, seed: int = 0) -> tuple[ActionChunk, Handover, ActionChunk]:
@@ -244,7 +244,7 @@ def test_given_actions_reach_the_model_as_they_would_in_training(pi05: bool) -> 
     observation = random_observation(policy)
     previous = policy.infer(observation).actions
     options = policy.sampling_options(handover("prefix", previous[None], 2), observation.state[None])
-    expected = policy.actions_to_model(previous, observation.state)[:2]
+    expected = policy.codec.actions_to_model(previous, observation.state)[:2]
     torch.testing.assert_close(options["committed"][0], expected)
     assert "committed" not in policy.sampling_options(handover("blend", previous[None], 2), observation.state[None])
 

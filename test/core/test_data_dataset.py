@@ -17,7 +17,7 @@ import pytest
 from selfalign_core.data import statistics
 from selfalign_core.data.dataset import TransitionDataset, main, merge
 from selfalign_core.data.dataset_writer import DatasetWriter
-from selfalign_core.data.partial import DatasetError
+from selfalign_core.errors import DatasetError
 
 SHAPE = {"cameras": ["top"], "image_size": (4, 6), "state_dim": 2, "action_dim": 2, "dt_ns": 50}
 
@@ -167,7 +167,7 @@ def put(name: str, array: np.ndarray):
     ("damage", "match"),
     [
         (edit_meta(format="other"), r"meta.json: format: found 'other', expected 'selfalign-dataset-1'"),
-        (edit_meta(cameras=None), "meta.json: found values of the wrong type"),
+        (edit_meta(cameras=None), "meta.json: cameras: found None, expected at least one camera"),
         (edit_meta(episodes=one_episode(1, 4)), r"episodes\[0\].start: found 1"),
         (edit_meta(episodes=one_episode(0, 4)), r"images.npy: found \(5, 1"),
         (edit_meta(episodes=one_episode(0, 5, 3)), r"embodiment: found 3"),

@@ -15,8 +15,8 @@ from selfalign_core.data.dataset_writer import DatasetWriter
 from selfalign_core.data.lerobot import main
 from selfalign_core.data.lerobot_reader import import_lerobot
 from selfalign_core.data.lerobot_writer import export_lerobot
-from selfalign_core.data.partial import DatasetError
 from selfalign_core.data.timeline import Track
+from selfalign_core.errors import DatasetError
 
 SIZE = (12, 16)
 EPISODES = ((7, "left", "red"), (5, "right", None), (9, "left", "blue"))
@@ -229,9 +229,9 @@ def old_version(root: Path) -> None:
         (drop_rows, "episode 2: found 6 frames, expected the 9"),
         (cut_data, "file-000.parquet: found an unreadable file"),
         (spoil_image, r"file-000.parquet: observation.images.top, row 3"),
-        (old_version, "found codebase_version v2.1, expected v3.0"),
+        (old_version, "info.json: codebase_version: found v2.1, expected v3.0"),
         (lambda root: (root / "meta/tasks.parquet").unlink(), "tasks.parquet: found no such file"),
-        (lambda root: (root / "meta/info.json").write_text("{"), "info.json: found an unreadable file"),
+        (lambda root: (root / "meta/info.json").write_text("{"), "info.json: found invalid JSON"),
     ],
 )
 def test_damage_is_named_and_leaves_nothing(tmp_path: Path, dataset: TransitionDataset, damage, match: str) -> None:

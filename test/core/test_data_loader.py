@@ -11,7 +11,7 @@ import pytest
 from selfalign_core.data.dataset import TransitionDataset
 from selfalign_core.data.dataset_writer import DatasetWriter
 from selfalign_core.data.loader import Loader, main
-from selfalign_core.data.partial import DatasetError
+from selfalign_core.errors import DatasetError
 
 CHUNK, TRANSITION = 3, 4
 LENGTHS = (9, 14, 6)

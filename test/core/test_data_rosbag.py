@@ -26,10 +26,10 @@ from bag_scripts import (
 from rosbags.rosbag2 import StoragePlugin, Writer
 
 from selfalign_core.data.dataset import TransitionDataset
-from selfalign_core.data.partial import DatasetError
 from selfalign_core.data.rosbag import convert, main
 from selfalign_core.data.rosbag_file import BagError, find_bags
 from selfalign_core.data.rosbag_options import Options
+from selfalign_core.errors import DatasetError
 from selfalign_core.robot.contract import RobotContract
 
 

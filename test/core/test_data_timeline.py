@@ -15,8 +15,8 @@ from selfalign_core.data.dataset import TransitionDataset, describe, merge
 from selfalign_core.data.dataset_meta import Episode
 from selfalign_core.data.dataset_writer import DatasetWriter
 from selfalign_core.data.loader import Loader
-from selfalign_core.data.partial import DatasetError
 from selfalign_core.data.timeline import Timeline, Track
+from selfalign_core.errors import DatasetError
 
 SHAPE = {"cameras": ["top"], "image_size": (4, 6), "state_dim": 2, "action_dim": 2, "dt_ns": 50}
 STAMPS = [1003, 1047, 1104, 1301, 1352]  # a hole after the third

@@ -12,8 +12,8 @@ from selfalign_core.model.config import GemmaSize, ModelConfig, VisionSize
 from selfalign_core.model.pi0 import Pi0
 from selfalign_core.policy import Policy
 from selfalign_core.policy.checkpoint import model_state
-from selfalign_core.policy.config import image_size_of, is_foreign
-from selfalign_core.policy.foreign import fit_to_robot, read_foreign
+from selfalign_core.policy.foreign import fit_to_robot
+from selfalign_core.policy.source import Source, image_size_of, is_foreign
 from selfalign_core.policy.tokenizer import word_tokenizer
 from selfalign_core.robot.types import Observation
 
@@ -146,22 +146,22 @@ def test_saved_as_selfalign_checkpoint_it_acts_the_same(tmp_path, weights, pi05)
 
 
 def test_statistics_are_cut_to_the_robot_and_absent_cameras_are_masked(tmp_path, weights, pi05):
-    foreign = read_foreign(openpi_directory(tmp_path / "c", weights, pi05))
-    fitted = fit_to_robot(foreign, 2, ["left_wrist_0_rgb", "chest"])
-    assert fitted.config.cameras == (None, "left_wrist_0_rgb", None)
-    assert (fitted.config.state_dim, fitted.config.action_dim) == (2, 2)
-    assert len(fitted.stats["state"].mean) == 2
+    foreign = Source.read(openpi_directory(tmp_path / "c", weights, pi05))
+    config, stats = fit_to_robot(foreign.config, foreign.stats, 2, ["left_wrist_0_rgb", "chest"])
+    assert config.cameras == (None, "left_wrist_0_rgb", None)
+    assert (config.state_dim, config.action_dim) == (2, 2)
+    assert len(stats["state"].mean) == 2
     with pytest.raises(ConfigError, match="expected at least one of the checkpoint's"):
-        fit_to_robot(foreign, 2, ["chest"])
+        fit_to_robot(foreign.config, foreign.stats, 2, ["chest"])
     with pytest.raises(ConfigError, match="found 9 joints"):
-        fit_to_robot(foreign, 9, list(CAMERAS))
+        fit_to_robot(foreign.config, foreign.stats, 9, list(CAMERAS))
 
 
 def test_missing_statistics_are_named(tmp_path, weights, pi05):
     directory = openpi_directory(tmp_path / "c", weights, pi05)
     (directory / "assets" / "robot" / "norm_stats.json").unlink()
     with pytest.raises(CheckpointError, match="found no norm_stats"):
-        read_foreign(directory)
+        Source.read(directory)
 
 
 def edit_config(directory, edit):
@@ -174,23 +174,23 @@ def edit_config(directory, edit):
 @pytest.mark.parametrize("missing", ["type", "normalization_mapping"])
 def test_a_lerobot_config_without_a_field_reads_as_lerobot_would(tmp_path, weights, pi05, missing):
     directory = lerobot_directory(tmp_path / "c", weights, pi05)
-    expected = read_foreign(directory).config
+    expected = Source.read(directory).config
     assert expected.state_norm == ("quantile" if pi05 else "z_score")
-    assert read_foreign(edit_config(directory, lambda v: v.pop(missing))).config == expected
+    assert Source.read(edit_config(directory, lambda v: v.pop(missing))).config == expected
 
 
 def test_what_lerobot_trained_for_real_time_chunking_is_read(tmp_path, weights, pi05):
     directory = lerobot_directory(tmp_path / "c", weights, pi05)
-    assert read_foreign(directory).config.rtc_max_delay == 0
-    assert read_foreign(edit_config(directory, lambda v: v.update(rtc_training_max_delay=2))).config.rtc_max_delay == 2
+    assert Source.read(directory).config.rtc_max_delay == 0
+    assert Source.read(edit_config(directory, lambda v: v.update(rtc_training_max_delay=2))).config.rtc_max_delay == 2
     with pytest.raises(ConfigError, match="rtc_max_delay: found"):
-        read_foreign(edit_config(directory, lambda v: v.update(rtc_training_max_delay=HORIZON)))
+        Source.read(edit_config(directory, lambda v: v.update(rtc_training_max_delay=HORIZON)))
 
 
 def test_a_policy_of_another_type_is_refused(tmp_path, weights, pi05):
     directory = lerobot_directory(tmp_path / "c", weights, pi05)
     with pytest.raises(CheckpointError, match="found a policy of type 'pi0_fast', expected 'pi0' or 'pi05'"):
-        read_foreign(edit_config(directory, lambda v: v.update(type="pi0_fast")))
+        Source.read(edit_config(directory, lambda v: v.update(type="pi0_fast")))
 
 
 def test_every_visual_feature_of_lerobot_is_a_camera_in_its_order(tmp_path, weights, pi05):
@@ -202,38 +202,38 @@ def test_every_visual_feature_of_lerobot_is_a_camera_in_its_order(tmp_path, weig
     }
     directory = lerobot_directory(tmp_path / "c", weights, pi05)
     edit_config(directory, lambda v: v.update(input_features=features))
-    assert read_foreign(directory).config.cameras == ("wrist", "image", None)
+    assert Source.read(directory).config.cameras == ("wrist", "image", None)
 
 
 def test_cameras_have_the_names_that_lerobot_renames(tmp_path, weights, pi05):
     directory = lerobot_directory(tmp_path / "c", weights, pi05)
     a, b, c = (f"observation.images.{name}" for name in CAMERAS)
     preprocessor(directory, rename_map={"observation.images.top": a, a: b, "observation.foo": "observation.state"})
-    assert read_foreign(directory).config.cameras == ("top", CAMERAS[0], CAMERAS[2])
+    assert Source.read(directory).config.cameras == ("top", CAMERAS[0], CAMERAS[2])
     preprocessor(directory, rename_map={a: b, b: a, c: "observation.images.unused"})
-    assert read_foreign(directory).config.cameras == (CAMERAS[1], CAMERAS[0], None)
+    assert Source.read(directory).config.cameras == (CAMERAS[1], CAMERAS[0], None)
     preprocessor(directory)
-    assert read_foreign(directory).config.cameras == CAMERAS
+    assert Source.read(directory).config.cameras == CAMERAS
 
 
 def test_lerobots_epsilon_is_read_and_kept(tmp_path, weights, pi05):
     directory = lerobot_directory(tmp_path / "c", weights, pi05)
-    assert read_foreign(directory).config.lerobot_epsilon == 1e-8
+    assert Source.read(directory).config.lerobot_epsilon == 1e-8
     preprocessor(directory, eps=0.5)
     policy = Policy.from_checkpoint(directory, dt=0.05)
     assert policy.config.lerobot_epsilon == 0.5
     policy.save(tmp_path / "own")
     own = Policy.from_checkpoint(tmp_path / "own", dt=0.05)
     np.testing.assert_array_equal(own.infer(observation()).actions, policy.infer(observation()).actions)
-    stats, mean = policy.stats["state"], policy.stats["state"].mean
+    stats, mean = policy.codec.stats["state"], policy.codec.stats["state"].mean
     if pi05:  # only in place of an empty range
-        np.testing.assert_allclose(policy.state_to_model(stats.q99[None])[0, :STATE_DIM], 1, atol=1e-6)
+        np.testing.assert_allclose(policy.codec.state_to_model(stats.q99[None])[0, :STATE_DIM], 1, atol=1e-6)
     else:
-        scaled = policy.state_to_model((mean + stats.std)[None])[0, :STATE_DIM]
+        scaled = policy.codec.state_to_model((mean + stats.std)[None])[0, :STATE_DIM]
         np.testing.assert_allclose(scaled, stats.std / (stats.std + 0.5), rtol=1e-6)
     (directory / "policy_preprocessor.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="steps: found None, expected a list"):
-        read_foreign(directory)
+    with pytest.raises(CheckpointError, match="steps: found nothing, expected a list"):
+        Source.read(directory)
 
 
 def test_statistics_padded_by_openpi_are_cut_to_the_robots_joints(tmp_path, weights, pi05):
@@ -249,7 +249,7 @@ def test_statistics_padded_by_openpi_are_cut_to_the_robots_joints(tmp_path, weig
     chunk = policy.infer(Observation(seen.images, seen.state[:ACTION_DIM], seen.prompt, stamp_ns=7))
     assert chunk.actions.shape == (HORIZON, ACTION_DIM)
     with pytest.raises(ConfigError, match="joints: found 9 joints, expected at most the checkpoint's state_dim=8"):
-        read_foreign(directory, joints=9)
+        Source.read(directory, joints=9)
 
 
 @pytest.mark.parametrize(
@@ -264,16 +264,16 @@ def test_statistics_padded_by_openpi_are_cut_to_the_robots_joints(tmp_path, weig
 def test_relative_dimensions_follow_lerobots_rule(tmp_path, weights, pi05, values, mask):
     directory = lerobot_directory(tmp_path / "c", weights, pi05)
     edit_config(directory, lambda v: v.update(use_relative_actions=True, **values))
-    assert read_foreign(directory).config.delta_mask == mask
+    assert Source.read(directory).config.delta_mask == mask
 
 
 def test_an_unknown_model_option_is_named(tmp_path, weights, pi05):
     directory = openpi_directory(tmp_path / "c", weights, pi05)
-    with pytest.raises(ConfigError, match=r"model options: found unknown key\(s\) \['peft_tokens'\]"):
+    with pytest.raises(ConfigError, match=r"model options: peft_tokens: found an unknown key"):
         Policy.from_checkpoint(directory, dt=0.05, peft_tokens=3)
 
 
 def test_statistics_may_be_named_by_their_path(tmp_path, weights, pi05):
     directory = openpi_directory(tmp_path / "c", weights, pi05)
     stats = str(directory / "assets" / "robot" / "norm_stats.json")
-    np.testing.assert_array_equal(read_foreign(directory, norm_stats=stats).stats["state"].std[0], np.float32(1.5))
+    np.testing.assert_array_equal(Source.read(directory, norm_stats=stats).stats["state"].std[0], np.float32(1.5))

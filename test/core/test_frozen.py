@@ -12,7 +12,7 @@ from selfalign_core.robot.contract import Joint
 from selfalign_core.robot.frozen import FreezeLimits, PictureRun
 
 MS = 1_000_000
-JOINTS = (Joint("pan", "rad", -2, 2, 3, 0.1, 0), Joint("slide", "m", 0, 1, 3, 0.1, 0))
+JOINTS = (Joint("pan", "rad", -2, 2, 3, 0, 0.1), Joint("slide", "m", 0, 1, 3, 0, 0.1))
 LIMITS = FreezeLimits(after_s=0.5, motion=0.05)
 
 

@@ -23,7 +23,8 @@ from selfalign_core.model.masks import (
     suffix_over_prefix_mask,
 )
 from selfalign_core.model.pi0 import ModelInputs, Pi0
-from selfalign_core.policy.checkpoint import infer_model_config, load_model, open_tensors
+from selfalign_core.policy.checkpoint import load_model
+from selfalign_core.policy.tensors import infer_model_config, open_tensors
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 CASES = ("pi0_seed0", "pi05_seed0")

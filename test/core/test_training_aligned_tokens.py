@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from training_runs import config, train, trainer, write_dataset
@@ -12,10 +13,10 @@ from training_runs import config, train, trainer, write_dataset
 from selfalign_core.alignment.config import AlignConfig, Refine
 from selfalign_core.alignment.trusted import Trusted
 from selfalign_core.data.dataset import TransitionDataset
-from selfalign_core.data.partial import DatasetError
-from selfalign_core.errors import CheckpointError, ConfigError
+from selfalign_core.errors import CheckpointError, ConfigError, DatasetError
 from selfalign_core.policy import Policy
-from selfalign_core.training.aligned_tokens import aligned_token, load_tokens, main, save_tokens, unknown_bodies
+from selfalign_core.policy.token_files import load_tokens, save_tokens
+from selfalign_core.training.aligned_tokens import aligned_token, main, unknown_bodies
 
 ALIGN = AlignConfig(refine=Refine(steps=2)).without_budgets()
 
@@ -29,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_dataset(folder / "data", action_offset=0.1)
     policy, data = opened(folder)
     token = aligned_token(policy, data, "arm c", ALIGN)
-    save_tokens(folder / "tokens", {"arm c": token}, policy.digest)
+    save_tokens(folder / "tokens", {"arm c": token.numpy()}, policy.digest)
     return folder
 
 
@@ -54,7 +55,7 @@ def test_a_token_is_the_same_each_time_and_within_reach_of_the_bank(folder: Path
     policy, data = opened(folder)
     assert unknown_bodies(policy, data) == ["arm c"]
     token = aligned_token(policy, data, "arm c", ALIGN)
-    assert torch.equal(token, load_tokens(folder / "tokens", model_digest=policy.digest)["arm c"])
+    assert np.array_equal(token, load_tokens(folder / "tokens", model_digest=policy.digest)["arm c"])
     trusted = Trusted.of(policy)
     assert not any(torch.equal(token, known) for known in trusted.tokens)  # it was refined
     assert trusted.complaint(token, ALIGN.guard) == ""
@@ -67,7 +68,7 @@ def test_the_command_writes_a_token_of_each_unknown_body(
     assert main([str(folder / "policy"), str(folder / "data"), "--output", str(output)]) == 0
     policy, data = opened(folder)
     (token,) = load_tokens(output, model_digest=policy.digest).values()
-    assert torch.equal(token, aligned_token(policy, data, "arm c", AlignConfig().without_budgets()))
+    assert np.array_equal(token, aligned_token(policy, data, "arm c", AlignConfig().without_budgets()))
     assert main([str(folder / "policy"), str(folder / "two"), "--output", str(tmp_path / "none")]) == 2
     assert "found only bodies that" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
@@ -81,8 +82,8 @@ def test_only_the_action_expert_learns_from_them(folder: Path, tmp_path: Path) -
     assert after.config.bank_keys == before.config.bank_keys == ("arm a", "arm b")
     assert torch.equal(after.bank, before.bank)
     assert after.e_token.embodiment == "arm a" and (after.e_token.data == before.e_token.data).all()
-    for name, stats in before.stats.items():
-        assert all((getattr(after.stats[name], key) == value).all() for key, value in vars(stats).items())
+    for name, stats in before.codec.stats.items():
+        assert all((getattr(after.codec.stats[name], key) == value).all() for key, value in vars(stats).items())
     old = before.model.state_dict()
     changed = {name for name, value in after.model.state_dict().items() if not torch.equal(value, old[name])}
     parts = ("paligemma_with_expert.gemma_expert.", "action_", "time_mlp_", "state_proj", "peft_type_action")
@@ -94,7 +95,7 @@ def test_held_out_bodies_are_scored_with_their_own_token(folder: Path, tmp_path:
     made = trainer(tmp_path / "run", folder / "data", data__holdout_by="embodiment", **second_stage(folder))
     assert made.joint.bank.keys == ("arm a", "arm b", "arm c")
     token = load_tokens(folder / "tokens", model_digest=opened(folder)[0].digest)["arm c"]
-    assert torch.equal(made.joint.bank.weight[2], token)
+    assert np.array_equal(made.joint.bank.weight[2].detach(), token)
     assert made.evaluate()["loss_action"] > 0
 
 
@@ -106,9 +107,9 @@ def test_tokens_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> Non
         with pytest.raises(error, match=text):
             trainer(tmp_path / "run", folder / "data", **second_stage(folder, **changes))
 
-    save_tokens(tmp_path / "others", {"arm d": token}, policy.digest)
+    save_tokens(tmp_path / "others", {"arm d": token.numpy()}, policy.digest)
     refused(r"found no token of arm c \(1 of 3 bodies\)", bank__tokens=str(tmp_path / "others"))
-    save_tokens(tmp_path / "foreign", {"arm c": token}, "0" * 64)
+    save_tokens(tmp_path / "foreign", {"arm c": token.numpy()}, "0" * 64)
     refused("found tokens of model '000000000000'", CheckpointError, bank__tokens=str(tmp_path / "foreign"))
     (tmp_path / "damaged").write_bytes(b"no tokens")
     refused("expected a file of tokens by embodiment", CheckpointError, bank__tokens=str(tmp_path / "damaged"))

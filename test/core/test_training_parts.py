@@ -30,21 +30,21 @@ MINIMAL = "output: runs/x\ndata: {path: d}\n"
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        (MINIMAL + "stepz: 5\n", ["stepz", "5", "no such key", "steps"]),
+        (MINIMAL + "stepz: 5\n", ["stepz", "5", "an unknown key", "steps"]),
         (MINIMAL + "optim: {lr: fast}\n", ["optim.lr", "'fast'", "a number"]),
         (MINIMAL + "steps: 1.5\n", ["steps", "1.5", "an integer"]),
         (MINIMAL + "steps: true\n", ["steps", "True", "an integer"]),
-        (MINIMAL + "optim: {lr: -1}\n", ["optim.lr", "-1", "> 0"]),
+        (MINIMAL + "optim: {lr: -1}\n", ["optim.lr", "-1", "above 0"]),
         (MINIMAL + "optim: {betas: [0.9]}\n", ["optim.betas", "[0.9]", "a list of 2"]),
-        (MINIMAL + "precision: half\n", ["precision", "'half'", "'bfloat16'"]),
-        (MINIMAL + "ema_decay: 1\n", ["ema_decay", "1.0", "[0, 1)"]),
+        (MINIMAL + "precision: half\n", ["precision", "'half'", "bfloat16"]),
+        (MINIMAL + "ema_decay: 1\n", ["ema_decay", "found 1,", "[0, 1)"]),
         (MINIMAL + "batch_size: 7\naccumulation: 2\n", ["batch_size", "7", "a multiple of accumulation=2"]),
         (MINIMAL + "cache_features: true\n", ["cache_features", "vision_tower"]),
         (MINIMAL + "model: {changes: {peft_lr: 1}}\n", ["model.changes.peft_lr", "a field of ModelConfig"]),
         (MINIMAL + "lora: {targets: '('}\n", ["lora.targets", "a regular expression"]),
-        (MINIMAL + "steps: 3\nsteps: 4\n", ["'steps' found twice"]),
+        (MINIMAL + "steps: 3\nsteps: 4\n", ["steps: found twice (line 4)"]),
         ("output: runs/x\n", ["data", "found nothing"]),
-        ("[1, 2]\n", ["document", "[1, 2]", "keys and values"]),
+        ("[1, 2]\n", ["found [1, 2]", "a mapping with the keys output"]),
         ("{", ["invalid YAML"]),
     ],
 )
@@ -184,12 +184,12 @@ def test_a_sample_has_the_numbers_that_the_policy_uses(tmp_path: Path, data: Pat
     policy = Policy.from_checkpoint(made.run(), dt=0.05)
     batch = made.loader.batch(3)
     sample = made.encoder(batch, made.loader.positions(3))
-    assert torch.equal(sample.inputs.state, policy.state_to_model(batch.state))
-    assert torch.equal(sample.actions, policy.actions_to_model(batch.actions, batch.state))
-    assert torch.equal(sample.executed, policy.actions_to_model(batch.executed, batch.state))
+    assert torch.equal(sample.inputs.state, policy.codec.state_to_model(batch.state))
+    assert torch.equal(sample.actions, policy.codec.actions_to_model(batch.actions, batch.state))
+    assert torch.equal(sample.executed, policy.codec.actions_to_model(batch.executed, batch.state))
     for i in np.flatnonzero(batch.prompt >= 0):
-        tokens, mask = policy.tokenize(made.dataset.meta.prompts[batch.prompt[i]], batch.state[i])
-        assert torch.equal(sample.inputs.tokens[i], tokens[0]) and torch.equal(sample.inputs.token_masks[i], mask[0])
+        tokens, mask = policy.codec.prompt_to_model(made.dataset.meta.prompts[batch.prompt[i]], batch.state[i])
+        assert np.array_equal(sample.inputs.tokens[i], tokens) and np.array_equal(sample.inputs.token_masks[i], mask)
     play = torch.from_numpy(batch.prompt < 0)
     assert not sample.inputs.token_masks[play].any() and not sample.action_masks[play].any()
     assert torch.equal(sample.labelled, ~play)

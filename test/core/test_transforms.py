@@ -13,15 +13,8 @@ from hypothesis.extra.numpy import arrays
 from safetensors.numpy import save_file
 
 from selfalign_core.errors import CheckpointError, InputError
-from selfalign_core.policy.transforms import (
-    Normalizer,
-    NormStats,
-    load_norm_stats,
-    pad_to_dim,
-    save_norm_stats,
-    to_absolute,
-    to_delta,
-)
+from selfalign_core.policy.statistics_files import load_norm_stats, save_norm_stats
+from selfalign_core.policy.transforms import Normalizer, NormStats, pad_to_dim, to_absolute, to_delta
 
 DIM = 3
 STATS = NormStats(
@@ -152,7 +145,7 @@ def test_lerobots_json_and_safetensors_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "found Expecting .* expected normalisation statistics"),
+        ("{", r"found invalid JSON \(Expecting .* expected normalisation statistics"),
         ("[1]", "found no table of statistics"),
         ('{"norm_stats": {"state": 3}}', r"state: missing \['mean', 'std'\]"),
         ("{}", "found statistics of"),

@@ -126,12 +126,11 @@ def untrained_policy() -> Policy:
 
 def losses_of(policy: Policy, m: Moves, token: Tensor, generator: torch.Generator) -> Losses:
     """All losses of one joint pass over ``m``."""
-    images = [policy.images_to_model(pictures(x)) for x in (m.position, m.next_position)]
-    prompts = [policy.tokenize(word) for word in ("left", "right")]
-    tokens, masks = (torch.cat([prompts[g][i] for g in m.goal]) for i in (0, 1))
-    chunk, count = policy.actions_to_model(m.expert, m.state), len(m.goal)
+    images = [policy.codec.images_to_model(pictures(x)) for x in (m.position, m.next_position)]
+    tokens, masks = policy.codec.prompts_to_model([("left", "right")[g] for g in m.goal], m.state)
+    chunk, count = policy.codec.actions_to_model(m.expert, m.state), len(m.goal)
     inputs = ModelInputs(
-        [images[0]], [torch.ones(count, dtype=torch.bool)], tokens, masks, policy.state_to_model(m.state)
+        [images[0]], [torch.ones(count, dtype=torch.bool)], tokens, masks, policy.codec.state_to_model(m.state)
     )
     return policy.model(
         inputs,
@@ -139,7 +138,7 @@ def losses_of(policy: Policy, m: Moves, token: Tensor, generator: torch.Generato
         noise=torch.randn(chunk.shape, generator=generator),
         time=sample_time(count, generator=generator),
         dim_mask=policy.dim_mask,
-        executed=policy.actions_to_model(m.commands, m.state),
+        executed=policy.codec.actions_to_model(m.commands, m.state),
         next_images=[images[1]],
         alignment_noise=generator,
         token=token,
@@ -159,7 +158,7 @@ class Trained:
         rows = list(range(len(BODIES))) if rows is None else rows
         keys = tuple(f"body {row}" for row in rows)
         config, bank = replace(self.policy.config, bank_keys=keys), torch.from_numpy(self.bank[rows])
-        policy = Policy(self.policy.model, config, self.policy.tokenizer, {}, dt=self.policy.dt, bank=bank)
+        policy = Policy(self.policy.model, config, self.policy.codec.tokenizer, {}, dt=self.policy.dt, bank=bank)
         policy.e_token = replace(policy.e_token, data=self.bank[deployed].copy())
         return policy
 
@@ -197,7 +196,7 @@ def train() -> Trained:
     model.requires_grad_(False)
     with torch.no_grad():
         model.peft_prefix_token.copy_(bank.mean(0))
-    trained = Policy(model, policy.config, policy.tokenizer, {}, dt=policy.dt)
+    trained = Policy(model, policy.config, policy.codec.tokenizer, {}, dt=policy.dt)
     return Trained(trained, bank.detach().numpy(), history)
 
 

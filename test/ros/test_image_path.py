@@ -26,7 +26,7 @@ def test_the_models_input_is_that_of_plain_cv2(name: str) -> None:
     message = MESSAGES[name]
     policy = Policy.untrained(RobotContract.from_yaml(config_file("contracts/sim_reach.yaml")))
     image = decode(camera(message), message, (96, 96))
-    assert torch.equal(policy.images_to_model(image[None]), image_path.plain(message, 96))
+    assert torch.equal(policy.codec.images_to_model(image[None]), image_path.plain(message, 96))
 
 
 @pytest.mark.parametrize("encoding", ["16UC1", "mono16", "32FC1"])

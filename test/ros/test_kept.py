@@ -13,7 +13,7 @@ import pytest
 
 from selfalign_core.alignment import AlignConfig, SelfAligner
 from selfalign_core.policy import Policy
-from selfalign_core.policy.checkpoint import save_e_token
+from selfalign_core.policy.token_files import save_e_token
 from selfalign_core.robot.contract import RobotContract
 from selfalign_core.robot.types import EToken
 from selfalign_ros.life.kept import KeptFile, StopLatch

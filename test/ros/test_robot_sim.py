@@ -178,10 +178,10 @@ def test_the_body_changes_while_it_runs_and_everyone_is_told(probe, robot, comma
     ("body", "reason"),
     [
         ("bodies/none.yaml", "file 'bodies/none.yaml': found neither"),
-        ("{name: bent, arms: 2}", "arms: unknown key"),
+        ("{name: bent, arms: 2}", "arms: found an unknown key (2)"),
         ("{name: bent, payload: -3}", "payload: found -3"),
         ("payload: 0.1", "name: found nothing"),
-        ("{name: [", "not readable as YAML"),
+        ("{name: [", "invalid YAML"),
     ],
 )
 def test_a_body_that_is_none_is_refused_and_nothing_changes(probe, robot, body: str, reason: str) -> None:

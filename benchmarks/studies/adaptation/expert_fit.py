@@ -51,18 +51,9 @@ class Labelled:
 
 def model_inputs(policy: Policy, frames: Labelled, targets: np.ndarray) -> ModelInputs:
     """The frames as a batch, frame i with the prompt of target number ``targets[i]``."""
-    images, masks = [], []
     cameras = [camera for camera in policy.config.cameras if camera is not None]
-    for camera in policy.config.cameras:
-        column = frames.images[:, 0] * 0 if camera is None else frames.images[:, cameras.index(camera)]
-        images.append(policy.images_to_model(np.ascontiguousarray(column)))
-        masks.append(torch.full((len(frames),), camera is not None, device=policy.dim_mask.device))
-    prompts = [
-        policy.tokenize(prompt_for(TARGET_NAMES[target]), state)
-        for target, state in zip(targets, frames.states, strict=True)
-    ]
-    tokens, token_masks = (torch.cat(parts) for parts in zip(*prompts, strict=True))
-    return ModelInputs(images, masks, tokens, token_masks, policy.state_to_model(frames.states))
+    images = {camera: frames.images[:, i] for i, camera in enumerate(cameras)}
+    return policy.codec.inputs(images, frames.states, [prompt_for(TARGET_NAMES[target]) for target in targets])
 
 
 @dataclass(frozen=True)
@@ -99,8 +90,8 @@ def _rows(policy: Policy, frames: Labelled) -> _Rows:
     chunks = frames.chunks[every, targets, : policy.horizon]
     return _Rows(
         prefix,
-        policy.state_to_model(frames.states[every]),
-        policy.actions_to_model(chunks, frames.states[every]),
+        policy.codec.state_to_model(frames.states[every]),
+        policy.codec.actions_to_model(chunks, frames.states[every]),
     )
 
 

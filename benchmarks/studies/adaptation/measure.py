@@ -71,7 +71,7 @@ class Measure:
             token=None if token is None else torch.from_numpy(token),
             dim_mask=policy.dim_mask if policy.config.padding_masked else None,
         )
-        actions = np.stack([policy.actions_from_model(c, s) for c, s in zip(chunks, frames.states, strict=True)])
+        actions = policy.codec.actions_from_model(chunks, frames.states)
         wanted = frames.chunks[np.arange(len(frames)), targets, : policy.horizon]
         return np.abs(actions - wanted).mean((1, 2)).round(6).tolist()
 

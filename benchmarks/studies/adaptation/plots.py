@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.studies.adaptation.arms import LABELS, NEAREST, OURS
 from benchmarks.studies.adaptation.shifts import BEFORE_S, SHIFTED_S
-from selfalign_core.policy.checkpoint import write_atomically
+from selfalign_core.files import write_atomically
 
 _COLOURS = ("#9aa0a6", "#c5b0d5", "#56b4e9", "#e69f00", "#009e73", "#333333", "#cc79a7", "#d55e00", "#f0e442")
 _SMOOTH = 12  # quarter seconds

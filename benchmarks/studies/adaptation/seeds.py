@@ -114,7 +114,7 @@ def make_start(grid: Grid, seed: int) -> None:
     vlm, source = (m.paligemma_with_expert.paligemma for m in (model, known.model))
     vlm.load_state_dict(source.state_dict())
     config = dataclasses.replace(known.config, bank_keys=(), embodiment="")
-    Policy(model, config, known.tokenizer, known.stats, dt=known.dt).save(path)
+    Policy(model, config, known.codec.tokenizer, known.codec.stats, dt=known.dt).save(path)
 
 
 def train_seed(grid: Grid, seed: int, jobs: int) -> dict[str, str]:

@@ -1,6 +1,6 @@
-"""A directory that is either complete or not there: written under a hidden name, synced, then renamed.
+"""Files and directories that are either complete or not there: written under a hidden name, synced, then renamed.
 
-Knows nothing of what is in it.
+Knows nothing of what is in them.
 """
 
 from __future__ import annotations
@@ -8,13 +8,50 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
-from selfalign_core.errors import SelfAlignError
+from selfalign_core.errors import DatasetError
 
 
-class DatasetError(SelfAlignError):
-    """A dataset that cannot be read or written: the message names the file or the episode and frame."""
+def write_atomically(path: Path, write: Callable[[str], object]) -> None:
+    """Write to a temporary file beside ``path``, sync it, rename it: a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
+    try:
+        write(str(temporary))
+        temporary.chmod(0o644)
+        publish(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file by :func:`write_atomically`."""
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+def publish(hidden: Path, target: Path, *, instead: bool = False) -> None:
+    """All of ``hidden``, a file or a directory, to the disk, then to its name beside it, in this order.
+
+    ``instead``: of the directory that has the name, which is removed.
+    """
+    for path in [*hidden.rglob("*"), hidden]:
+        sync(path)
+    if instead:
+        shutil.rmtree(target, ignore_errors=True)
+    os.replace(hidden, target)
+    sync(target.parent)
+
+
+def sync(path: Path) -> None:
+    """Have the file or directory on the disk before going on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 class PartialDirectory:
@@ -46,15 +83,11 @@ class PartialDirectory:
                 leftover.unlink()
 
     def publish(self) -> None:
-        """Everything to the disk, then to its name, in this order."""
+        """Everything to the disk, then to its name."""
         (self.path / "lock").unlink()
-        for path in self.path.rglob("*"):
-            _sync(path)
-        _sync(self.path)
         if self.target.exists():
             raise DatasetError(f"{self.target}: found a path made meanwhile, expected none")
-        self.path.rename(self.target)
-        _sync(self.target.parent)
+        publish(self.path, self.target)
         self._release()
 
     def remove(self) -> None:
@@ -67,11 +100,3 @@ class PartialDirectory:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
