@@ -9,6 +9,7 @@ gives limits for frozen cameras has each picture compared with the one before, a
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from selfalign_core.errors import InputError
 from selfalign_core.robot.contract import Camera, RobotContract
 from selfalign_core.robot.frozen import FreezeLimits, PictureRun
 from selfalign_core.robot.images import SUPPORTED_ENCODINGS
+from selfalign_core.robot.measured import Pose
 from selfalign_ros.bridge.conversions import NS_PER_S, decode, positions_in_order, to_ns
 from selfalign_ros.bridge.qos import overridable
 from selfalign_ros.life.diagnostics import ERROR, OK, Rate, Status
@@ -34,6 +36,7 @@ from selfalign_ros.life.diagnostics import ERROR, OK, Rate, Status
 # Enough joint states to reach back past the oldest image allowed and the limit for frozen cameras, at a thousand per
 # second.
 _JOINT_STATES_KEPT = 1024
+_POSES = 5  # that have to agree before motion starts: foreign ones come in between, or a few in a row
 
 
 @dataclass(frozen=True)
@@ -194,12 +197,18 @@ class SensorInputs:
         self._check_pictures()
         return Selection(images, state, stamp_ns)
 
-    def newest_positions(self) -> np.ndarray:
-        """The measured position, (joints,) float64. Raises ``InputError``."""
-        newest = self.joint_states.newest
-        if newest is None:
-            raise InputError(f"joint states: {self.joint_states.absence()}")
-        return positions_in_order(newest, self._contract.joint_names, self.joint_states.topic)
+    def poses(self) -> list[Pose]:
+        """The newest measured poses, oldest first, back to one that cannot be read. Raises ``InputError``."""
+        poses: list[Pose] = []
+        for message in itertools.islice(reversed(self.joint_states.messages), _POSES):
+            try:
+                position = positions_in_order(message, self._contract.joint_names, self.joint_states.topic)
+            except InputError:
+                if not poses:
+                    raise
+                break
+            poses.insert(0, Pose(to_ns(message.header.stamp), position))
+        return poses
 
     def status(self, now_ns: int) -> Status:
         """Rates and ages for diagnostics, and the fault if there is one."""
