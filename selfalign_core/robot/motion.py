@@ -315,8 +315,9 @@ class Motion:
             self._ban(now, seen, order)
             return
         if self.calibration is not None:
-            if self.is_due(now.ros_ns):
-                self._follow_next_piece(now, self.calibration, seen, order)
+            if self.is_due(now.ros_ns) and not self._follow_piece(now, self.calibration, seen, order):
+                self._note_calibration("completed", order)
+                self._rest(now, FIRST_CHUNK, order)
         elif not self.inferring and (isinstance(self.state, Holding) or self.is_due(now.ros_ns)):
             order.inference = self._plan_inference(now, seen)
         if isinstance(self.state, Following) and self._commands:
@@ -366,11 +367,11 @@ class Motion:
         except InputError as error:
             order.refusal = str(error)
             return
+        if not self._follow_piece(now, calibration, seen, order):
+            order.refusal = "its first piece is past"
+            return
         self.tally.calibrations += 1
         self._round += 1  # the policy's next chunk shall be of what it sees when it is over
-        self._follow_next_piece(now, calibration, seen, order)
-        if self.calibration is None:
-            order.refusal = "its first piece is past"
 
     def _end_calibration(self, now: Now, order: Order) -> None:
         """The piece that is under way goes on until the policy's first chunk is there."""
@@ -397,17 +398,15 @@ class Motion:
         )
         return Ticket(self._round, handover)
 
-    def _follow_next_piece(self, now: Now, calibration: Calibration, seen: Seen, order: Order) -> None:
-        """Hand back to the policy if there is none."""
+    def _follow_piece(self, now: Now, calibration: Calibration, seen: Seen, order: Order) -> bool:
+        """Follow what comes next of ``calibration``. False if nothing does."""
         piece = calibration.piece(now.ros_ns)
         following = None if piece is None else self._plan(now, piece, seen, order, calibration)
-        if following is not None:
-            self.state = following
-            pieces_ns = self._contract.replan_steps * self._contract.dt_ns
-            self._due_ns = min(now.ros_ns + pieces_ns, calibration.end_ns)
-        else:
-            self._note_calibration("completed", order)
-            self._rest(now, FIRST_CHUNK, order)
+        if following is None:
+            return False
+        self.state = following
+        self._due_ns = min(now.ros_ns + self._contract.replan_steps * self._contract.dt_ns, calibration.end_ns)
+        return True
 
     def _plan(
         self, now: Now, chunk: ActionChunk, seen: Seen, order: Order, calibration: Calibration | None = None

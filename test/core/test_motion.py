@@ -133,7 +133,8 @@ class Robot:
         self.told: tuple[np.ndarray, int] | None = None  # and when, in steady time; None while the robot holds
         self.anchor: np.ndarray | None = None
         self.begun = self.measured  # where it was when it began to follow the chunk that it follows
-        self.is_judged = True  # the controller; not after the steady clock has jumped, which no clock of a robot does
+        self.is_judged = True  # the controller; not one that is elsewhere than any clock says, until motion starts anew
+        self.has_jumped = False  # ROS time, since the last event
         self.void: Ticket | None = None  # an inference whose answer shall move nothing
         self.last = self.now
 
@@ -159,10 +160,11 @@ class Robot:
 
     def jump_ros(self, ns: int) -> None:
         self.ros_ns = max(0, self.ros_ns + ns)
+        self.has_jumped = True
 
     def jump_steady(self, ns: int) -> None:
         self.steady_ns = max(0, self.steady_ns + ns)
-        self.is_judged = False
+        self.is_judged = False  # no clock that a robot moves by does that
 
     # --- what is done about it ---
 
@@ -196,6 +198,10 @@ class Robot:
         before = self.motion.state
         order = self.motion.on(self.now, event)
         self.judge_clocks(order)
+        has_own_time = self.motion.settings.simulated and not self.controller.reads_ros
+        if has_own_time and self.has_jumped and (not order.jumped or self.rate > 1):
+            self.is_judged = False  # a simulation that is not where its clock says it is
+        self.has_jumped = False
         if order.jumped:
             self.poses.clear()
         if isinstance(event, Word):
@@ -361,10 +367,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(ns=jumps_ns, sign=signs)
     def jump_ros(self, ns: int, sign: int) -> None:
-        robot = self.robot
-        if robot.motion.settings.simulated and not robot.controller.reads_ros and 0 < sign * ns < 3 * S:
-            return  # a simulation that is not where its clock says it is, by less than shows
-        robot.jump_ros(sign * ns)
+        self.robot.jump_ros(sign * ns)
 
     @rule(
         ns=jumps_ns,
@@ -377,7 +380,7 @@ class AnyOrder(RuleBasedStateMachine):
         robot = self.robot
         robot.on(Word(""))
         self.go_on(steps=5, span=DT, ends=ends, late=2)
-        self.jump_ros(ns, sign)
+        robot.jump_ros(sign * ns)
         robot.pass_time(unnoticed_ns)
         if noticed == "stop":
             robot.on(Word("stopped by ~/stop"))
