@@ -34,6 +34,8 @@ FIRST_CHUNK = "waiting for the first chunk"
 LEASH = 0.05
 """How far from where it started an untrained model may move a joint [rad or m]."""
 
+_READING_NS = NS_PER_S // 1000  # at most between the readings of two clocks that are read one after the other
+
 
 # --- what happens ---
 
@@ -171,9 +173,11 @@ class Course:
     pace: float
 
     def told(self, last: Told, now: Now) -> Told:
-        """Simulated time leads as far as steady time allows; a system's clock, which may be set, does not."""
+        """Simulated time leads as far as steady time allows. A system's clock, which may be set, is read a little
+        earlier or later than the steady one.
+        """
         path_ns = self._reach_ns(last, now)
-        if self.simulated:
+        if self.simulated or abs(now.ros_ns - path_ns) < _READING_NS:
             path_ns = min(max(now.ros_ns, last.path_ns), path_ns)
         return Told(self.path.at(path_ns), now, path_ns)
 
