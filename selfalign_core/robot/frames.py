@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import itertools
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from selfalign_core.errors import InputError
 from selfalign_core.robot.contract import Camera, RobotContract
 from selfalign_core.robot.frozen import FreezeLimits, PictureRun
 from selfalign_core.robot.images import BytesLike
+from selfalign_core.robot.measured import Pose
 
 _NS_PER_S = 1_000_000_000
 DISORDER_NS = _NS_PER_S // 4
@@ -33,6 +35,7 @@ DISORDER_NS = _NS_PER_S // 4
 # Enough joint states to reach back past the oldest image allowed and the limit for frozen cameras, at a thousand per
 # second.
 _STATES_KEPT = 1024
+_POSES = 5  # that have to agree before motion starts: foreign ones come in between, or a few in a row
 
 
 # --- order ---
@@ -182,9 +185,15 @@ class SensorFrames:
         payloads = {name: picture.payload for name, picture in pictures.items()}
         return Selection(payloads, state, stamps[oldest], oldest)
 
-    def newest_positions(self) -> np.ndarray:
-        """The measured position, (joints,) float64. Raises ``InputError``."""
-        return self._newest_state().read()
+    def poses(self) -> list[Pose]:
+        """The newest measured poses, oldest first, back to one that cannot be read. Raises ``InputError``."""
+        newest = self._newest_state()
+        poses = [Pose(newest.stamp_ns, newest.read())]
+        for state in itertools.islice(reversed(self._states), 1, _POSES):
+            if state.positions is None:
+                break
+            poses.insert(0, Pose(state.stamp_ns, state.positions))
+        return poses
 
     def newest_stamps(self) -> dict[str, int]:
         """Topic -> stamp of its newest message, of those that have one."""

@@ -26,6 +26,7 @@ from selfalign_core.errors import InputError
 from selfalign_core.robot.commands import CommandPath
 from selfalign_core.robot.contract import Camera, RobotContract
 from selfalign_core.robot.images import decode_compressed, decode_resized, resize_with_pad
+from selfalign_core.robot.motion import Halt, Position, Trajectory
 from selfalign_core.robot.types import ActionChunk, EToken, TransitionBatch, token_norm
 
 if TYPE_CHECKING:
@@ -130,14 +131,20 @@ def trajectory_message(names: Sequence[str], path: CommandPath, stamp_ns: int) -
     return message
 
 
-def hold_message(names: Sequence[str], position: np.ndarray, dt_ns: int) -> JointTrajectory:
-    """Stay at ``position`` (joints,), to be there after ``dt_ns``.
+def command_message(names: Sequence[str], command: Trajectory | Halt | Position) -> JointTrajectory | Float64MultiArray:
+    """A command as the controller of its kind expects it.
 
-    Its header.stamp is 0, "as soon as it arrives": a controller refuses a trajectory that ends in the past, and a hold
-    that is late, or whose reader's clock is ahead, has to stop the robot all the same.
+    The header.stamp of a halt is 0, "as soon as it arrives": a controller refuses a trajectory that ends in the past,
+    and a halt that is late, or whose reader's clock is ahead, has to stop the robot all the same.
     """
-    path = CommandPath(np.array([0, dt_ns], np.int64), np.stack([position, position]))
-    return trajectory_message(names, path, 0)
+    match command:
+        case Position(position):
+            return Float64MultiArray(data=fill("d", position))
+        case Halt(position, duration_ns):
+            path = CommandPath(np.array([0, duration_ns], np.int64), np.stack([position, position]))
+            return trajectory_message(names, path, 0)
+        case Trajectory(path, stamp_ns):
+            return trajectory_message(names, path, stamp_ns)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from selfalign_core.robot.contract import Camera, RobotContract
 from selfalign_core.robot.frames import Selection, SensorFrames
 from selfalign_core.robot.frozen import FreezeLimits
 from selfalign_core.robot.images import SUPPORTED_ENCODINGS
+from selfalign_core.robot.measured import Pose
 from selfalign_ros.bridge.conversions import NS_PER_S, decode, positions_in_order, to_ns
 from selfalign_ros.bridge.qos import overridable
 from selfalign_ros.life.diagnostics import ERROR, OK, Rate, Status
@@ -128,9 +129,9 @@ class SensorInputs:
         """
         return self._frames.select(now_ns)
 
-    def newest_positions(self) -> np.ndarray:
-        """The measured position, (joints,) float64. Raises ``InputError``."""
-        return self._frames.newest_positions()
+    def poses(self) -> list[Pose]:
+        """The newest measured poses, as :meth:`SensorFrames.poses` gives them. Raises ``InputError``."""
+        return self._frames.poses()
 
     def status(self, now_ns: int) -> Status:
         """Rates and ages for diagnostics, and the fault if there is one."""

@@ -76,7 +76,7 @@ def test_a_joint_state_that_was_overtaken_is_put_in_its_place(contract: RobotCon
     assert (frames.select(NOW + 50 * MS).state == 31).all()
     frames.add_state(NOW + 20 * MS, positions(contract, 20))
     assert (frames.select(NOW + 50 * MS).state == 31).all()
-    assert (frames.newest_positions() == 50).all()
+    assert (frames.poses()[-1].position == 50).all()
 
 
 def test_the_oldest_of_a_full_memory_leaves_for_one_that_was_overtaken(contract: RobotContract) -> None:

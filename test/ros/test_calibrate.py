@@ -130,8 +130,8 @@ def test_around_home_it_goes_there_first(probe) -> None:
 
 
 def test_ended_on_its_way_home_it_gets_there_first(graph) -> None:
+    from selfalign_core.robot.calibration import Calibration
     from selfalign_core.robot.contract import RobotContract
-    from selfalign_ros.nodes.calibration import Calibration
 
     contract = RobotContract.from_yaml(graph.contract("sim_reach.yaml", max_age_s=5.0, joints=JOINTS))
     start, settings = np.array([0.8, -1.0, 0.3]), {"duration_s": 5.0, "amplitude": 0.3, "seed": 0}

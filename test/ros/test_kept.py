@@ -96,7 +96,7 @@ def test_a_forged_file_is_named_never_used_and_left_in_place(
     kept, node = KeptFile(path), nodes[reader]
     node.contract = contract
     if reader == "policy":
-        assert kept.read(lambda path: node._token.read(path, policy, 4.0)) is None
+        assert kept.read(lambda path: node.token.read(path, policy, 4.0)) is None
     else:
         node._kept, aligner = kept, SelfAligner(policy, AlignConfig(), joints=contract.joint_names)
         own = aligner.token
