@@ -16,19 +16,19 @@ errors, on (a) and on (b); 1 if not; 2 on bad arguments.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 
-from benchmarks.report import mean_and_stderr, print_table, record, run_command, write_json
-from benchmarks.studies.scores import Draw, Scorer, draw, halves
+from benchmarks.harness import interval, print_table, save
+from benchmarks.studies.scores import Draw, RecordedLosses, draw, halves
+from selfalign_core.command_line import File, command
 from selfalign_core.data.dataset import TransitionDataset
 from selfalign_core.errors import CheckpointError, ConfigError
 from selfalign_core.model.config import ModelConfig
@@ -69,7 +69,7 @@ class HeldOut:
 
     def score(self, policy: Policy) -> dict[str, list[dict[str, float]]]:
         """Section → losses of each unit."""
-        scorer = Scorer(policy, self.dataset)
+        scorer = RecordedLosses(policy, self.dataset)
         found: dict[str, list[dict[str, float]]] = {}
         for unit in self.units:
             if unit.pick is None:
@@ -155,8 +155,8 @@ def summary(scores: dict[str, dict[str, list[dict[str, float]]]]) -> dict[str, d
 
 
 def _figures(values: np.ndarray) -> dict[str, float]:
-    mean, stderr = mean_and_stderr(values)
-    return {"mean": mean, "stderr": stderr}
+    found = interval(values)
+    return {name: found[name] for name in ("mean", "stderr")}
 
 
 def measure(run: str | Path, *, bags: str | None = None, bodies: str | None = None) -> dict[str, Any]:
@@ -183,21 +183,16 @@ def measure(run: str | Path, *, bags: str | None = None, bodies: str | None = No
     return {"run": str(run), "steps": steps, "sections": sections, "met": met}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.studies.held_out",
-        description="Losses of a training run on held-out episodes and on bodies never trained on.",
-    )
-    parser.add_argument("run", help="directory of a training run")
-    parser.add_argument("--bags", help="dataset of bodies trained on, in place of the run's held-out episodes")
-    parser.add_argument("--bodies", help="dataset with bodies not trained on, in place of those the run held out")
-    parser.add_argument("--json", help="file to write")
-    return run_command(lambda: _run(parser.parse_args(arguments)))
-
-
-def _run(options: argparse.Namespace) -> int:
-    figures = measure(options.run, bags=options.bags, bodies=options.bodies)
-    write_json(options.json, record("held_out", **figures))
+def report(
+    run: Annotated[str, "directory of a training run"],
+    *,
+    bags: Annotated[str | None, "dataset of bodies trained on, in place of the run's held-out episodes"] = None,
+    bodies: Annotated[str | None, "dataset with bodies not trained on, in place of those the run held out"] = None,
+    json: File = None,
+) -> int:
+    """Losses of a training run on held-out episodes and on bodies never trained on."""
+    figures = measure(run, bags=bags, bodies=bodies)
+    save(json, "held_out", **figures)
     steps = figures["steps"]
     for section, parts in figures["sections"].items():
         print(f"\n{section} ({parts['units']})\n")
@@ -214,6 +209,8 @@ def _row(name: str, part: dict[str, Any]) -> list[str]:
     change = f"{part['change']['mean']:+.3f} ± {part['change']['stderr']:.3f}"
     return [name.replace("_", " "), *cells, change, "yes" if part["falls"] else "no"]
 
+
+main = command("benchmarks.studies.held_out", report)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,7 +7,7 @@ when it is first asked for, and follows from the body, the seed and the index al
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from selfalign_core.robot.images import resize_with_pad
 from selfalign_core.robot.types import TransitionBatch
 from selfalign_core.sim import JOINTS, ArmSim, BodyConfig
 from selfalign_core.study.rollout import CONTROL_HZ, Recording
+from selfalign_core.study.table import load_policy
 
 CAMERA_SIZE = (224, 224)
 DT_NS = round(1e9 / CONTROL_HZ)
@@ -30,6 +31,12 @@ ALIGN_PERIOD = round(CONTROL_HZ)
 
 _FIT_EPISODES, _HELD_OUT_EPISODES = 6, 2  # half of them play; of the former the last two are for validation
 _CALIBRATION, _FIT, _HELD_OUT = range(3)
+
+
+@lru_cache(maxsize=4)
+def policy_of(checkpoint: str) -> Policy:
+    """The policy of a checkpoint directory, read once per process."""
+    return load_policy(checkpoint)
 
 
 class AlignerLoop:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from functools import cached_property
 from typing import Any
 
@@ -88,6 +89,7 @@ class Measure:
         return self._scorer.prepare(self.lab.held_out_transitions)
 
 
+@atexit.register
 def close_environments() -> None:
     """Free this process's drawing contexts."""
     while _environments:
