@@ -21,6 +21,7 @@ import torch
 from scipy.special import stdtrit
 from torch.profiler import ProfilerActivity, profile
 
+from selfalign_core.command_line import CORES
 from selfalign_core.policy.checkpoint import write_atomically
 from selfalign_core.study.run_summary import finite
 from selfalign_core.study.statistics import share_interval
@@ -31,7 +32,6 @@ Device = Literal["cpu", "cuda"]
 Checkpoint = Annotated[str, "checkpoint directory"]
 Jobs = Annotated[int, "processes; changes no result"]
 
-CORES = os.cpu_count() or 1
 MIB = 2**20
 
 # ---------------------------------------------------------------------------------------------------- time and memory
@@ -151,7 +151,7 @@ def machine() -> dict[str, Any]:
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     found: dict[str, Any] = {
         "processor": names[0] if names else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
+        "cores": CORES,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,7 @@ class More(dict[str, Any]):
 
 
 Work = Callable[..., int | None]
+CORES = os.cpu_count() or 1
 File = Annotated[Path | None, "file to write", More(metavar="FILE")]
 
 
@@ -42,15 +44,14 @@ def command(
     """
 
     def main(arguments: Sequence[str] | None = None) -> int:
-        style: dict[str, Any] = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+        parser = argparse.ArgumentParser(prog=f"python -m {module}", description=about)
         if callable(work):
-            parser = argparse.ArgumentParser(prog=f"python -m {module}", description=_summary(work), **style)
+            parser.description = _summary(work)
             _add_parameters(parser, work)
         else:
-            parser = argparse.ArgumentParser(prog=f"python -m {module}", description=about)
             commands = parser.add_subparsers(required=True, metavar="|".join(work))
             for name, one in work.items():
-                _add_parameters(commands.add_parser(name, help=_summary(one), **style), one)
+                _add_parameters(commands.add_parser(name, help=_summary(one)), one)
         options = vars(parser.parse_args(arguments))
         chosen, words = options.pop("work"), list[Any]()
         for name, parameter in inspect.signature(chosen).parameters.items():
@@ -101,7 +102,10 @@ def _add_parameters(parser: argparse.ArgumentParser, work: Work) -> None:
         found = _argument(hints[name])
         if parameter.kind is parameter.KEYWORD_ONLY:
             required = parameter.default is parameter.empty
-            default = argparse.SUPPRESS if required or parameter.default in (None, False) else parameter.default
+            unsaid = required or parameter.default is None or parameter.default is False
+            default = argparse.SUPPRESS if unsaid else parameter.default
+            if "help" in found and not unsaid:
+                found["help"] += f" (default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
             parser.add_argument(_flag(name), **found, required=required, default=default)
         else:
             many = {"nargs": "+", "default": argparse.SUPPRESS} if parameter.kind is parameter.VAR_POSITIONAL else {}

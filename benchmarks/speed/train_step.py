@@ -153,7 +153,7 @@ class Bench:
         trainer = self.trainer
         trainer.encoder = self._encoders["all"]
         waited = []
-        with closing(trainer.loader.batches(prefetch=PREFETCH, as_torch=False)) as batches:
+        with closing(trainer.loader.batches(prefetch=PREFETCH)) as batches:
             for _ in range(PREFETCH + steps):
                 begin = time.perf_counter()
                 batch = next(batches)

@@ -12,17 +12,16 @@ Deterministic. Must not know ROS, the model or torch.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import cv2
 import numpy as np
 
-from selfalign_core.data.command_line import run_command
+from selfalign_core.command_line import command
 from selfalign_core.data.dataset import TransitionDataset
 from selfalign_core.data.dataset_meta import PLAY
 from selfalign_core.data.dataset_writer import DatasetWriter
@@ -129,19 +128,18 @@ def _copy(source: TransitionDataset, writer: DatasetWriter, embodiment: int, key
         )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Add variants of the recorded robots to a dataset.")
-    parser.add_argument("dataset", help="dataset directory")
-    parser.add_argument("--output", required=True, help="dataset directory to make")
-    parser.add_argument("--variants", type=int, default=7, help="of each robot, besides the robot itself")
-    parser.add_argument("--seed", type=int, default=1)
-    options = parser.parse_args(argv)
-    return run_command(
-        lambda: augment(
-            TransitionDataset(options.dataset), options.output, variants=options.variants, seed=options.seed
-        )
-    )
+def run(
+    dataset: Annotated[Path, "dataset directory"],
+    *,
+    output: Annotated[Path, "dataset directory to make"],
+    variants: Annotated[int, "of each robot, besides the robot itself"] = 7,
+    seed: int = 1,
+) -> None:
+    """Add variants of the recorded robots to a dataset."""
+    augment(TransitionDataset(dataset), output, variants=variants, seed=seed)
 
+
+main = command("selfalign_core.data.augment", run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -16,7 +16,6 @@ come from.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from selfalign_core.data.command_line import run_command
+from selfalign_core.command_line import command
 from selfalign_core.data.dataset_meta import PLAY, DatasetMeta
 from selfalign_core.data.dataset_writer import DatasetWriter
 from selfalign_core.data.partial import DatasetError
@@ -267,27 +266,19 @@ def describe(dataset: TransitionDataset) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    program = "python -m selfalign_core.data.dataset"
-    parser = argparse.ArgumentParser(prog=program, description="Look at datasets or join them.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    info = commands.add_parser("info", help="what a dataset holds")
-    info.add_argument("datasets", nargs="+", type=Path)
-    join = commands.add_parser("merge", help="copy several datasets into a new one")
-    join.add_argument("datasets", nargs="+", type=Path)
-    join.add_argument("--output", required=True, type=Path)
-    options = parser.parse_args(arguments)
+def info(*datasets: Path) -> None:
+    """What a dataset holds."""
+    for path in datasets:
+        print(describe(TransitionDataset(path)))
 
-    def work() -> None:
-        datasets = [TransitionDataset(path) for path in options.datasets]
-        if options.command == "merge":
-            merge(datasets, options.output)
-            datasets = [TransitionDataset(options.output)]
-        for dataset in datasets:
-            print(describe(dataset))
 
-    return run_command(work)
+def join(*datasets: Path, output: Path) -> None:
+    """Copy several datasets into a new one."""
+    merge([TransitionDataset(path) for path in datasets], output)
+    info(output)
 
+
+main = command("selfalign_core.data.dataset", {"info": info, "merge": join}, about="Look at datasets or join them.")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -35,8 +35,8 @@ from selfalign_core.text_table import align_columns
 
 OWN, OTHER, MEAN, WRONG_PROMPT = "own", "other", "mean", "wrong-prompt"
 ROWS = (OWN, OTHER, MEAN, WRONG_PROMPT)
-DEPLOYED = "deployed"
-"""In place of a bank key: the checkpoint's ``peft_prefix_token``."""
+NOMINAL, DEPLOYED = "nominal", "deployed"
+"""The body that a robot is taken for; and, in place of a bank key, the checkpoint's ``peft_prefix_token``."""
 
 BATCH = 20  # episodes that share one inference
 
@@ -67,8 +67,8 @@ def find_bodies(spec: str) -> list[EvaluatedBody]:
     Raises:
         ConfigError: no such file, dataset or embodiment, or a dataset that was not simulated.
     """
-    nominal = EvaluatedBody("nominal", BodyConfig())
-    if spec == "nominal":
+    nominal = EvaluatedBody(NOMINAL, BodyConfig())
+    if spec == NOMINAL:
         return [nominal]
     if spec.startswith("dataset:"):
         return _bodies_of_dataset(spec.removeprefix("dataset:"))

@@ -158,14 +158,13 @@ def test_without_images_the_rest_is_the_same(dataset: TransitionDataset) -> None
     np.testing.assert_array_equal(bare.index, loader(dataset).batch(3).index)
 
 
-def test_tensors_are_handed_out(dataset: TransitionDataset) -> None:
-    torch = pytest.importorskip("torch")
+def test_batches_read_ahead_are_those_of_their_steps(dataset: TransitionDataset) -> None:
     batches = loader(dataset).batches()
     batch = next(batches)
     batches.close()
-    assert batch.images.dtype == torch.uint8 and batch.images.shape == (4, 2, 4, 5, 3)
-    assert batch.action_masks.dtype == torch.bool
-    assert batch.prompt.dtype == torch.int64
+    assert batch.images.dtype == np.uint8 and batch.images.shape == (4, 2, 4, 5, 3)
+    assert batch.action_masks.dtype == bool and batch.prompt.dtype == np.int64
+    np.testing.assert_array_equal(batch.index, loader(dataset).batch(0).index)
 
 
 def test_an_error_while_reading_ahead_reaches_the_reader(dataset: TransitionDataset) -> None:
@@ -177,7 +176,7 @@ def test_an_error_while_reading_ahead_reaches_the_reader(dataset: TransitionData
         return Loader.batch(one, step)
 
     one.batch = broken
-    batches = one.batches(as_torch=False)
+    batches = one.batches()
     assert len(next(batches)) == 4 and len(next(batches)) == 4
     with pytest.raises(OSError, match="disk gone"):
         next(batches)

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from benchmarks.harness import CORES, Jobs, run_tasks, save, say
+from benchmarks.harness import Jobs, run_tasks, save, say
 from benchmarks.studies.adaptation import own_policy, plots, right, shifts, study, summary, tables
 from benchmarks.studies.adaptation.arms import NO_TOKEN, SHARED_TOKEN
 from benchmarks.studies.adaptation.lab import policy_of
 from benchmarks.studies.adaptation.settings import FAMILIES, PARTS, RANGES, Settings
-from selfalign_core.command_line import More, command, expect_at_least
+from selfalign_core.command_line import CORES, More, command, expect_at_least
 from selfalign_core.errors import ConfigError
 
 T = TypeVar("T")
