@@ -23,8 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from selfalign_core.command_line import CORES
 from selfalign_core.policy.checkpoint import write_atomically
-from selfalign_core.study.run_summary import finite
-from selfalign_core.study.statistics import share_interval
+from selfalign_core.study.statistics import finite, share_interval
 
 R = TypeVar("R")
 

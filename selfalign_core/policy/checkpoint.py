@@ -444,15 +444,6 @@ def load_e_token(path: str | Path, *, model_digest: str, shape: tuple[int, int])
     return EToken(data, int(version), metadata.get("embodiment", ""), model_digest)
 
 
-def load_e_token_losses(path: str | Path) -> dict[str, float]:
-    """The losses that :func:`save_e_token` wrote beside a token; empty if it was given none."""
-    text = _read_e_token(Path(path))[1].get("losses", "{}")
-    try:
-        return {str(name): float(value) for name, value in json.loads(text).items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: found losses {text!r}, expected a JSON object of numbers") from error
-
-
 def _read_e_token(path: Path) -> tuple[np.ndarray, dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:

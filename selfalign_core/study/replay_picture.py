@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from selfalign_core.study.replay_comparison import LOSSES
 from selfalign_core.study.run_picture import columns_of, finish_panel
+from selfalign_core.study.run_record import TASKS
 
 _COLOURS = ("C0", "C1")  # of the two runs, in every panel
 _TIMED = ("first_action", "jump", "losses", "token", "compute")
@@ -93,16 +93,16 @@ def _draw_compute(axis: Any, attempts: Mapping[str, list[Any]], labels: Sequence
 
 
 def _draw_bag_losses(axis: Any, runs: Sequence[Mapping[str, Any]]) -> None:
-    places = np.arange(len(LOSSES))
+    places = np.arange(len(TASKS))
     for number, (run, colour) in enumerate(zip(runs, _COLOURS, strict=True)):
         losses = run["losses_on_bag"].get("losses")
         if losses is None:
             continue
         for shift, which, alpha in ((0.0, "before", 0.4), (0.2, "after", 1.0)):
-            heights = [losses[loss][which] for loss in LOSSES]
+            heights = [losses[loss][which] for loss in TASKS]
             label = run["label"] if which == "after" else None
             axis.bar(places - 0.3 + 0.4 * number + shift, heights, 0.18, color=colour, alpha=alpha, label=label)
-    axis.set_xticks(places, [loss.replace("_", " ") for loss in LOSSES])
+    axis.set_xticks(places, [loss.replace("_", " ") for loss in TASKS])
     axis.set_ylabel("loss on the bag\n(pale: first token, full: last)")
 
 

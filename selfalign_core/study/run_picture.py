@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from selfalign_core.study.run_summary import LOSSES
+from selfalign_core.study.run_record import LOSSES
 
 _EVENTS = {
     "body changed": {"color": "black", "lw": 1.6, "ls": "-"},

@@ -221,7 +221,7 @@ def test_a_comparison_that_cannot_be_made_is_refused_before_anything_starts(tmp_
 
 
 def test_differences_are_named() -> None:
-    from selfalign_ros.tools.replay_node import first_difference
+    from selfalign_core.study.replay_report import first_difference
 
     one: dict[str, Any] = {
         "chunks": [{"stamp_ns": 1, "sha256": "aa"}, {"stamp_ns": 2, "sha256": "bb"}],
