@@ -34,7 +34,7 @@ from selfalign_core.policy import Policy
 from selfalign_core.policy.bank import MEAN_ROW
 from selfalign_core.policy.config import PolicyConfig
 from selfalign_core.sim import TARGET_NAMES, BodyConfig
-from selfalign_core.study.rollout import Episode, PolicyPlanner, rollout
+from selfalign_core.study.rollout import EpisodeSpec, PolicyPlanner, rollout
 from selfalign_core.training.config import TrainConfig
 from selfalign_core.training.trainer import LOSSES
 
@@ -186,7 +186,7 @@ def success(scorer: RecordedLosses, body: BodyConfig, row: int, count: int) -> l
     """Whether each of ``count`` closed-loop episodes on ``body``, with the token of ``row``, reached its target."""
     token = None if scorer.bank is None else scorer.bank.weight[row].detach().cpu().numpy()
     episodes = [
-        Episode(body, EPISODE_SEED + index, TARGET_NAMES[index % len(TARGET_NAMES)], token=token)
+        EpisodeSpec(body, EPISODE_SEED + index, TARGET_NAMES[index % len(TARGET_NAMES)], token=token)
         for index in range(count)
     ]
     planner = PolicyPlanner(scorer.policy)

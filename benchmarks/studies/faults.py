@@ -68,7 +68,7 @@ SLACK_S = 0.1
 
 
 @dataclass(frozen=True)
-class Command:
+class SeenCommand:
     """One trajectory, on its way to the robot or as the robot says it follows it; times in ns."""
 
     sent_ns: int  # by the policy, or when the robot began to follow it
@@ -85,11 +85,11 @@ class Command:
 class Judge:
     """What was commanded, what of it the robot followed by its own word, and how the joints moved."""
 
-    commands: list[Command] = field(default_factory=list)
-    followed: list[Command] = field(default_factory=list)
+    commands: list[SeenCommand] = field(default_factory=list)
+    followed: list[SeenCommand] = field(default_factory=list)
     motion: list[tuple[int, float]] = field(default_factory=list)  # stamp ns, fastest joint's speed
 
-    def stale_commands(self, limit_s: float) -> list[Command]:
+    def stale_commands(self, limit_s: float) -> list[SeenCommand]:
         """Those that move and were made from an observation older than ``limit_s`` when they were sent.
 
         Of those that the judge never heard counts when they were followed.
@@ -97,7 +97,7 @@ class Judge:
         known = [*self.commands, *self.unheard()]
         return [c for c in known if c.moves and (c.sent_ns - c.observed_ns) / 1e9 > limit_s]
 
-    def unheard(self) -> list[Command]:
+    def unheard(self) -> list[SeenCommand]:
         """Those that the robot followed and the judge never heard: their publisher died before it could repeat them."""
         heard = {(c.observed_ns, c.end_ns) for c in self.commands}
         return [c for c in self.followed if c.moves and (c.observed_ns, c.end_ns) not in heard]
@@ -165,10 +165,10 @@ class Listener(Node):
             self.statuses[status.name] = (time.monotonic(), status.message)
 
 
-def _command(message: JointTrajectory, info: dict[str, Any]) -> Command:
+def _command(message: JointTrajectory, info: dict[str, Any]) -> SeenCommand:
     stamp_ns, last, sent_ns = to_ns(message.header.stamp), message.points[-1], info["source_timestamp"]
     # An order to hold has no observation behind it: it counts from when it arrives.
-    return Command(sent_ns, stamp_ns, (stamp_ns or sent_ns) + to_ns(last.time_from_start))
+    return SeenCommand(sent_ns, stamp_ns, (stamp_ns or sent_ns) + to_ns(last.time_from_start))
 
 
 class Injection:

@@ -40,7 +40,7 @@ from selfalign_core.robot.commands import CommandLimiter, CommandPath, plan_path
 from selfalign_core.robot.contract import RobotContract
 from selfalign_core.robot.types import ActionChunk, Observation
 from selfalign_core.sim import TARGET_NAMES, ReachEnv, prompt_for
-from selfalign_core.study.rollout import Episode, PolicyPlanner, RolloutConfig, RunningEpisode
+from selfalign_core.study.rollout import EpisodeSpec, PolicyPlanner, RolloutConfig, RunningEpisode
 from selfalign_core.study.table import BATCH, OWN, find_bodies, load_policy, plan_row
 
 CONTRACT = Path(__file__).parents[2] / "config/contracts/sim_reach.yaml"
@@ -54,7 +54,7 @@ SUBSTEPS = 10
 class Arm(RunningEpisode):
     """An episode whose arm is told where to be as the policy node tells a joint trajectory controller."""
 
-    def __init__(self, episode: Episode, env: ReachEnv, config: RolloutConfig, contract: RobotContract) -> None:
+    def __init__(self, episode: EpisodeSpec, env: ReachEnv, config: RolloutConfig, contract: RobotContract) -> None:
         super().__init__(episode, env, config)
         self._dt_ns, self._limiter = contract.dt_ns, CommandLimiter.from_contract(contract)
         self.chunk: ActionChunk | None = None

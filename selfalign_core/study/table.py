@@ -24,8 +24,8 @@ from selfalign_core.policy import Policy
 from selfalign_core.sim import TARGET_NAMES, BodyConfig, ReachEnv
 from selfalign_core.study.rollout import (
     CONTROL_HZ,
-    Episode,
     EpisodeResult,
+    EpisodeSpec,
     PolicyPlanner,
     RolloutConfig,
     rollout,
@@ -55,7 +55,7 @@ class TableEpisode:
 
     row: str
     token: str
-    episode: Episode
+    episode: EpisodeSpec
 
 
 # ---------------------------------------------------------------------------------------------------------- bodies
@@ -134,7 +134,7 @@ def plan_row(row: str, policy: Policy, bodies: Sequence[EvaluatedBody], count: i
         if row == WRONG_PROMPT:
             prompt = TARGET_NAMES[(target + 1 + (i // len(TARGET_NAMES)) % 2) % len(TARGET_NAMES)]
         name, token = bank.token_for(row, body.key, np.roll(order, -i))
-        episode = Episode(body.body, _episode_seed(seed, i), TARGET_NAMES[target], prompt, token)
+        episode = EpisodeSpec(body.body, _episode_seed(seed, i), TARGET_NAMES[target], prompt, token)
         planned.append(TableEpisode(row, name, episode))
     return planned
 
@@ -177,7 +177,7 @@ def _episode_seed(seed: int, index: int) -> int:
 
 
 def run_episodes(
-    checkpoint: str, episodes: Sequence[Episode], config: RolloutConfig, jobs: int
+    checkpoint: str, episodes: Sequence[EpisodeSpec], config: RolloutConfig, jobs: int
 ) -> Iterator[list[EpisodeResult]]:
     """The results of one batch after the other, in order; one thread per process, also if there is one process."""
     if jobs < 1:
@@ -204,7 +204,7 @@ class _Worker:
         self.config = config
         self.environments: list[ReachEnv] = []
 
-    def run(self, batch: Sequence[Episode]) -> list[EpisodeResult]:
+    def run(self, batch: Sequence[EpisodeSpec]) -> list[EpisodeResult]:
         return rollout(self.planner, batch, self.config, environments=self.environments)
 
     def close(self) -> None:
@@ -220,7 +220,7 @@ def _start(checkpoint: str, config: RolloutConfig) -> None:
     _worker = _Worker(checkpoint, config)
 
 
-def _run_batch(batch: Sequence[Episode]) -> list[EpisodeResult]:
+def _run_batch(batch: Sequence[EpisodeSpec]) -> list[EpisodeResult]:
     assert _worker is not None
     return _worker.run(batch)
 
@@ -256,8 +256,6 @@ def _share(name: str, successes: int, n: int) -> dict[str, Any]:
 def episode_record(planned: TableEpisode, result: EpisodeResult) -> dict[str, Any]:
     """One episode as plain data."""
     episode = planned.episode
-    values = dataclasses.asdict(result)
-    values.pop("recording")
     return {
         "row": planned.row,
         "body": episode.body.name,
@@ -265,7 +263,7 @@ def episode_record(planned: TableEpisode, result: EpisodeResult) -> dict[str, An
         "target": episode.target,
         "prompt": episode.told,
         "token": planned.token,
-        **values,
+        **dataclasses.asdict(result),
     }
 
 

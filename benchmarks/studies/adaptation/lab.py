@@ -6,7 +6,8 @@ when it is first asked for, and follows from the body, the seed and the index al
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -21,7 +22,7 @@ from selfalign_core.robot.calibration import CalibrationConfig, calibration_moti
 from selfalign_core.robot.images import resize_with_pad
 from selfalign_core.robot.types import TransitionBatch
 from selfalign_core.sim import JOINTS, ArmSim, BodyConfig
-from selfalign_core.study.rollout import CONTROL_HZ, Recording
+from selfalign_core.study.rollout import CONTROL_HZ
 from selfalign_core.study.table import load_policy
 
 CAMERA_SIZE = (224, 224)
@@ -56,6 +57,25 @@ class AlignerLoop:
         stride = aligner.stride(stamp_ns)
         batch = self.buffer.newest(aligner.wanted, since_ns=aligner.since_ns, stride=stride)
         return aligner.advance(batch, stamp_ns)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What was seen and done, a row per control step, as in a dataset's episode.
+
+    ``images``: (n, cameras, H, W, 3) uint8 RGB. ``states``, ``actions``: (n, joints) float32 motor frame [rad]; the
+    action is the one in force from that row to the next.
+    """
+
+    images: np.ndarray
+    states: np.ndarray
+    actions: np.ndarray
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Recording:
+        """From image, state and action of each control step; at least one."""
+        images, states, actions = (np.array(column) for column in zip(*rows, strict=True))
+        return cls(images, states, actions)
 
 
 class Lab:

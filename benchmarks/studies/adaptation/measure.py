@@ -14,7 +14,7 @@ from benchmarks.studies.adaptation.lab import Lab
 from selfalign_core.alignment.scoring import Scorer
 from selfalign_core.policy import Policy
 from selfalign_core.sim import TARGET_NAMES, ReachEnv
-from selfalign_core.study.rollout import Episode, PolicyPlanner, RolloutConfig, rollout
+from selfalign_core.study.rollout import EpisodeSpec, PolicyPlanner, RolloutConfig, rollout
 
 _LOSS_DRAWS = 4
 _SIDE_BY_SIDE = 20
@@ -47,7 +47,7 @@ class Measure:
         lab, policy = self.lab, policy or self.lab.policy
         first = (lab.settings.seed * 1000 + lab.index) * 1000
         episodes = [
-            Episode(lab.body, first + i, TARGET_NAMES[(lab.index + i) % len(TARGET_NAMES)], token=token)
+            EpisodeSpec(lab.body, first + i, TARGET_NAMES[(lab.index + i) % len(TARGET_NAMES)], token=token)
             for i in range(count)
         ]
         planner, config, results = PolicyPlanner(policy), RolloutConfig(joints=lab.joints), []
