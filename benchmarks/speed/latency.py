@@ -141,7 +141,7 @@ def measure(subject: Subject, medians: Callable[..., dict[str, float]]) -> dict[
             fast=lambda: run.run_prefix(fast_features, call.tokens),
         ),
         "step": medians(
-            plain=lambda: model.denoise_step(cache, inputs.state, noise, now),
+            plain=lambda: model.predict_velocity(cache, inputs.state, noise, now),
             fast=lambda: run.run_actions(call.noise, 0),
         ),
         "fixed": medians(fast=lambda: run.run_fixed(call.state, call.token)),

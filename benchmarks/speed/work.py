@@ -62,7 +62,7 @@ def count(config: ModelConfig, *, cameras: int, prompt: int, precision: str) -> 
         with torch.no_grad():
             image, features = _operations(lambda: model.embed_images(inputs.images))
             prefix, cache = _operations(lambda: model.prefix(inputs, image_features=features))
-            step, _ = _operations(lambda: model.denoise_step(cache, inputs.state, actions, torch.empty(1)))
+            step, _ = _operations(lambda: model.predict_velocity(cache, inputs.state, actions, torch.empty(1)))
     experts = model.paligemma_with_expert
     paligemma, expert = experts.paligemma.model, experts.gemma_expert.model
     read = cache.layers[config.expert_layer_offset :][: config.action_expert.depth]
