@@ -31,13 +31,14 @@ class More(dict[str, Any]):
 
 
 Work = Callable[..., int | None]
+Main = Callable[..., int]
 CORES = os.cpu_count() or 1
 File = Annotated[Path | None, "file to write", More(metavar="FILE")]
 
 
 def command(
     module: str, work: Work | Mapping[str, Work], *, about: str = "", interrupted: str = "nothing was written"
-) -> Callable[[Sequence[str] | None], int]:
+) -> Main:
     """What runs ``work`` with the words of a command line, those of the process if None, and returns the exit code.
 
     Several by name are the commands of one program, ``about`` something. ``interrupted``: what is said after Ctrl-C.

@@ -255,7 +255,7 @@ def run(
     # What the nodes keep survives their restarts.
     with ros(output / "ros_home"), Graph(log, [f"params_file:={parameters}", *arguments]) as graph:
         listener = Listener(contract, qos.RECENT_EVENTS)
-        injection = Injection(graph, listener, seed=seed, gap_s=tuple(gap))
+        injection = Injection(graph, listener, seed=seed, gap_s=(gap[0], gap[1]))
         if lacking := wait_until_all_work(injection, listener, begin, START_S):
             raise ConfigError(f"{', '.join(lacking)} did not start within {START_S:g} s; see {graph.log}")
         injection.run(kills)

@@ -11,14 +11,11 @@ from pathlib import Path
 from rclpy.qos import DurabilityPolicy, HistoryPolicy, LivelinessPolicy, QoSProfile, ReliabilityPolicy
 from rosbags.interfaces import Qos, QosDurability, QosHistory, QosLiveliness, QosReliability, QosTime
 
+from selfalign_core.data.rosbag_file import ABOUT_CONTRACT, ABOUT_NAMESPACE
 from selfalign_core.errors import ConfigError
 from selfalign_ros.bridge.topics import Topic, graph_topics
 from selfalign_ros.life.tool_node import ToolNode, run_tool
 from selfalign_ros.tools.bag import BagWriter
-
-# In the bag's custom data: what a replay has to know of the recorded graph.
-ABOUT_CONTRACT = "selfalign contract"
-ABOUT_NAMESPACE = "selfalign namespace"
 
 
 class Recorder(ToolNode):

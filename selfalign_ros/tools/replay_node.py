@@ -11,7 +11,7 @@ from __future__ import annotations
 import array
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from rosgraph_msgs.msg import Clock
 
 from selfalign.msg import ActionChunk, AlignReport, EToken
 from selfalign.srv import Step
+from selfalign_core.data.rosbag_file import ABOUT_NAMESPACE, BagError, BagFile
 from selfalign_core.errors import ConfigError
 from selfalign_core.study.replay_report import first_difference, read_report, replay_report
 from selfalign_core.study.run_record import RunRecord
@@ -30,11 +31,9 @@ from selfalign_core.study.run_summary import SEPARATOR, align_words
 from selfalign_core.study.statistics import finite
 from selfalign_ros.bridge import qos
 from selfalign_ros.bridge.conversions import NS_PER_S, to_stamp
-from selfalign_ros.bridge.topics import Topic, camera_topics, graph_topics, header_stamp_ns
+from selfalign_ros.bridge.topics import Topic, camera_topics, graph_topics
 from selfalign_ros.life.parameters import load_specs
 from selfalign_ros.life.tool_node import ToolNode, check_report_path, run_tool, write_report
-from selfalign_ros.tools.bag import Bag, BagError, BagMessage
-from selfalign_ros.tools.recorder_node import ABOUT_NAMESPACE
 
 NODES = ("buffer", "policy", "aligner")  # the order of their steps
 # What must be in a bag; the prompt need not, it has a parameter that stands in for it.
@@ -56,12 +55,13 @@ class Replay(ToolNode):
         super().__init__("replay", cli_args)
         if not self.parameters["bag"]:
             raise ConfigError("parameter bag: found nothing; expected the folder of a bag")
-        self._bag = Bag(Path(self.parameters["bag"]))
+        self._bag = BagFile.completed(Path(self.parameters["bag"]))
         if self.parameters["report"]:
             check_report_path(Path(self.parameters["report"]))
         self._earlier = read_report(Path(self.parameters["compare"])) if self.parameters["compare"] else None
         self._inputs = self._recorded_inputs()
-        self._first_ns, self._last_ns = self._bag.check(list(self._inputs))
+        self._types = {recorded: topic.type_name for recorded, topic in self._inputs.items()}
+        self._first_ns, self._last_ns = self._bag.span(self._types)
         self._check_clock()
         self.record = RunRecord(self.contract.name, self._first_ns, self._last_ns)
         self._node_parameters: dict[str, dict[str, Any]] = {}
@@ -91,7 +91,7 @@ class Replay(ToolNode):
     def _recorded_inputs(self) -> dict[str, Topic]:
         """The bag's name of every topic to publish. Raises ``BagError`` for one that is missing or of another type."""
         namespace = self._bag.about.get(ABOUT_NAMESPACE, "/").rstrip("/")
-        types, counts = self._bag.types, self._bag.counts
+        types, counts = self._bag.types, self._bag.message_counts()
         inputs: dict[str, Topic] = {}
         for topic in (topic for topic in graph_topics(self.contract) if topic.is_input):
             recorded = topic.name if topic.name.startswith("/") else f"{namespace}/{topic.name}"
@@ -114,16 +114,13 @@ class Replay(ToolNode):
     def _check_clock(self) -> None:
         cameras = [topic.name for topic in camera_topics(self.contract)]
         for recorded in (name for name, topic in self._inputs.items() if topic.name in cameras):
-            message = next(self._bag.messages([recorded]))
-            try:
-                stamp_ns = header_stamp_ns(message.data)
-            except ValueError as error:
-                raise BagError(f"bag {self._bag.path}, topic {recorded}: {error}") from None
-            if abs(message.time_ns - stamp_ns) > _CLOCK_TOLERANCE_NS:
+            _, received_ns, raw = next(self._bag.messages({recorded: self._types[recorded]}))
+            late_ns = received_ns - self._bag.header_stamp(recorded, raw)
+            if abs(late_ns) > _CLOCK_TOLERANCE_NS:
                 raise BagError(
-                    f"bag {self._bag.path}, topic {recorded}: found a header stamp "
-                    f"{(message.time_ns - stamp_ns) / NS_PER_S:.1f} s before its time of recording; expected one clock "
-                    "for both (record with use_sim_time if the robot was simulated)"
+                    f"bag {self._bag.path}, topic {recorded}: found a header stamp {late_ns / NS_PER_S:.1f} s before "
+                    "its time of recording; expected one clock for both (record with use_sim_time if the robot was "
+                    "simulated)"
                 )
 
     # --- playing ---
@@ -172,13 +169,13 @@ class Replay(ToolNode):
         self.get_logger().info(f"playing {self._bag.path}")
 
     def _play(self) -> None:
-        messages = self._bag.messages(list(self._inputs))
+        messages = self._bag.messages(self._types)
         pending = next(messages, None)
         now_ns, shown = self._first_ns, time.monotonic()
         while pending is not None:
             now_ns += self.contract.dt_ns
-            while pending is not None and pending.time_ns <= now_ns:
-                self._publish(pending)
+            while pending is not None and pending[1] <= now_ns:
+                self._publish(*pending)
                 pending = next(messages, None)
             self._step_all(now_ns)
             self._ticks += 1
@@ -188,9 +185,9 @@ class Replay(ToolNode):
                 shown = time.monotonic()
                 print(self._progress(now_ns), flush=True)
 
-    def _publish(self, message: BagMessage) -> None:
-        self._input_publishers[message.topic].publish(message.data)
-        self._published[message.topic] += 1
+    def _publish(self, recorded: str, _: int, raw: bytes) -> None:
+        self._input_publishers[recorded].publish(bytes(raw))
+        self._published[recorded] += 1
 
     def _step_all(self, now_ns: int) -> None:
         stamp = to_stamp(now_ns)
@@ -203,7 +200,7 @@ class Replay(ToolNode):
         for name in NODES:
             request.e_token_version = self._last_version
             deadline = time.monotonic() + self.parameters["step_timeout"]
-            outputs = {"policy": self.record.chunks, "aligner": self.record.rounds}.get(name, [])
+            outputs: Sequence[object] = {"policy": self.record.chunks, "aligner": self.record.rounds}.get(name, [])
             before = len(outputs)
             response = self._call(self._steps[name], request, deadline, f"{name}/step at {now_ns} ns")
             if not response.success:

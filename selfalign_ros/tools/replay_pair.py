@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from selfalign_core.data.rosbag_file import ABOUT_NAMESPACE, BagFile
 from selfalign_core.errors import SelfAlignError
 from selfalign_core.robot.contract import RobotContract
 from selfalign_core.robot.types import EToken
 from selfalign_ros.graph.declaration import REPLAY, Graph, GraphError
 from selfalign_ros.graph.supervisor import Supervisor, free_domain
 from selfalign_ros.life.resources import checkpoint_folder, config_file
-from selfalign_ros.tools.bag import Bag
 
 RUNS = ("first", "second")
 
@@ -77,7 +77,6 @@ def _scores(report: Mapping[str, Any]) -> dict[str, Any]:
     from selfalign_core.alignment.trusted import Trusted
     from selfalign_core.policy import Policy
     from selfalign_core.study.bag_losses import score_change, transitions_of_bag
-    from selfalign_ros.tools.recorder_node import ABOUT_NAMESPACE
 
     parameters, bag = report["parameters"]["aligner"], Path(report["bag"])
     contract = RobotContract.from_yaml(config_file(parameters["contract"]))
@@ -88,8 +87,7 @@ def _scores(report: Mapping[str, Any]) -> dict[str, Any]:
     scores: dict[str, Any] = {"spread": Trusted.of(policy).spread}
     before, after = (_token(report["e_tokens"][index], contract.embodiment) for index in (0, -1))
     try:
-        with Bag(bag) as opened:
-            namespace = opened.about.get(ABOUT_NAMESPACE, "/")
+        namespace = BagFile(bag).about.get(ABOUT_NAMESPACE, "/")
         batch = transitions_of_bag(bag, contract, policy, namespace=namespace)
         scores |= score_change(policy, batch, before, after, prompt=parameters["prompt"])
     except SelfAlignError as error:
