@@ -7,14 +7,12 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import multiprocessing
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -24,8 +22,6 @@ from torch.profiler import ProfilerActivity, profile
 from selfalign_core.command_line import CORES
 from selfalign_core.policy.checkpoint import write_atomically
 from selfalign_core.study.statistics import finite, share_interval
-
-R = TypeVar("R")
 
 Device = Literal["cpu", "cuda"]
 Checkpoint = Annotated[str, "checkpoint directory"]
@@ -211,22 +207,3 @@ class Cache:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, kept)
         return json.loads(json.dumps(kept["value"]))
-
-
-def run_tasks(function: Callable[..., R], tasks: Sequence[Any], jobs: int) -> Iterator[R]:
-    """``function`` of each task, a tuple being its arguments, in order; each process has one thread, this one too."""
-    if jobs == 1:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            yield from (_do(function, task) for task in tasks)
-        finally:
-            torch.set_num_threads(threads)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        yield from pool.map(_do, [function] * len(tasks), tasks)
-
-
-def _do(function: Callable[..., R], task: Any) -> R:
-    return function(*task) if isinstance(task, tuple) else function(task)

@@ -26,6 +26,7 @@ from selfalign_core.policy import Policy
 from selfalign_core.policy.checkpoint import write_atomically
 from selfalign_core.sim import JOINTS
 from selfalign_core.study.animation import check_animation_path, save_animation
+from selfalign_core.study.processes import load_policy
 from selfalign_core.study.rollout import PolicyPlanner, RolloutConfig
 from selfalign_core.study.table import (
     NOMINAL,
@@ -34,7 +35,6 @@ from selfalign_core.study.table import (
     episode_record,
     find_bodies,
     format_table,
-    load_policy,
     plan_row,
     run_episodes,
     summarise,

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import MIB, Checkpoint, Device, peak_bytes, print_table, save, synchronise, take_turns
+from benchmarks.speed.work import random_inputs
 from selfalign_core.alignment.budget import Budget
 from selfalign_core.alignment.config import AlignConfig
 from selfalign_core.alignment.guard import judge
@@ -172,11 +173,8 @@ def counted(preset: str, transitions: int) -> dict[str, float]:
     with torch.device("meta"):
         model = Pi0(ModelConfig.preset(preset))
         config, batch, cameras = model.config, transitions, 3
-        images = [torch.empty(batch, 3, *config.image_size) for _ in range(cameras)]
-        masks = [torch.ones(batch, dtype=torch.bool) for _ in images]
-        tokens = torch.empty(batch, config.max_token_len, dtype=torch.int64)
-        state = torch.empty(batch, config.action_dim)
-        inputs = ModelInputs(images, masks, tokens, torch.ones_like(tokens, dtype=torch.bool), state)
+        inputs = random_inputs(config, cameras=cameras, prompt=config.max_token_len, batch=batch)
+        images, masks, state = inputs.images, inputs.image_masks, inputs.state
         executed = torch.empty(batch, config.transition_horizon, config.action_dim)
         features = torch.empty(batch, cameras * config.feature_tokens_per_camera, config.text.width)
         noise = AlignmentNoise(state, features, executed, torch.empty(batch))

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Checkpoint, Device, print_table, save, take_turns
-from benchmarks.speed.work import CARDS, STAGES, Card, Work, count, floor_ms, whole
+from benchmarks.speed.work import CARDS, STAGES, Card, Work, count, floor_ms, random_inputs, whole
 from selfalign_core.command_line import File, More, command, expect_more_than_0
 from selfalign_core.model.config import GemmaSize, ModelConfig, VisionSize
 from selfalign_core.model.fast import FastSampler
@@ -104,14 +104,7 @@ def random_subject(name: str, device: str, precision: str) -> Subject:
     with torch.device(device):
         model = Pi0(config).eval().requires_grad_(False)
         model.to_precision(precision)
-        prompt = config.max_token_len
-        inputs = ModelInputs(
-            images=[torch.rand(1, 3, *config.image_size) * 2 - 1 for _ in range(cameras)],
-            image_masks=[torch.ones(1, dtype=torch.bool) for _ in range(cameras)],
-            tokens=torch.randint(0, config.vocab_size, (1, prompt)),
-            token_masks=torch.ones(1, prompt, dtype=torch.bool),
-            state=torch.randn(1, config.action_dim),
-        )
+        inputs = random_inputs(config, cameras=cameras, prompt=config.max_token_len)
         return Subject(name, model, inputs, torch.randn(1, config.action_horizon, config.action_dim))
 
 

@@ -23,18 +23,18 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from benchmarks.harness import Cache, interval, print_table, run_tasks, save, say, share, share_over_bodies
-from benchmarks.studies.scores import RecordedLosses, draw, halves
+from benchmarks.harness import Cache, interval, print_table, save, say, share, share_over_bodies
+from benchmarks.studies.scores import RecordedLosses
 from benchmarks.studies.training import configured, trained
 from selfalign_core.command_line import More, command, expect_at_least
 from selfalign_core.data import sim_demos
 from selfalign_core.data.dataset import TransitionDataset
 from selfalign_core.model.config import ModelConfig
 from selfalign_core.policy import Policy
-from selfalign_core.policy.bank import MEAN_ROW
 from selfalign_core.policy.config import PolicyConfig
 from selfalign_core.sim import TARGET_NAMES, BodyConfig
-from selfalign_core.study.rollout import EpisodeSpec, PolicyPlanner, rollout
+from selfalign_core.study.processes import in_batches, run_tasks
+from selfalign_core.study.rollout import EpisodeSpec, PolicyPlanner
 from selfalign_core.training.config import TrainConfig
 from selfalign_core.training.trainer import LOSSES
 
@@ -43,7 +43,6 @@ PARTS = LOSSES[1:]
 PICK_SAMPLES = 32
 SCORED_SAMPLES = 64
 TRAINING_SEED, UNSEEN_SEED, EPISODE_SEED = 1, 77, 1000
-_SIDE_BY_SIDE = 10
 
 
 @dataclass(frozen=True)
@@ -157,26 +156,24 @@ def evaluate(settings: Settings, name: str, path: Path) -> dict[str, Any]:
     dataset = TransitionDataset(settings.unseen_path)
     policy = Policy.from_checkpoint(path, dt=dataset.meta.dt_ns / 1e9)
     scorer = RecordedLosses(policy, dataset)
-    model = policy.config.model
-    losses: dict[str, list[dict[str, float]]] = {"mean": [], "picked": []}
-    rows: dict[str, int] = {}
-    for place, body in enumerate(dataset.meta.embodiments):
-        pick, scored = halves(dataset, body)
-        rows[body] = scorer.identify(draw(dataset, model, pick, PICK_SAMPLES, seed=0, place=2 * place + 1))
-        drawn = draw(dataset, model, scored, SCORED_SAMPLES, seed=0, place=2 * place)
-        losses["mean"].append(scorer.losses(drawn, MEAN_ROW))
-        losses["picked"].append(scorer.losses(drawn, rows[body]))
+    bodies = dataset.meta.embodiments
+    found = {
+        body: scorer.unseen(body, place, pick=PICK_SAMPLES, scored=SCORED_SAMPLES) for place, body in enumerate(bodies)
+    }
     keys = ("",) if scorer.bank is None else scorer.bank.keys
     figures: dict[str, Any] = {
-        "picked": {body: keys[row] for body, row in rows.items()},
-        "losses": {kind: {part: [unit[part] for unit in units] for part in PARTS} for kind, units in losses.items()},
+        "picked": {body: keys[one.row] for body, one in found.items()},
+        "losses": {
+            kind: {part: [getattr(one, kind)[part] for one in found.values()] for part in PARTS}
+            for kind in ("mean", "picked")
+        },
     }
     if settings.rollouts:
         say(f"{name}: closed loop")
         own = scorer.row(NOMINAL)
         figures["nominal"] = success(scorer, BodyConfig(), own, 10 * settings.rollouts)
         figures["unseen"] = {
-            body: success(scorer, config, rows[body], settings.rollouts)
+            body: success(scorer, config, found[body].row, settings.rollouts)
             for body, config in settings.unseen_bodies().items()
         }
     return figures
@@ -189,11 +186,7 @@ def success(scorer: RecordedLosses, body: BodyConfig, row: int, count: int) -> l
         EpisodeSpec(body, EPISODE_SEED + index, TARGET_NAMES[index % len(TARGET_NAMES)], token=token)
         for index in range(count)
     ]
-    planner = PolicyPlanner(scorer.policy)
-    found = []
-    for begin in range(0, count, _SIDE_BY_SIDE):
-        found += rollout(planner, episodes[begin : begin + _SIDE_BY_SIDE])
-    return [result.success for result in found]
+    return [result.success for result in in_batches(PolicyPlanner(scorer.policy), episodes)]
 
 
 def run_variant(settings: Settings, name: str) -> dict[str, Any]:

@@ -40,8 +40,9 @@ from selfalign_core.robot.commands import CommandLimiter, CommandPath, plan_path
 from selfalign_core.robot.contract import RobotContract
 from selfalign_core.robot.types import ActionChunk, Observation
 from selfalign_core.sim import TARGET_NAMES, ReachEnv, prompt_for
+from selfalign_core.study.processes import BATCH, load_policy
 from selfalign_core.study.rollout import EpisodeSpec, PolicyPlanner, RolloutConfig, RunningEpisode
-from selfalign_core.study.table import BATCH, OWN, find_bodies, load_policy, plan_row
+from selfalign_core.study.table import OWN, find_bodies, plan_row
 
 CONTRACT = Path(__file__).parents[2] / "config/contracts/sim_reach.yaml"
 LATENCIES_MS = (0, 50, 150, 300)

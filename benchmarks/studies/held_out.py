@@ -27,13 +27,11 @@ import numpy as np
 import torch
 
 from benchmarks.harness import interval, print_table, save
-from benchmarks.studies.scores import Draw, RecordedLosses, draw, halves
+from benchmarks.studies.scores import RecordedLosses, draw
 from selfalign_core.command_line import File, command
 from selfalign_core.data.dataset import TransitionDataset
 from selfalign_core.errors import CheckpointError, ConfigError
-from selfalign_core.model.config import ModelConfig
 from selfalign_core.policy import Policy
-from selfalign_core.policy.bank import MEAN_ROW
 from selfalign_core.training.config import TrainConfig
 from selfalign_core.training.parallel import Ranks
 from selfalign_core.training.state import list_checkpoints, read_info
@@ -51,37 +49,24 @@ SAMPLES = 64
 
 
 @dataclass(frozen=True)
-class Unit:
-    """An episode of a training body, or an unknown body with transitions to ``pick`` a token by."""
-
-    name: str
-    body: str
-    scored: Draw
-    pick: Draw | None = None
-
-
-@dataclass(frozen=True)
 class HeldOut:
-    """Units of one dataset."""
+    """Episodes (number and body) of bodies that were trained on, or unknown ``bodies``, of one dataset."""
 
     dataset: TransitionDataset
-    units: list[Unit]
+    episodes: Sequence[tuple[int, str]] = ()
+    bodies: Sequence[str] = ()
 
     def score(self, policy: Policy) -> dict[str, list[dict[str, float]]]:
-        """Section → losses of each unit."""
-        scorer = RecordedLosses(policy, self.dataset)
-        found: dict[str, list[dict[str, float]]] = {}
-        for unit in self.units:
-            if unit.pick is None:
-                found.setdefault(OWN, []).append(scorer.losses(unit.scored, scorer.row(unit.body)))
-                continue
-            found.setdefault(IDENTIFIED, []).append(scorer.losses(unit.scored, scorer.identify(unit.pick)))
-            mean = MEAN_ROW if scorer.bank is not None else 0
-            found.setdefault(MEAN, []).append(scorer.losses(unit.scored, mean))
-        return found
+        """Section → losses of each episode or body."""
+        losses, model = RecordedLosses(policy, self.dataset), policy.config.model
+        if self.episodes:
+            draws = [(draw(self.dataset, model, [e], SAMPLES, seed=0, place=e), body) for e, body in self.episodes]
+            return {OWN: [losses.losses(drawn, losses.row(body)) for drawn, body in draws]}
+        found = [losses.unseen(body, place, pick=SAMPLES, scored=SAMPLES) for place, body in enumerate(self.bodies)]
+        return {IDENTIFIED: [one.picked for one in found], MEAN: [one.mean for one in found]}
 
 
-def held_out(config: TrainConfig, model: ModelConfig, bags: str | None, bodies: str | None) -> list[HeldOut]:
+def held_out(config: TrainConfig, bags: str | None, bodies: str | None) -> list[HeldOut]:
     """What a run has not seen: (a), then (b), where there are any.
 
     Raises:
@@ -97,28 +82,14 @@ def held_out(config: TrainConfig, model: ModelConfig, bags: str | None, bodies: 
         names = [dataset.meta.embodiments[i] for i in dataset.embodiment_of[episodes]]
         chosen = [(int(e), name) for e, name in zip(episodes, names, strict=True) if (name in known) == inside]
         if chosen:
-            sets.append(HeldOut(dataset, _units(dataset, model, chosen, inside=inside)))
+            unknown = () if inside else list(dict.fromkeys(name for _, name in chosen))
+            sets.append(HeldOut(dataset, chosen if inside else (), unknown))
         elif path is not None:
             kind = "trained on" if inside else "not trained on"
             raise ConfigError(f"--{option} {path}: found bodies {sorted(set(names))[:5]}, expected some {kind}")
     if not sets:
         raise ConfigError(f"{config.data.path}: found nothing held out (data.holdout), expected --bags or --bodies")
     return sets
-
-
-def _units(
-    dataset: TransitionDataset, model: ModelConfig, chosen: Sequence[tuple[int, str]], *, inside: bool
-) -> list[Unit]:
-    def drawn(episodes: Sequence[int], place: int) -> Draw:
-        return draw(dataset, model, episodes, SAMPLES, seed=0, place=place)
-
-    if inside:
-        return [Unit(f"episode {episode} ({body})", body, drawn([episode], episode)) for episode, body in chosen]
-    units = []
-    for place, body in enumerate(dict.fromkeys(body for _, body in chosen)):
-        pick, scored = halves(dataset, body)
-        units.append(Unit(body, body, drawn(scored, 2 * place), drawn(pick, 2 * place + 1)))
-    return units
 
 
 def policies(run: Path, config: TrainConfig, scratch: Path) -> dict[str, tuple[int, Path]]:
@@ -173,7 +144,7 @@ def measure(run: str | Path, *, bags: str | None = None, bodies: str | None = No
         sets: list[HeldOut] = []
         for at, (_, path) in found.items():
             policy = Policy.from_checkpoint(path, dt=dt, device=device)
-            sets = sets or held_out(config, policy.config.model, bags, bodies)
+            sets = sets or held_out(config, bags, bodies)
             scores[at] = {}
             for held in sets:
                 scores[at] |= held.score(policy)

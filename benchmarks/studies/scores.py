@@ -19,7 +19,7 @@ from selfalign_core.data.loader import Batch, Loader
 from selfalign_core.errors import ConfigError, InputError
 from selfalign_core.model.config import ModelConfig
 from selfalign_core.policy import Policy
-from selfalign_core.policy.bank import TokenBank
+from selfalign_core.policy.bank import MEAN_ROW, TokenBank
 from selfalign_core.training.inputs import Encoder, JointModel, check_fits
 from selfalign_core.training.trainer import LOSSES
 
@@ -66,6 +66,15 @@ def halves(dataset: TransitionDataset, body: str) -> tuple[list[int], list[int]]
     if len(episodes) < 2:
         raise InputError(f"{dataset.path}: found {len(episodes)} episode(s) of {body!r}, expected at least two")
     return episodes[: len(episodes) // 2], episodes[len(episodes) // 2 :]
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """Losses on a body that was not trained on, with the token of ``row``, which was picked for it, and the mean."""
+
+    row: int
+    picked: dict[str, float]
+    mean: dict[str, float]
 
 
 class RecordedLosses:
@@ -115,6 +124,15 @@ class RecordedLosses:
         values = {name: getattr(found, name).double() for name in LOSSES}
         values["action"] = values["action"][sample.labelled]
         return {name: float(v.mean()) if len(v) else math.nan for name, v in values.items()}
+
+    def unseen(self, body: str, place: int, *, pick: int, scored: int) -> Unseen:
+        """A token is picked by ``pick`` samples of one half of the body's episodes; ``scored`` of the other half."""
+        first, second = halves(self._dataset, body)
+        model = self.policy.config.model
+        row = self.identify(draw(self._dataset, model, first, pick, seed=0, place=2 * place + 1))
+        drawn = draw(self._dataset, model, second, scored, seed=0, place=2 * place)
+        mean = MEAN_ROW if self.bank is not None else 0
+        return Unseen(row, self.losses(drawn, row), self.losses(drawn, mean))
 
     @torch.no_grad()
     def identify(self, drawn: Draw) -> int:

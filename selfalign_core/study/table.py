@@ -7,29 +7,20 @@ not know the command line.
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from selfalign_core.data.dataset import TransitionDataset
 from selfalign_core.data.sim_demos import DemoConfig, sample_bodies
-from selfalign_core.errors import CheckpointError, ConfigError
+from selfalign_core.errors import ConfigError
 from selfalign_core.policy import Policy
-from selfalign_core.sim import TARGET_NAMES, BodyConfig, ReachEnv
-from selfalign_core.study.rollout import (
-    CONTROL_HZ,
-    EpisodeResult,
-    EpisodeSpec,
-    PolicyPlanner,
-    RolloutConfig,
-    rollout,
-)
+from selfalign_core.sim import TARGET_NAMES, BodyConfig
+from selfalign_core.study.processes import BATCH, in_batches, policy_of, run_tasks
+from selfalign_core.study.rollout import EpisodeResult, EpisodeSpec, PolicyPlanner, RolloutConfig
 from selfalign_core.study.statistics import mean_interval, share_interval
 from selfalign_core.text_table import align_columns
 
@@ -37,8 +28,6 @@ OWN, OTHER, MEAN, WRONG_PROMPT = "own", "other", "mean", "wrong-prompt"
 ROWS = (OWN, OTHER, MEAN, WRONG_PROMPT)
 NOMINAL, DEPLOYED = "nominal", "deployed"
 """The body that a robot is taken for; and, in place of a bank key, the checkpoint's ``peft_prefix_token``."""
-
-BATCH = 20  # episodes that share one inference
 
 
 @dataclass(frozen=True)
@@ -179,57 +168,15 @@ def _episode_seed(seed: int, index: int) -> int:
 def run_episodes(
     checkpoint: str, episodes: Sequence[EpisodeSpec], config: RolloutConfig, jobs: int
 ) -> Iterator[list[EpisodeResult]]:
-    """The results of one batch after the other, in order; one thread per process, also if there is one process."""
+    """The results of one batch after the other, in order."""
     if jobs < 1:
         raise ConfigError(f"jobs: found {jobs}, expected >= 1")
     batches = [episodes[i : i + BATCH] for i in range(0, len(episodes), BATCH)]
-    if jobs == 1:
-        threads = torch.get_num_threads()
-        worker = _Worker(checkpoint, config)
-        try:
-            yield from map(worker.run, batches)
-        finally:
-            worker.close()
-            torch.set_num_threads(threads)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start, initargs=(checkpoint, config)) as pool:
-        yield from pool.map(_run_batch, batches)
+    yield from run_tasks(_run_batch, [(checkpoint, batch, config) for batch in batches], jobs)
 
 
-class _Worker:
-    def __init__(self, checkpoint: str, config: RolloutConfig) -> None:
-        torch.set_num_threads(1)
-        self.planner = PolicyPlanner(load_policy(checkpoint))
-        self.config = config
-        self.environments: list[ReachEnv] = []
-
-    def run(self, batch: Sequence[EpisodeSpec]) -> list[EpisodeResult]:
-        return rollout(self.planner, batch, self.config, environments=self.environments)
-
-    def close(self) -> None:
-        for env in self.environments:
-            env.close()
-
-
-_worker: _Worker | None = None
-
-
-def _start(checkpoint: str, config: RolloutConfig) -> None:
-    global _worker
-    _worker = _Worker(checkpoint, config)
-
-
-def _run_batch(batch: Sequence[EpisodeSpec]) -> list[EpisodeResult]:
-    assert _worker is not None
-    return _worker.run(batch)
-
-
-def load_policy(checkpoint: str) -> Policy:
-    """The policy of a checkpoint directory; ``CheckpointError`` if it is none."""
-    if not Path(checkpoint).is_dir():
-        raise CheckpointError(f"checkpoint: found no directory {checkpoint}, expected a checkpoint directory")
-    return Policy.from_checkpoint(checkpoint, dt=1.0 / CONTROL_HZ)
+def _run_batch(checkpoint: str, batch: Sequence[EpisodeSpec], config: RolloutConfig) -> list[EpisodeResult]:
+    return in_batches(PolicyPlanner(policy_of(checkpoint)), batch, config)
 
 
 # --------------------------------------------------------------------------------------------------------- figures

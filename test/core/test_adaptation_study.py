@@ -12,14 +12,14 @@ import torch
 import yaml
 from small_models import small_model
 
-from benchmarks.harness import Cache, run_tasks, share_over_bodies
+from benchmarks.harness import Cache, share_over_bodies
 from benchmarks.studies.adaptation import long_run, own_policy, right, seeds, shifts, study, summary
 from benchmarks.studies.adaptation.__main__ import main
 from benchmarks.studies.adaptation.arms import ARMS, EXPERT, FULL, MEAN, NEAREST, OURS, UNALIGNED, Found, find_token
 from benchmarks.studies.adaptation.expert_fit import ExpertFit, fit_token
-from benchmarks.studies.adaptation.lab import DT_NS, Lab, policy_of, transitions
+from benchmarks.studies.adaptation.lab import DT_NS, Lab, transitions
 from benchmarks.studies.adaptation.long_run import LongRun
-from benchmarks.studies.adaptation.measure import Measure, close_environments
+from benchmarks.studies.adaptation.measure import Measure
 from benchmarks.studies.adaptation.settings import FAMILIES, Settings, contract_for, draw_body
 from selfalign_core.alignment import SelfAligner, StageReport
 from selfalign_core.alignment.config import AlignConfig, Collect, Guard, Identify, Refine
@@ -31,6 +31,7 @@ from selfalign_core.policy.tokenizer import word_tokenizer
 from selfalign_core.policy.transforms import NormStats
 from selfalign_core.robot.calibration import CalibrationConfig
 from selfalign_core.sim import JOINTS, TARGET_NAMES, BodyConfig, BodyRanges, prompt_for
+from selfalign_core.study.processes import close_environments, policy_of, run_tasks
 
 QUICK = AlignConfig(
     collect=Collect(fit_count=4, guard_count=4, min_command=0.0, min_motion=0.0),

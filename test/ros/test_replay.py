@@ -266,17 +266,18 @@ BUFFERED = (*CAMERAS, "/joint_states", "/executed_action")
 def disturb(bag: Path, path: Path) -> None:
     """Write the bag anew, with messages lost, late by up to three frames, doubled, and thereby out of order."""
     rng = np.random.default_rng(0)
-    with Bag(bag) as source, BagWriter(path, source.about) as writer:
+    source = BagFile(bag)
+    with BagWriter(path, source.about) as writer:
         messages = []
         for topic in ("/prompt", *BUFFERED):
-            writer.add_topic(topic, source.types[topic], source.offered_qos[topic])
-            for message in source.messages([topic]):
+            writer.add_topic(topic, source.types[topic], [])
+            for _, received_ns, data in source.messages({topic: source.types[topic]}):
                 fate = rng.random() if topic != "/prompt" else 1.0
                 if fate > 0.05:
                     late_ns = int(rng.integers(1, 10**8)) if fate < 0.3 else 0
-                    messages.append((message.time_ns + late_ns, topic, message.data))
+                    messages.append((received_ns + late_ns, topic, data))
                 if 0.3 <= fate < 0.35:
-                    messages.append((message.time_ns + 10**7, topic, message.data))
+                    messages.append((received_ns + 10**7, topic, data))
         for time_ns, topic, data in sorted(messages):
             writer.write(topic, time_ns, data)
 
@@ -294,15 +295,15 @@ def play(probe: Probe, bag: Path, contract: RobotContract) -> None:
     wait_for(client.service_is_ready, "the buffer works in lock-step")
     wait_for(lambda: all(p.get_subscription_count() for p in publishers.values()), "the buffer listens")
     published = dict.fromkeys(publishers, 0)
-    with Bag(bag) as opened:
-        now_ns, _ = opened.check(["/prompt", *BUFFERED])
-        messages = list(opened.messages(BUFFERED))
+    opened = BagFile(bag)
+    now_ns, _ = opened.span({topic: opened.types[topic] for topic in ("/prompt", *BUFFERED)})
+    messages = list(opened.messages({topic: opened.types[topic] for topic in BUFFERED}))
     while messages:
         now_ns += contract.dt_ns
-        while messages and messages[0].time_ns <= now_ns:
-            message = messages.pop(0)
-            publishers[message.topic].publish(message.data)
-            published[message.topic] += 1
+        while messages and messages[0][1] <= now_ns:
+            topic, _, data = messages.pop(0)
+            publishers[topic].publish(data)
+            published[topic] += 1
         topics, counts = [name.strip("/") for name in published], array.array("Q", published.values())
         future = client.call_async(Step.Request(stamp=to_stamp(now_ns), topics=topics, counts=counts))
         wait_for(future.done, "the buffer answers")

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from benchmarks.harness import Jobs, run_tasks, save, say
+from benchmarks.harness import Jobs, save, say
 from benchmarks.studies.adaptation import own_policy, plots, right, shifts, study, summary, tables
 from benchmarks.studies.adaptation.arms import NO_TOKEN, SHARED_TOKEN
-from benchmarks.studies.adaptation.lab import policy_of
 from benchmarks.studies.adaptation.settings import FAMILIES, PARTS, RANGES, Settings
 from selfalign_core.command_line import CORES, More, command, expect_at_least
 from selfalign_core.errors import ConfigError
+from selfalign_core.study.processes import policy_of, run_tasks
 
 T = TypeVar("T")
 

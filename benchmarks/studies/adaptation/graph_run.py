@@ -17,13 +17,13 @@ from std_msgs.msg import Bool
 
 from benchmarks.graph import Graph
 from benchmarks.harness import Cache
-from benchmarks.studies.adaptation.lab import policy_of
 from benchmarks.studies.adaptation.settings import Settings, draw_body
 from benchmarks.studies.adaptation.shifts import BACK_S, BEFORE_S, SHIFTED_S, SHIFTS
 from selfalign.srv import SetBody
 from selfalign_core.errors import ConfigError
 from selfalign_core.policy import Policy
 from selfalign_core.sim import BodyConfig
+from selfalign_core.study.processes import policy_of
 from selfalign_ros.life.parameters import load_specs
 from selfalign_ros.life.resources import checkpoint_folder
 

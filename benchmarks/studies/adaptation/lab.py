@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 
@@ -23,7 +23,6 @@ from selfalign_core.robot.images import resize_with_pad
 from selfalign_core.robot.types import TransitionBatch
 from selfalign_core.sim import JOINTS, ArmSim, BodyConfig
 from selfalign_core.study.rollout import CONTROL_HZ
-from selfalign_core.study.table import load_policy
 
 CAMERA_SIZE = (224, 224)
 DT_NS = round(1e9 / CONTROL_HZ)
@@ -32,12 +31,6 @@ ALIGN_PERIOD = round(CONTROL_HZ)
 
 _FIT_EPISODES, _HELD_OUT_EPISODES = 6, 2  # half of them play; of the former the last two are for validation
 _CALIBRATION, _FIT, _HELD_OUT = range(3)
-
-
-@lru_cache(maxsize=4)
-def policy_of(checkpoint: str) -> Policy:
-    """The policy of a checkpoint directory, read once per process."""
-    return load_policy(checkpoint)
 
 
 class AlignerLoop:

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.harness import run_tasks
 from benchmarks.studies.adaptation.settings import UnseenBody
 from benchmarks.studies.training import configured, trained
 from selfalign_core.data import sim_demos
+from selfalign_core.study.processes import run_tasks
 
 EPISODES = 40
 

@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import Cache
-from benchmarks.studies.adaptation.lab import Lab, policy_of
+from benchmarks.studies.adaptation.lab import Lab
 from benchmarks.studies.adaptation.long_run import LongRun
 from benchmarks.studies.adaptation.measure import Measure
 from benchmarks.studies.adaptation.settings import Settings
 from selfalign_core.alignment import SelfAligner
 from selfalign_core.sim import JOINTS, BodyConfig
+from selfalign_core.study.processes import policy_of
 
 EPISODES = 40
 _LIMIT_S = 30.0

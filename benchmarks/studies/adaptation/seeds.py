@@ -25,11 +25,10 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 
-from benchmarks.harness import Jobs, percent, print_table, run_tasks, save, say
+from benchmarks.harness import Jobs, percent, print_table, save, say
 from benchmarks.studies.ablations import VARIANTS
 from benchmarks.studies.adaptation import study, summary
 from benchmarks.studies.adaptation.arms import LABELS, NO_TOKEN, OURS, SHARED_TOKEN
-from benchmarks.studies.adaptation.lab import policy_of
 from benchmarks.studies.adaptation.own_policy import OwnTask, train_all
 from benchmarks.studies.adaptation.settings import Settings
 from benchmarks.studies.adaptation.tables import radians
@@ -38,6 +37,7 @@ from selfalign_core.command_line import More, command
 from selfalign_core.data import sim_demos
 from selfalign_core.model.pi0 import Pi0
 from selfalign_core.policy import Policy
+from selfalign_core.study.processes import policy_of, run_tasks
 from selfalign_core.training.config import TrainConfig
 
 BANK = "bank"

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import Cache
-from benchmarks.studies.adaptation.lab import policy_of
 from benchmarks.studies.adaptation.long_run import LongRun
 from benchmarks.studies.adaptation.settings import Settings
 from selfalign_core.alignment import SelfAligner
 from selfalign_core.robot.calibration import CalibrationConfig
 from selfalign_core.sim import JOINTS, BodyConfig, CameraBody
+from selfalign_core.study.processes import policy_of
 
 BEFORE_S, SHIFTED_S, BACK_S = 30.0, 60.0, 60.0
 RECOVERY_S = 30.0

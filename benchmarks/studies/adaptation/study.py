@@ -20,10 +20,11 @@ from benchmarks.studies.adaptation.arms import (
     Found,
     find_token,
 )
-from benchmarks.studies.adaptation.lab import Lab, policy_of
+from benchmarks.studies.adaptation.lab import Lab
 from benchmarks.studies.adaptation.measure import Measure
 from benchmarks.studies.adaptation.settings import COUNTS, RANGES, Settings, UnseenBody
 from selfalign_core.policy import Policy
+from selfalign_core.study.processes import policy_of
 
 _TOKEN_INPUTS = {
     UNALIGNED: (), MEAN: (), EXPERT: ("seed", "motion_s", "motion_amplitude", "align", "expert_fit"),
