@@ -16,7 +16,7 @@ import numpy as np
 
 from selfalign_core.data.dataset import TransitionDataset
 from selfalign_core.data.sim_demos import DemoConfig, sample_bodies
-from selfalign_core.errors import ConfigError
+from selfalign_core.errors import CheckpointError, ConfigError
 from selfalign_core.policy import Policy
 from selfalign_core.sim import TARGET_NAMES, BodyConfig
 from selfalign_core.study.processes import BATCH, in_batches, policy_of, run_tasks
