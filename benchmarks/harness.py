@@ -50,7 +50,7 @@ def take_turns(
     times: dict[str, list[float]] = {name: [] for name in calls}
     end, turn = time.perf_counter() + seconds, 0
     while turn < repeats + warm_up or time.perf_counter() < end:
-        for name in calls if turn % 2 else reversed(calls):
+        for name in list(calls)[:: 1 if turn % 2 else -1]:
             found = [_time(calls[name], device) for _ in range(block + (block > 1))]
             times[name] += found[-block:] if turn >= warm_up else []
         turn += 1

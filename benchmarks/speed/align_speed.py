@@ -101,7 +101,7 @@ class Bench:
         loss = self.scorer.weighted(self.scorer.losses(self.prepared, noise, self.token)).mean()
         return torch.autograd.grad(loss, [self.token])[0]
 
-    def joint(self) -> Tensor:
+    def joint(self) -> Tensor | None:
         """The same gradient from a pass of the whole model in training."""
         model = self.policy.model.requires_grad_(True)
         inputs, actions, executed, next_images = self._joint

@@ -50,7 +50,7 @@ def align(checkpoint: str, device: str, orders: Connection) -> None:
     torch.set_num_threads(1)
     bench = Bench(Policy.from_checkpoint(checkpoint, dt=0.05, device=device), TRANSITIONS)
     HandBack(bench.policy.model, bench.policy.turns, bench.config.policy_wait_ms)
-    give_way(load_specs("aligner")["niceness"].default, session=True)
+    give_way(int(load_specs("aligner")["niceness"].default), session=True)
     orders.send("ready")
     period, due, attempts = None, 0.0, 0
     while True:

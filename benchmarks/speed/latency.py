@@ -44,6 +44,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
 """Of the fast path's actions from the plain path's, as a share of the largest action."""
 STEPS = 10
 
+Precision = Literal["float32", "bfloat16"]
 Size = Literal["tiny", "tiny-pi05", "small", "pi0", "pi05"]
 _SMALL_EXPERT = GemmaSize(width=256, depth=8, mlp_dim=1024, num_heads=8, num_kv_heads=1, head_dim=32)
 SIZES: dict[Size, tuple[ModelConfig, int]] = {
@@ -65,7 +66,7 @@ SIZES: dict[Size, tuple[ModelConfig, int]] = {
     "pi05": (ModelConfig.preset("pi05", alignment_expert=None), 3),
 }
 """Model and cameras."""
-MEASURED = {"cpu": ("tiny-pi05", "small"), "cuda": ("pi0", "pi05")}
+MEASURED: dict[Device, tuple[Size, ...]] = {"cpu": ("tiny-pi05", "small"), "cuda": ("pi0", "pi05")}
 """By default, besides the shipped policy on a CPU."""
 
 
@@ -98,7 +99,7 @@ def shipped(checkpoint: str, device: str) -> Subject:
     return Subject(checkpoint, policy.model, inputs, noise, mask, around)
 
 
-def random_subject(name: str, device: str, precision: str) -> Subject:
+def random_subject(name: Size, device: str, precision: Precision) -> Subject:
     """A model of that size with random weights, all of its cameras present and its prompt full."""
     config, cameras = SIZES[name]
     with torch.device(device):
@@ -118,7 +119,8 @@ def medians(device: str, seconds: float, **calls: Callable[[], object]) -> dict[
 def measure(subject: Subject, medians: Callable[..., dict[str, float]]) -> dict[str, Any]:
     """Milliseconds of the chunk and of its stages either way, and how far the actions differ."""
     model, inputs, noise = subject.model, subject.inputs, subject.noise
-    sampler, options = FastSampler(model), {"num_steps": STEPS, "dim_mask": subject.dim_mask}
+    sampler: FastSampler = FastSampler(model)
+    options: dict[str, Any] = {"num_steps": STEPS, "dim_mask": subject.dim_mask}
     expected, found = (path.sample_actions(inputs, noise, **options) for path in (model, sampler))
     chunk = medians(
         plain=lambda: model.sample_actions(inputs, noise, **options),
@@ -175,14 +177,14 @@ def run(
     device: Device = "cpu",
     sizes: Annotated[tuple[Size, ...] | None, "sizes to measure, with random weights", More(nargs="*")] = None,
     checkpoint: Annotated[Checkpoint, "policy to measure besides on a CPU"] = "policies/tiny_reach",
-    precision: Annotated[Literal["float32", "bfloat16"] | None, "float32 on a CPU, bfloat16 on a GPU"] = None,
+    precision: Annotated[Precision | None, "float32 on a CPU, bfloat16 on a GPU"] = None,
     seconds: Annotated[float, "per figure"] = 4.0,
     json: File = None,
 ) -> int:
     """Time of one action chunk."""
     check_device(device)
     expect_more_than_0(seconds=seconds)
-    kind = precision or ("float32" if device == "cpu" else "bfloat16")
+    kind: Precision = precision or ("float32" if device == "cpu" else "bfloat16")
     timed = partial(medians, device, seconds)
     here = this_cpu(timed) if device == "cpu" else None
     results, met = [], True

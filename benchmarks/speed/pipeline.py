@@ -61,7 +61,7 @@ class TimedPolicyNode(PolicyNode):
 
     def __init__(self, log: Path) -> None:
         super().__init__()
-        self._log, self._times = log.open("w"), {}
+        self._log, self._times = log.open("w"), dict[str, int]()
 
     def arrived(self, topic: str) -> None:
         if topic == self.contract.cameras[0].topic:
@@ -70,12 +70,14 @@ class TimedPolicyNode(PolicyNode):
 
     def open_topics(self) -> None:
         super().open_topics()
-        publish = self._command_publisher.publish
-        sampler = self._policy._sampler
+        publisher: Any = self._command_publisher
+        sampler: Any = self._policy and self._policy._sampler
+        publish = publisher.publish
         sample = sampler.sample_actions
 
         def timed_publish(message: JointTrajectory) -> None:
-            line = self._times | {"publishing": time.time_ns(), "stamp": to_ns(message.header.stamp)}
+            line: dict[str, float] = dict(self._times)
+            line |= {"publishing": time.time_ns(), "stamp": to_ns(message.header.stamp)}
             publish(message)
             line["published"] = time.time_ns()
             line["processor_s"] = time.process_time()
@@ -87,7 +89,7 @@ class TimedPolicyNode(PolicyNode):
             self._times["model_end"] = time.time_ns()
             return actions
 
-        self._command_publisher.publish, sampler.sample_actions = timed_publish, timed_sample
+        publisher.publish, sampler.sample_actions = timed_publish, timed_sample
 
     def _start_inference(self, *args: Any) -> None:
         arrived = self._times["arrived"]  # of the newest picture, which is the one that is used
@@ -100,7 +102,7 @@ class Robot(Node):
 
     def __init__(self, contract: RobotContract) -> None:
         super().__init__("pipeline_robot")
-        self._contract, self.commands = contract, {}
+        self._contract, self.commands = contract, dict[int, int]()
         camera = contract.cameras[0]
         self._picture = np.random.default_rng(0).integers(0, 256, (camera.height, camera.width, 3), dtype=np.uint8)
         self._message: Image = image_message(self._picture, to_stamp(0), camera.name)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -17,6 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from selfalign_core.model.config import ModelConfig
 from selfalign_core.model.pi0 import ModelInputs, Pi0
+
+T = TypeVar("T")
 
 STAGES = ("image", "prefix", "step")
 
@@ -102,7 +106,7 @@ def floor_ms(stages: dict[str, Work], steps: int, card: Card) -> float:
     return stages["image"].floor_ms(card) + stages["prefix"].floor_ms(card) + steps * stages["step"].floor_ms(card)
 
 
-def _operations(run) -> tuple[float, object]:
+def _operations(run: Callable[[], T]) -> tuple[float, T]:
     with FlopCounterMode(display=False) as counter:
         found = run()
     return float(counter.get_total_flops()), found

@@ -16,6 +16,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -134,14 +135,12 @@ class Listener(Node):
         self.versions: list[int] = []
         self.statuses: dict[str, tuple[float, str]] = {}
         self._joints = contract.joint_names
-        judge = self.judge
-        self.create_subscription(
-            JointTrajectory, contract.action.topic, lambda m, info: judge.commands.append(_command(m, info)), commands
-        )
-        self.create_subscription(
-            JointTrajectory, "followed_command", lambda m, info: judge.followed.append(_command(m, info)),
-            qos.RECENT_EVENTS,
-        )  # fmt: skip
+        for topic, heard, profile in (
+            (contract.action.topic, self.judge.commands, commands),
+            ("followed_command", self.judge.followed, qos.RECENT_EVENTS),
+        ):
+            hear: Any = partial(_hear_command, heard)  # with what came along with the message
+            self.create_subscription(JointTrajectory, topic, hear, profile)
         self.create_subscription(JointState, contract.joint_state_topic, self._on_joints, qos.SENSOR)
         self.create_subscription(ActionChunk, "action_chunk", self._on_chunk, qos.EVENTS)
         self.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 100)
@@ -165,10 +164,10 @@ class Listener(Node):
             self.statuses[status.name] = (time.monotonic(), status.message)
 
 
-def _command(message: JointTrajectory, info: dict[str, Any]) -> SeenCommand:
+def _hear_command(heard: list[SeenCommand], message: JointTrajectory, info: dict[str, Any]) -> None:
     stamp_ns, last, sent_ns = to_ns(message.header.stamp), message.points[-1], info["source_timestamp"]
     # An order to hold has no observation behind it: it counts from when it arrives.
-    return SeenCommand(sent_ns, stamp_ns, (stamp_ns or sent_ns) + to_ns(last.time_from_start))
+    heard.append(SeenCommand(sent_ns, stamp_ns, (stamp_ns or sent_ns) + to_ns(last.time_from_start)))
 
 
 class Injection:
@@ -242,7 +241,7 @@ def run(
 ) -> int:
     """SIGKILL and SIGSTOP of every node at random times, judged at the simulated robot."""
     output = output.resolve()
-    contract = RobotContract.from_yaml(config_file(load_specs("policy")["contract"].default))
+    contract = RobotContract.from_yaml(config_file(str(load_specs("policy")["contract"].default)))
     remove_orphaned_segments()
     output.mkdir(parents=True, exist_ok=True)
     parameters = output / "parameters.yaml"

@@ -165,7 +165,8 @@ def _handover(
         )
         for arm in running
     ]
-    return plans[0] and replace(plans[0], previous=np.stack([plan.previous for plan in plans]))
+    known = [plan for plan in plans if plan is not None]
+    return replace(known[0], previous=np.stack([plan.previous for plan in known])) if known else None
 
 
 def inference_ms(policy: Policy, methods: Sequence[str], *, repeats: int = 30) -> dict[str, float]:

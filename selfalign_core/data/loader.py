@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,7 +161,7 @@ class Loader:
         *,
         prefetch: int = 4,
         threads: int = 1,
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch]:
         """The batches of ``start``, ``start + 1``, … without end, ``prefetch`` of them prepared ahead by ``threads``.
 
         Reading happens outside the interpreter lock, so it overlaps with the training step. An error in a thread is

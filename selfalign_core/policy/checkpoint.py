@@ -361,7 +361,7 @@ def read_bank(path: str | Path) -> Tensor | None:
         return tensors.read(E_TOKEN_BANK) if E_TOKEN_BANK in tensors.shapes else None
 
 
-def write_atomically(path: Path, write: Callable[[str], None]) -> None:
+def write_atomically(path: Path, write: Callable[[str], object]) -> None:
     """Write to a temporary file beside ``path``, sync it, rename it: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

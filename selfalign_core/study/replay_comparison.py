@@ -346,7 +346,7 @@ def _number(value: float | None, form: str = ".3f") -> str:
 
 
 def _percent(value: float | None, sign: str = "") -> str:
-    return "none" if _is_missing(value) else f"{100 * value:{sign}.1f}"
+    return _number(None if value is None else 100 * value, f"{sign}.1f")
 
 
 def _is_missing(value: float | None) -> bool:

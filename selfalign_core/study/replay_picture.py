@@ -21,7 +21,7 @@ def draw(comparison: Mapping[str, Any], path: Path) -> None:
 
     series = {name: columns_of(table) for name, table in comparison["series"].items()}
     labels = [run["label"] for run in comparison["runs"]]
-    layout = [[name, name] for name in _TIMED] + [["bag", "joints"]]
+    layout: list[Any] = [[name, name] for name in _TIMED] + [["bag", "joints"]]
     figure = Figure(figsize=(11, 15), layout="constrained")
     axes = figure.subplot_mosaic(layout)
     figure.suptitle(_headline(comparison), fontsize=11)

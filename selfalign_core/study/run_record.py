@@ -17,6 +17,8 @@ import numpy as np
 TASKS = ("perception", "dynamics", "inverse_dynamics")
 LOSSES = (*TASKS, "total")
 SETS = ("fit_before", "fit_after", "guard_before", "guard_after")
+Losses = Mapping[str, Mapping[str, float]]
+"""By set, then by loss."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class AlignRound:
     attempt_duration: float = 0.0
     difference_mean: float = 0.0
     difference_stderr: float = 0.0
-    losses: Mapping[str, Mapping[str, float]] = field(default_factory=lambda: dict.fromkeys(SETS, _NO_LOSSES))
+    losses: Losses = field(default_factory=lambda: dict.fromkeys(SETS, dict.fromkeys(LOSSES, 0.0)))
 
     @property
     def compute_s(self) -> float:
@@ -84,7 +86,6 @@ class AlignRound:
         return self.attempt_duration if self.attempted else self.duration
 
 
-_NO_LOSSES = dict.fromkeys(LOSSES, 0.0)
 _PLAIN = [one.name for one in fields(AlignRound) if one.name not in ("stamp_ns", "losses")]
 
 

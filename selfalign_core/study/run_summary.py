@@ -144,8 +144,8 @@ def progress_line(record: RunRecord, elapsed: float, total: float) -> str:
     """One line about the run so far; ``total`` 0 means it has no set end. Times in seconds."""
     parts = [f"{elapsed:.0f}/{total:.0f} s" if total else f"{elapsed:.0f} s", f"{len(record.chunks)} chunks"]
     if record.chunks:
-        latency = statistics([chunk.inference_s for chunk in record.chunks])
-        parts[-1] += f" ({latency['p50'] * 1e3:.0f} ms, p99 {latency['p99'] * 1e3:.0f} ms)"
+        p50, p99 = np.percentile([1e3 * chunk.inference_s for chunk in record.chunks], (50, 99))
+        parts[-1] += f" ({p50:.0f} ms, p99 {p99:.0f} ms)"
     parts.append(align_words(record))
     if record.distances:
         parts.append(f"{record.distances[-1][1] * 100:.1f} cm to target")

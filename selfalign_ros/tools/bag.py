@@ -7,6 +7,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from rosbags.interfaces import Connection, Qos
 from rosbags.rosbag2 import StoragePlugin, Writer
@@ -16,7 +17,7 @@ from rosbags.typesys.store import Typestore
 from selfalign_core.data.rosbag_file import CHECKSUM_KEY, BagError
 from selfalign_ros.life.resources import config_folder
 
-_METADATA_VERSION = 9  # that of ROS 2 Jazzy
+_METADATA_VERSION: Literal[9] = 9  # that of ROS 2 Jazzy
 
 
 def _typestore() -> Typestore:

@@ -6,6 +6,7 @@ It only listens. Exit code: 0 when the robot's inputs were recorded, 1 when one 
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 from rclpy.qos import DurabilityPolicy, HistoryPolicy, LivelinessPolicy, QoSProfile, ReliabilityPolicy
@@ -34,9 +35,7 @@ class Recorder(ToolNode):
         self._topics = graph_topics(self.contract)
         for topic in self._topics:
             self._counts[topic.name] = 0
-            self.create_subscription(
-                topic.type, topic.name, lambda data, topic=topic: self._on_message(topic, data), topic.qos, raw=True
-            )
+            self.create_subscription(topic.type, topic.name, partial(self._on_message, topic), topic.qos, raw=True)
         self.get_logger().info(f"recording {len(self._topics)} topics to {self._path}")
 
     def finish(self) -> int:

@@ -12,6 +12,7 @@ import array
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ class Replay(ToolNode):
             (EToken, "e_token", qos.LOCKSTEP_LATCHED),
             (AlignReport, "align_report", qos.LOCKSTEP),
         ):
-            self.create_subscription(kind, topic, lambda said, topic=topic: self.record.hear(topic, said, 0), profile)
+            self.create_subscription(kind, topic, partial(self.record.hear, topic, now_ns=0), profile)
         # After the subscriptions: discovery keeps this order, so a node that answers a call knows those too.
         self._steps = {name: self.create_client(Step, f"{name}/step") for name in NODES}
         self._handshakes = {name: self.create_client(GetParameters, f"{name}/get_parameters") for name in NODES}
@@ -198,19 +199,19 @@ class Replay(ToolNode):
             counts=array.array("Q", self._published.values()),
         )
         for name in NODES:
-            request.e_token_version = self._last_version
-            deadline = time.monotonic() + self.parameters["step_timeout"]
-            outputs: Sequence[object] = {"policy": self.record.chunks, "aligner": self.record.rounds}.get(name, [])
-            before = len(outputs)
-            response = self._call(self._steps[name], request, deadline, f"{name}/step at {now_ns} ns")
-            if not response.success:
-                raise ReplayError(f"{name}/step at {now_ns} ns: {response.message}")
-            if response.acted:
-                self._wait(
-                    lambda outputs=outputs, before=before: len(outputs) > before and self._has_last_token(),
-                    deadline,
-                    lambda name=name: f"{name}/step at {now_ns} ns: found no output; expected what it says it made",
-                )
+            self._step(name, request, f"{name}/step at {now_ns} ns")
+
+    def _step(self, name: str, request: Any, what: str) -> None:
+        outputs: dict[str, Sequence[object]] = {"policy": self.record.chunks, "aligner": self.record.rounds}
+        made, deadline = outputs.get(name, ()), time.monotonic() + self.parameters["step_timeout"]
+        before = len(made)
+        request.e_token_version = self._last_version
+        response = self._call(self._steps[name], request, deadline, what)
+        if not response.success:
+            raise ReplayError(f"{what}: {response.message}")
+        if response.acted:
+            lacking = f"{what}: found no output; expected what it says it made"
+            self._wait(lambda: len(made) > before and self._has_last_token(), deadline, lambda: lacking)
 
     @property
     def _last_version(self) -> int:

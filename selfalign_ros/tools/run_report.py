@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +42,21 @@ class RunReport(ToolNode):
             self.create_subscription(
                 camera.type,
                 camera.name,
-                lambda data, stamps=stamps: stamps.append(header_stamp_ns(data)),
+                partial(self._on_picture, stamps),
                 camera.qos,
                 raw=True,
             )
         for topic in graph_topics(self.contract):
             if topic.name in HEARD:
-                self.create_subscription(
-                    topic.type, topic.name, lambda message, name=topic.name: self._on_message(name, message), topic.qos
-                )
+                self.create_subscription(topic.type, topic.name, partial(self._on_message, topic.name), topic.qos)
         # The supervisor keeps a line that ends with a carriage return at the bottom of the terminal.
         self._has_status_line = os.environ.get(STATUS_LINE_ENVIRONMENT) == "1" or sys.stdout.isatty()
         self._last_line = self._started
         steady = Clock(clock_type=ClockType.STEADY_TIME)
         self.create_timer(_STATUS_PERIOD_S, self._show_progress, clock=steady)
+
+    def _on_picture(self, stamps: list[int], data: bytes) -> None:
+        stamps.append(header_stamp_ns(data))
 
     def _on_message(self, topic: str, message: Any) -> None:
         self._record.hear(topic, message, self.get_clock().now().nanoseconds)

@@ -134,13 +134,16 @@ def run_once(
                 graph.check()
                 rclpy.spin_once(shifter, timeout_sec=0.1)
 
+        def wait(seconds: float) -> None:
+            end = time.monotonic() + seconds
+            spin(lambda: time.monotonic() >= end)
+
         limit = time.monotonic() + STARTUP_S
         spin(lambda: shifter.targets > 0 or time.monotonic() > limit)
         for number, (body_now, seconds) in enumerate(zip(course.bodies, course.seconds, strict=True)):
             if number:
                 shifter.set_body(body_now)
-            end = time.monotonic() + seconds
-            spin(lambda end=end: time.monotonic() >= end)
+            wait(seconds)
         graph.stop()
     shifter.destroy_node()
     if not report.is_file():

@@ -16,6 +16,7 @@ from benchmarks.studies.adaptation.expert_fit import Labelled
 from benchmarks.studies.adaptation.settings import Settings, contract_for
 from selfalign_core.alignment import SelfAligner, StageReport
 from selfalign_core.data.sim_demos import DemoConfig, record_episode
+from selfalign_core.errors import ConfigError
 from selfalign_core.policy import Policy
 from selfalign_core.robot.buffer import TransitionBuffer
 from selfalign_core.robot.calibration import CalibrationConfig, calibration_motion
@@ -143,6 +144,13 @@ class Lab:
 
     def _rng(self, purpose: int) -> np.random.Generator:
         return np.random.default_rng([self.settings.seed, self.index, purpose])
+
+
+def own_token(policy: Policy) -> np.ndarray:
+    """(T, W) the one that the policy is deployed with."""
+    if policy.e_token is None:
+        raise ConfigError("found no E-Token, expected a policy with one")
+    return policy.e_token.data
 
 
 def cameras_of(policy: Policy) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def save_plots(directory: str | Path, figures: dict[str, Any], runs: Sequence[di
             continue
         figure = draw(data)
         path = Path(directory) / f"{name}.png"
-        write_atomically(path, lambda temporary, f=figure: f.savefig(temporary, dpi=110, format="png"))
+        write_atomically(path, partial(figure.savefig, dpi=110, format="png"))
         made.append(path)
     return made
 
@@ -107,9 +108,9 @@ def _draw_shifts(runs: Sequence[dict[str, Any]]) -> Figure:
         axis.set_ylabel("distance [cm]")
         axis.set_title(f"{shift}: shift at {BEFORE_S:.0f} s, back at {BEFORE_S + SHIFTED_S:.0f} s")
     axes[-1, 0].set_xlabel("time [s]")
-    drawn = {}
+    drawn: dict[str, Any] = {}
     for axis in axes[:, 0]:
         lines, labels = axis.get_legend_handles_labels()
         drawn.update(zip(labels, lines, strict=True))
-    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", fontsize=8, ncols=5)
+    figure.legend(list(drawn.values()), list(drawn), loc="outside lower center", fontsize=8, ncols=5)
     return figure

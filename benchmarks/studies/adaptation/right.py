@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 
 from benchmarks.harness import Cache
-from benchmarks.studies.adaptation.lab import Lab
+from benchmarks.studies.adaptation.lab import Lab, own_token
 from benchmarks.studies.adaptation.long_run import LongRun
 from benchmarks.studies.adaptation.measure import Measure
 from benchmarks.studies.adaptation.settings import Settings
@@ -50,16 +51,17 @@ def run_right(checkpoint: str, kept: str, settings: Settings, run: int, opportun
     found = cache.get(f"right/{run:02d}", inputs, make)
     # Index 0 for every run: the same episodes, so that the token it began with is measured once.
     measure = Measure(Lab(policy, BodyConfig(), 0, settings))
-    own = policy.e_token.data.tolist()
+    own = own_token(policy).tolist()
     figures = {}
     for name, token in (("before", own), ("after", found["token"])):
         same = token == own
         name_kept = "right/own" if same else f"right/{run:02d}-after"
         inputs = {**basis, "token": token, "episodes": EPISODES, "frames": settings.frames}
-        figures[name] = cache.get(name_kept, inputs, lambda token=token: _figures(measure, np.array(token, np.float32)))
+        figures[name] = cache.get(name_kept, inputs, functools.partial(_figures, measure, token))
     return {"run": run, "attempts": found["attempts"], "accepted": found["accepted"], **figures}
 
 
-def _figures(measure: Measure, token: np.ndarray) -> dict[str, Any]:
+def _figures(measure: Measure, values: list[Any]) -> dict[str, Any]:
+    token = np.array(values, np.float32)
     rollouts = measure.rollouts(token, None, EPISODES)
     return {**rollouts, "action_error": measure.action_error(token, measure.lab.policy)}

@@ -18,7 +18,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -159,14 +159,14 @@ def _joined(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return lists | {name: float(np.mean([one[name] for one in found])) for name in took}
 
 
-def arms_table(measured: dict[str, summary.Bodies]) -> list[dict[str, Any]]:
+def arms_table(measured: Mapping[str, summary.Bodies]) -> list[dict[str, Any]]:
     """A row per arm: its figures over all seeds, intervals over bodies, and the same of each seed in ``seeds``."""
     return [
         {"arm": arm, **by_seed.pop("all"), "seeds": by_seed} for arm, by_seed in _by_arm(measured, summary.arm_figures)
     ]
 
 
-def differences(measured: dict[str, summary.Bodies]) -> dict[str, dict[str, Any]]:
+def differences(measured: Mapping[str, summary.Bodies]) -> dict[str, dict[str, Any]]:
     """The self-aligner minus each other arm, paired by body: over all seeds (``all``) and per seed, by arm."""
 
     def figures(bodies: summary.Bodies, other: str) -> dict[str, Any]:
@@ -176,7 +176,7 @@ def differences(measured: dict[str, summary.Bodies]) -> dict[str, dict[str, Any]
 
 
 def _by_arm(
-    measured: dict[str, summary.Bodies], figures: Callable[[summary.Bodies, str], dict[str, Any]]
+    measured: Mapping[str, summary.Bodies], figures: Callable[[summary.Bodies, str], dict[str, Any]]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(arm, ``figures`` of it over all seeds and per seed)."""
     groups = {"all": list(measured.values()), **{seed: [bodies] for seed, bodies in measured.items()}}

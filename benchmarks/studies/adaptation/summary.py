@@ -169,7 +169,7 @@ def _arm_targets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for (range_, family, arm), ours in by_place.items():
         if arm != OURS:
             continue
-        others = {name: by_place.get((range_, family, name)) for name in (UNALIGNED, NEAREST, EXPERT)}
+        expert, nearest = (by_place.get((range_, family, name)) for name in (EXPERT, NEAREST))
         where = f"{family}, {range_} the training range"
         success = ours["success"]["mean"]
         if range_ == "inside" and family in ("all", POOLED):
@@ -177,14 +177,12 @@ def _arm_targets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 _target(f"{where}: transitions, at most", ours["transitions"], 32, _below),
                 _target(f"{where}: seconds of robot time, at most", ours["robot_s"], 30, _below),
             ]
-            if others[EXPERT]:
-                least = 0.9 * others[EXPERT]["success"]["mean"]
+            if expert:
+                least = 0.9 * expert["success"]["mean"]
                 found.append(_target(f"{where}: success, 0.9 of the upper bound", success, least, _above))
-            if others[NEAREST]:
+            if nearest:
                 text = f"{where}: action error's upper end, below the nearest entry's lower end"
-                found.append(
-                    _target(text, ours["action_error"]["high"], others[NEAREST]["action_error"]["low"], _below)
-                )
+                found.append(_target(text, ours["action_error"]["high"], nearest["action_error"]["low"], _below))
             found.append(_target(f"{where}: success gained on unaligned", ours["success_gain"]["mean"], 0.3, _above))
         if range_ == "beyond":
             least = -ours["success_gain"]["stderr"]
