@@ -88,17 +88,15 @@ class TransitionDataset:
         """Index into the prompts of every episode, -1 where there is none, (episodes,) int64."""
         return np.array([episode.prompt for episode in self.meta.episodes], np.int64)
 
-    def starts(
-        self, horizon: int, *, episodes: Sequence[int] | np.ndarray | None = None, tails: bool = False
-    ) -> np.ndarray:
+    def starts(self, horizon: int, *, episodes: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
         """Rows from which a transition of ``horizon`` actions fits into the episode: with all its actions and its end.
 
-        ``tails`` adds the other rows. Returns rising int64 rows of ``episodes`` (all unless given).
+        Returns rising int64 rows of ``episodes`` (all unless given).
         """
         chosen = range(len(self.meta.episodes)) if episodes is None else sorted(set(map(int, episodes)))
         parts = [np.arange(self.meta.episodes[i].start, self.meta.episodes[i].stop) for i in chosen]
         rows = np.concatenate([np.zeros(0, np.int64), *parts])
-        return rows if tails else self.timeline.complete(rows, horizon)
+        return self.timeline.complete(rows, horizon)
 
     def transitions(self, starts: np.ndarray, horizon: int) -> TransitionBatch:
         """Those of ``horizon`` actions from the rows ``starts`` (B,) on, which :meth:`starts` has given."""

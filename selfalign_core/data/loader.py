@@ -67,9 +67,6 @@ class Loader:
         chunk: actions per chunk. transition: executed actions per transition (K).
         seed: of order and prompts. rank, world_size: which share of every step.
         episodes: only these (a training or a held-out split); None: all.
-        tails: also frames from which no whole transition goes, near the end of an episode or before a hole
-            (``executed_masks`` False where there is no action, ``next_images`` of the frame that is nearest). Off: they
-            are left out.
         with_images: False leaves images out, for features cached by ``index``.
 
     Raises:
@@ -87,7 +84,6 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         episodes: Sequence[int] | np.ndarray | None = None,
-        tails: bool = False,
         with_images: bool = True,
     ) -> None:
         for name, value in (("batch_size", batch_size), ("chunk", chunk), ("transition", transition)):
@@ -102,7 +98,7 @@ class Loader:
         self.batch_size, self.chunk, self.transition = batch_size, chunk, transition
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.with_images = with_images
-        self.rows = dataset.starts(transition, episodes=episodes, tails=tails)
+        self.rows = dataset.starts(transition, episodes=episodes)
         if not len(self.rows):
             raise DatasetError(
                 f"{dataset.path}: found no frame with {transition} more behind it in the same episode, expected some "

@@ -131,19 +131,6 @@ def test_expert_chunks_relabel_every_frame_that_has_one(tmp_path: Path) -> None:
     assert len(drawn) > 1.5 * len({i for i, _ in drawn})  # most frames were seen with both prompts
 
 
-def test_tails_are_masked_past_the_end_of_the_episode(dataset: TransitionDataset) -> None:
-    whole = loader(dataset, tails=True)
-    assert whole.num_samples == sum(LENGTHS)
-    ends = np.cumsum(LENGTHS)[dataset.episode_of]
-    for step in range(20):
-        batch = whole.batch(step)
-        left = ends[batch.index] - batch.index
-        np.testing.assert_array_equal(batch.executed_masks, np.arange(TRANSITION) < left[:, None])
-        np.testing.assert_array_equal(batch.next_index, np.minimum(batch.index + TRANSITION, ends[batch.index] - 1))
-        repeated = np.minimum(batch.index[:, None] + np.arange(TRANSITION), ends[batch.index][:, None] - 1)
-        np.testing.assert_array_equal(batch.executed[:, :, 0], repeated + 100)
-
-
 def test_held_out_episodes_are_never_drawn(dataset: TransitionDataset) -> None:
     train, held = dataset.split(0.3, by="embodiment", seed=0)
     assert len(held) == 1 and not set(train) & set(held)
