@@ -79,19 +79,7 @@ def augment(source: TransitionDataset, output: str | Path, *, variants: int, see
             f"{source.path}: found state_dim={meta.state_dim} and action_dim={meta.action_dim}, expected the same "
             "joints in both (a variant changes a joint's state and action together)"
         )
-    with DatasetWriter(
-        output,
-        cameras=meta.cameras,
-        image_size=meta.image_size,
-        state_dim=meta.state_dim,
-        action_dim=meta.action_dim,
-        dt_ns=meta.dt_ns,
-        prompts=meta.prompts,
-        chunk_horizon=meta.chunk_horizon,
-        delta_mask=meta.delta_mask,
-        statistics_horizon=meta.statistics_horizon,
-        joint_names=meta.joint_names,
-    ) as writer:
+    with DatasetWriter.like(output, meta) as writer:
         writer.counters.update(meta.counters)
         writer.sources += [dict(entry) for entry in meta.sources]
         same = Variant(scale=(1.0,) * meta.state_dim)

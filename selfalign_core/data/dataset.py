@@ -209,19 +209,7 @@ def merge(sources: Sequence[TransitionDataset], output: str | Path) -> None:
                 )
     prompts = list(dict.fromkeys(prompt for source in sources for prompt in source.meta.prompts))
     has_track = any(source.meta.has_track for source in sources)
-    with DatasetWriter(
-        output,
-        cameras=first.cameras,
-        image_size=first.image_size,
-        state_dim=first.state_dim,
-        action_dim=first.action_dim,
-        dt_ns=first.dt_ns,
-        prompts=prompts,
-        chunk_horizon=first.chunk_horizon,
-        delta_mask=first.delta_mask,
-        statistics_horizon=first.statistics_horizon,
-        joint_names=first.joint_names,
-    ) as writer:
+    with DatasetWriter.like(output, first, prompts) as writer:
         for source in sources:
             for name, count in source.meta.counters.items():
                 writer.counters[name] = writer.counters.get(name, 0) + count

@@ -49,12 +49,12 @@ class PartialDirectory:
         """Everything to the disk, then to its name, in this order."""
         (self.path / "lock").unlink()
         for path in self.path.rglob("*"):
-            _sync(path)
-        _sync(self.path)
+            sync(path)
+        sync(self.path)
         if self.target.exists():
             raise DatasetError(f"{self.target}: found a path made meanwhile, expected none")
         self.path.rename(self.target)
-        _sync(self.target.parent)
+        sync(self.target.parent)
         self._release()
 
     def remove(self) -> None:
@@ -69,7 +69,8 @@ class PartialDirectory:
             self._lock = None
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the file or directory on the disk before going on."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 from tqdm import tqdm
 
 from selfalign_core.command_line import More, command
@@ -31,8 +30,8 @@ from selfalign_core.data.rosbag_messages import IMAGE_TYPES
 from selfalign_core.data.rosbag_options import Options
 from selfalign_core.data.rosbag_recording import read_recording
 from selfalign_core.errors import InputError
-from selfalign_core.robot.contract import Camera, RobotContract
-from selfalign_core.robot.images import decode_compressed, decode_resized, resize_with_pad
+from selfalign_core.robot.contract import RobotContract
+from selfalign_core.robot.images import picture
 
 
 @dataclass
@@ -149,35 +148,13 @@ def _write_images(
                 continue
             message = bag.decode(topic, types[topic], raw)
             try:
-                image = _image(message, camera, options.image_size)
+                image = picture(message, camera, options.image_size)
             except InputError as error:
                 stamp = bag.header_stamp(topic, raw)
                 raise BagError(f"{bag.path}: topic {topic}, image stamped {stamp / NS:.3f} s: {error}") from None
             for row in rows:
                 writer.write_image(row, index, image)
             bar.update()
-
-
-def _image(message: Any, camera: Camera, size: tuple[int, int]) -> np.ndarray:
-    """(H, W, 3) uint8 RGB of ``size``, as the nodes decode it. Raises ``InputError``."""
-    if camera.encoding == "compressed":
-        image = decode_compressed(message.data)
-        _check_size(camera, *image.shape[:2])
-        return resize_with_pad(image, *size)
-    _check_size(camera, message.height, message.width)
-    return decode_resized(
-        message.data,
-        height=message.height,
-        width=message.width,
-        step=message.step,
-        encoding=message.encoding,
-        size=size,
-    )
-
-
-def _check_size(camera: Camera, height: int, width: int) -> None:
-    if (height, width) != (camera.height, camera.width):
-        raise InputError(f"size: found {width}x{height}, expected {camera.width}x{camera.height}")
 
 
 # --- command line ---

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from selfalign_core.data.partial import sync
 from selfalign_core.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -227,15 +228,6 @@ def point_to(link: Path, target: Path) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(os.path.relpath(target, link.parent))
     os.replace(temporary, link)
-
-
-def sync(path: Path) -> None:
-    """Have the file or directory on the disk before going on."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def read_info(path: Path) -> dict[str, Any]:
