@@ -11,30 +11,30 @@ often with a wrong prompt. The same arguments give the same numbers, whatever th
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-import os
 import sys
 from collections.abc import Sequence
+from json import dumps
 from pathlib import Path
+from typing import Annotated
 
 from tqdm import tqdm
 
-from selfalign_core.data.dataset import run_command
+from selfalign_core.command_line import CORES, File, More, command
 from selfalign_core.errors import ConfigError
 from selfalign_core.files import write_text
 from selfalign_core.policy import Policy
 from selfalign_core.sim import JOINTS
 from selfalign_core.study.animation import check_animation_path, save_animation
+from selfalign_core.study.processes import load_policy
 from selfalign_core.study.rollout import PolicyPlanner, RolloutConfig
 from selfalign_core.study.table import (
+    NOMINAL,
     ROWS,
     default_rows,
     episode_record,
     find_bodies,
     format_table,
-    load_policy,
     plan_row,
     run_episodes,
     summarise,
@@ -42,78 +42,73 @@ from selfalign_core.study.table import (
 )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m selfalign_core.evaluate", description="How well a policy reaches, in the simulator."
-    )
-    parser.add_argument("checkpoint", help="checkpoint directory")
-    bodies = parser.add_mutually_exclusive_group()
-    bodies.add_argument(
-        "--body",
-        default="nominal",
-        metavar="BODY",
-        help="nominal, a body file, or dataset:DIR[:EMBODIMENT] for those of a simulated dataset; default: nominal",
-    )
-    bodies.add_argument("--bodies", type=int, metavar="N", help="N random bodies that the checkpoint's bank has not")
-    rows = f"of {', '.join(ROWS)}, or keys of the bank; default: those four, as far as there are tokens for them"
-    parser.add_argument("--rows", nargs="+", metavar="ROW", help=rows)
-    parser.add_argument("--episodes", type=int, default=200, help="per row; default: 200")
-    parser.add_argument("--seed", type=int, default=0, help="of the episodes and of the bodies of --bodies; default: 0")
-    joints = "that the policy commands; default: those the checkpoint names, or the arm's first"
-    parser.add_argument("--joints", nargs="+", metavar="JOINT", help=joints)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; default: one per core")
-    parser.add_argument("--json", metavar="FILE", help="write every episode and the rows")
-    parser.add_argument("--gif", metavar="FILE", help="write an animation of the first episode")
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0 when evaluated, 2 on anything a user can act on."""
-    options = _parser().parse_args(arguments)
-    return run_command(lambda: _run(options))
-
-
-def _run(options: argparse.Namespace) -> None:
-    if options.gif:
-        check_animation_path(options.gif)
-    policy = load_policy(options.checkpoint)
+def run(
+    checkpoint: Annotated[str, "checkpoint directory"],
+    *,
+    body: Annotated[
+        str | None,
+        "nominal, a body file, or dataset:DIR[:EMBODIMENT] for those of a simulated dataset; default: nominal",
+        More(metavar="BODY"),
+    ] = None,
+    bodies: Annotated[int | None, "N random bodies that the checkpoint's bank has not", More(metavar="N")] = None,
+    rows: Annotated[
+        tuple[str, ...] | None,
+        f"of {', '.join(ROWS)}, or keys of the bank; default: those four, as far as there are tokens for them",
+        More(metavar="ROW"),
+    ] = None,
+    episodes: Annotated[int, "per row"] = 200,
+    seed: Annotated[int, "of the episodes and of the bodies of --bodies"] = 0,
+    joints: Annotated[
+        tuple[str, ...] | None,
+        "that the policy commands; default: those the checkpoint names, or the arm's first",
+        More(metavar="JOINT"),
+    ] = None,
+    jobs: Annotated[int, "processes; default: one per core"] = CORES,
+    json: Annotated[File, "write every episode and the rows"] = None,
+    gif: Annotated[File, "write an animation of the first episode"] = None,
+) -> None:
+    """How well a policy reaches, in the simulator."""
+    if gif:
+        check_animation_path(gif)
+    if body is not None and bodies is not None:
+        raise ConfigError("--bodies: found --body too, expected one of the two")
+    policy = load_policy(checkpoint)
     planner = PolicyPlanner(policy)
-    config = RolloutConfig(joints=_joints(options.joints, policy))
-    if options.seed < 0:
-        raise ConfigError(f"seed: found {options.seed}, expected >= 0")
-    if options.bodies is None:
-        bodies = find_bodies(options.body)
+    config = RolloutConfig(joints=_joints(joints, policy))
+    if seed < 0:
+        raise ConfigError(f"seed: found {seed}, expected >= 0")
+    if bodies is None:
+        found = find_bodies(body or NOMINAL)
     else:
-        bodies = unseen_bodies(options.bodies, options.seed, config.joints, policy.config.bank_keys)
-    rows = tuple(dict.fromkeys(options.rows or default_rows(policy)))
-    planned = [one for row in rows for one in plan_row(row, policy, bodies, options.episodes, options.seed)]
+        found = unseen_bodies(bodies, seed, config.joints, policy.config.bank_keys)
+    chosen = tuple(dict.fromkeys(rows or default_rows(policy)))
+    planned = [one for row in chosen for one in plan_row(row, policy, found, episodes, seed)]
 
     results = []
     with tqdm(total=len(planned), unit="episode", disable=None) as bar:
-        for batch in run_episodes(options.checkpoint, [one.episode for one in planned], config, options.jobs):
+        for batch in run_episodes(checkpoint, [one.episode for one in planned], config, jobs):
             results += batch
             bar.update(len(batch))
     pairs = list(zip(planned, results, strict=True))
-    figures = [summarise(row, [pair for pair in pairs if pair[0].row == row]) for row in rows]
+    figures = [summarise(row, [pair for pair in pairs if pair[0].row == row]) for row in chosen]
     print(format_table(figures))
-    if options.json:
+    if json:
         document = {
-            "checkpoint": options.checkpoint,
+            "checkpoint": checkpoint,
             "model_digest": policy.digest,
             "config": {
-                "body": options.body if options.bodies is None else None,
-                "bodies": len(bodies),
-                "seed": options.seed,
-                "episodes": options.episodes,
+                "body": body or NOMINAL if bodies is None else None,
+                "bodies": len(found),
+                "seed": seed,
+                "episodes": episodes,
                 "rollout": dataclasses.asdict(config),
             },
             "rows": figures,
             "episodes": [episode_record(*pair) for pair in pairs],
         }
-        text = json.dumps(document, indent=2, allow_nan=False) + "\n"
-        write_text(Path(options.json), text)
-    if options.gif:
-        save_animation(options.gif, planner, planned[0].episode, config)
+        write_text(Path(json), dumps(document, indent=2, allow_nan=False) + "\n")
+    if gif:
+        save_animation(gif, planner, planned[0].episode, config)
 
 
 def _joints(names: Sequence[str] | None, policy: Policy) -> tuple[str, ...]:
@@ -126,6 +121,8 @@ def _joints(names: Sequence[str] | None, policy: Policy) -> tuple[str, ...]:
         )
     return joints
 
+
+main = command("selfalign_core.evaluate", run)
 
 if __name__ == "__main__":
     sys.exit(main())

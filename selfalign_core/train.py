@@ -13,8 +13,8 @@ that the first one writes there. A job whose ranks do not see the same ends with
 from __future__ import annotations
 
 import argparse
-import sys
 
+from selfalign_core.command_line import run_command
 from selfalign_core.errors import SelfAlignError
 from selfalign_core.training.config import TrainConfig
 from selfalign_core.training.parallel import end_process, start_ranks
@@ -40,16 +40,15 @@ def main(arguments: list[str] | None = None) -> int:
     if isinstance(options.resume, str) and "=" in options.resume:  # `--resume key=value`
         options.overrides.append(options.resume)
         options.resume = True
-    try:
+
+    def work() -> None:
         config = _config(options)
         with start_ranks(config.device) as ranks:
             policy = Trainer(config, ranks, resume=options.resume).run()
             if ranks.first:
                 print(f"policy: {policy}")
-    except (SelfAlignError, OSError) as error:  # OSError: a log or cache that cannot be written
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    return 0
+
+    return run_command(work, "the newest checkpoint is kept")
 
 
 def _config(options: argparse.Namespace) -> TrainConfig:

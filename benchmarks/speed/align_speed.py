@@ -16,19 +16,18 @@ Exit status: 0 if the limits are kept, 1 if not, 2 on bad arguments.
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.report import MIB, peak_bytes, print_table, record, run_command, write_json
+from benchmarks.harness import MIB, Checkpoint, Device, peak_bytes, print_table, save, synchronise, take_turns
+from benchmarks.speed.work import random_inputs
 from selfalign_core.alignment.budget import Budget
 from selfalign_core.alignment.config import AlignConfig
 from selfalign_core.alignment.guard import judge
@@ -37,7 +36,7 @@ from selfalign_core.alignment.overlap import spans
 from selfalign_core.alignment.refine import refine
 from selfalign_core.alignment.scoring import Prepared, Scorer
 from selfalign_core.alignment.trusted import Trusted
-from selfalign_core.errors import ConfigError
+from selfalign_core.command_line import File, command, expect_at_least
 from selfalign_core.model.config import ModelConfig
 from selfalign_core.model.pi0 import AlignmentNoise, ModelInputs, Pi0, Transitions
 from selfalign_core.model.torch_state import check_device
@@ -102,7 +101,7 @@ class Bench:
         loss = self.scorer.weighted(self.scorer.losses(self.prepared, noise, self.token)).mean()
         return torch.autograd.grad(loss, [self.token])[0]
 
-    def joint(self) -> Tensor:
+    def joint(self) -> Tensor | None:
         """The same gradient from a pass of the whole model in training."""
         model = self.policy.model.requires_grad_(True)
         inputs, actions, executed, next_images = self._joint
@@ -127,8 +126,7 @@ class Bench:
         def timed(name: str, work: Callable[[], Any]) -> Any:
             begin = time.perf_counter()
             result = work()
-            if current.is_cuda:
-                torch.cuda.synchronize()
+            synchronise(current.device)
             found[name] = 1e3 * (time.perf_counter() - begin)
             return result
 
@@ -175,11 +173,8 @@ def counted(preset: str, transitions: int) -> dict[str, float]:
     with torch.device("meta"):
         model = Pi0(ModelConfig.preset(preset))
         config, batch, cameras = model.config, transitions, 3
-        images = [torch.empty(batch, 3, *config.image_size) for _ in range(cameras)]
-        masks = [torch.ones(batch, dtype=torch.bool) for _ in images]
-        tokens = torch.empty(batch, config.max_token_len, dtype=torch.int64)
-        state = torch.empty(batch, config.action_dim)
-        inputs = ModelInputs(images, masks, tokens, torch.ones_like(tokens, dtype=torch.bool), state)
+        inputs = random_inputs(config, cameras=cameras, prompt=config.max_token_len, batch=batch)
+        images, masks, state = inputs.images, inputs.image_masks, inputs.state
         executed = torch.empty(batch, config.transition_horizon, config.action_dim)
         features = torch.empty(batch, cameras * config.feature_tokens_per_camera, config.text.width)
         noise = AlignmentNoise(state, features, executed, torch.empty(batch))
@@ -199,55 +194,36 @@ def counted(preset: str, transitions: int) -> dict[str, float]:
     return operations | {"ratio": operations["joint"] / operations["step"]}
 
 
-def medians(seconds: float, *calls: Callable[[], Tensor]) -> list[float]:
-    """ms of each, in turns."""
-    times: list[list[float]] = [[] for _ in calls]
-    end = time.perf_counter() + seconds
-    while len(times[0]) < 4 or time.perf_counter() < end:
-        for call, found in zip(calls, times, strict=True):
-            begin = time.perf_counter()
-            if call().is_cuda:
-                torch.cuda.synchronize()
-            found.append(1e3 * (time.perf_counter() - begin))
-    return [statistics.median(found[1:]) for found in times]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.align_speed", description="Cost of alignment.")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--preset", choices=("pi0", "pi05"), help="a public size with random weights, no checkpoint")
-    parser.add_argument("--checkpoint", default="policies/tiny_reach")
-    parser.add_argument("--transitions", type=int, default=32)
-    parser.add_argument("--seconds", type=float, default=20.0, help="for the step and the joint pass together")
-    parser.add_argument("--json", help="file to write")
-    return run_command(lambda: _run(parser.parse_args(arguments)))
-
-
-def _run(options: argparse.Namespace) -> int:
-    device = options.device
+def run(
+    *,
+    device: Device = "cpu",
+    preset: Annotated[Literal["pi0", "pi05"] | None, "a public size with random weights, no checkpoint"] = None,
+    checkpoint: Checkpoint = "policies/tiny_reach",
+    transitions: int = 32,
+    seconds: Annotated[float, "for the step and the joint pass together"] = 20.0,
+    json: File = None,
+) -> int:
+    """Cost of alignment."""
     check_device(device)
-    if options.transitions < 3:
-        raise ConfigError(f"--transitions: found {options.transitions}, expected at least 3")
-    if options.preset:
-        policy = random_policy(options.preset, device)
-    else:
-        policy = Policy.from_checkpoint(options.checkpoint, dt=0.05, device=device)
-    bench = Bench(policy, options.transitions)
-    step_ms, joint_ms = medians(options.seconds, bench.step, bench.joint)
-    step_bytes, joint_bytes = (peak_bytes(work, torch.device(device)) for work in (bench.step, bench.joint))
+    expect_at_least(3, transitions=transitions)
+    policy = random_policy(preset, device) if preset else Policy.from_checkpoint(checkpoint, dt=0.05, device=device)
+    bench = Bench(policy, transitions)
+    times = take_turns({"step": bench.step, "joint": bench.joint}, repeats=3, seconds=seconds, device=device)
+    step_ms, joint_ms = (float(np.median(ms)) for ms in times.values())
+    step_bytes, joint_bytes = (peak_bytes(work, device) for work in (bench.step, bench.joint))
     resting = sum(kv.keys.nbytes + kv.values.nbytes for kv in bench.prepared.prefix.layers)
     stages = bench.stages()
     ratios = {"time": joint_ms / step_ms, "memory": joint_bytes / (step_bytes + resting)}
-    full = {preset: counted(preset, options.transitions) for preset in ("pi0", "pi05")}
+    full = {preset: counted(preset, transitions) for preset in ("pi0", "pi05")}
     met = all(operations["ratio"] >= TIME_LIMIT for operations in full.values())
     over_inference = (resting + step_bytes) / 2**30
-    if options.preset:
+    if preset:
         met &= ratios["time"] >= TIME_LIMIT and ratios["memory"] >= MEMORY_LIMIT
-    if options.preset and device == "cuda" and "H200" in torch.cuda.get_device_name():
+    if preset and device == "cuda" and "H200" in torch.cuda.get_device_name():
         met &= step_ms <= TARGET_MS and over_inference <= TARGET_GIB
     results = {
-        "policy": options.preset or options.checkpoint,
-        "transitions": options.transitions,
+        "policy": preset or checkpoint,
+        "transitions": transitions,
         "step": {"ms": step_ms, "mib": step_bytes / MIB, "prepared_mib": resting / MIB},
         "joint": {"ms": joint_ms, "mib": joint_bytes / MIB},
         "over_inference_gib": over_inference,
@@ -257,9 +233,9 @@ def _run(options: argparse.Namespace) -> int:
         "full_size_operations": full,
     }
     limits = {"time": TIME_LIMIT, "memory": MEMORY_LIMIT}
-    write_json(options.json, record("align_speed", device=device, limits=limits, met=met, **results))
+    save(json, "align_speed", device=device, limits=limits, met=met, **results)
     print_table(
-        [f"gradient on {options.transitions} transitions", "ms", "MiB"],
+        [f"gradient on {transitions} transitions", "ms", "MiB"],
         [
             ["alignment step", f"{step_ms:.1f}", f"{step_bytes / MIB:.1f} (+ {resting / MIB:.1f} prepared)"],
             ["joint pass of the whole model", f"{joint_ms:.1f}", f"{joint_bytes / MIB:.1f}"],
@@ -275,12 +251,14 @@ def _run(options: argparse.Namespace) -> int:
     )
     print(
         f"limits at full size: {TIME_LIMIT:g} × faster, {MEMORY_LIMIT:g} × smaller: {'kept' if met else 'NOT kept'}"
-        f"{'' if options.preset else ' as far as operations tell'}"
+        f"{'' if preset else ' as far as operations tell'}"
     )
     if device == "cpu":
         print(f"GPU: not measured (targets on an H200: {TARGET_MS:g} ms a step, {TARGET_GIB:g} GiB over inference)")
     return 0 if met else 1
 
+
+main = command("benchmarks.speed.align_speed", run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,12 +7,8 @@ turns, frame by frame, so that whatever else the machine does meets both; the ra
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import cv2
 import numpy as np
@@ -20,7 +16,8 @@ import torch
 from sensor_msgs.msg import CompressedImage, Image
 from torch import Tensor
 
-from benchmarks.report import print_table, record, run_command, write_json
+from benchmarks.harness import print_table, quartiles_of_ratio, save, take_turns
+from selfalign_core.command_line import File, command, expect_at_least
 from selfalign_core.errors import ConfigError
 from selfalign_core.policy import Policy
 from selfalign_core.robot.contract import Camera, RobotContract
@@ -95,21 +92,6 @@ def cases(height: int, width: int) -> dict[str, Image | CompressedImage]:
     return raw | padded | {kind: compressed_message(rgb, kind) for kind in COMPRESSED}
 
 
-def measure(ours: Callable[[], Tensor], theirs: Callable[[], Tensor], frames: int) -> dict[str, Any]:
-    """Medians in ms of ``frames`` calls of each in turns, their ratio, and the quartiles of the ratio of two turns."""
-    times: list[list[float]] = [[], []]
-    for index in range(frames + 3):
-        for which in (0, 1) if index % 2 else (1, 0):
-            begin = time.perf_counter()
-            (ours, theirs)[which]()
-            if index >= 3:
-                times[which].append(1e3 * (time.perf_counter() - begin))
-    ours_ms, plain_ms = map(statistics.median, times)
-    low, high = np.quantile(np.divide(*times), [0.25, 0.75])
-    ratio = {"ratio": ours_ms / plain_ms, "ratio_quartiles": [float(low), float(high)]}
-    return {"ours_ms": ours_ms, "plain_cv2_ms": plain_ms, **ratio}
-
-
 def measure_size(height: int, width: int, frames: int) -> list[dict[str, Any]]:
     """Figures of every case at one camera size. Raises ``ConfigError`` if the two sides disagree on a tensor."""
     policy = Policy.untrained(RobotContract.from_yaml(config_file("contracts/sim_reach.yaml")))
@@ -126,27 +108,29 @@ def measure_size(height: int, width: int, frames: int) -> list[dict[str, Any]]:
 
         if not torch.equal(ours(), theirs()):
             raise ConfigError(f"{width}x{height} {name}: found another tensor than plain cv2's; expected the same")
-        found.append({"width": width, "height": height, "image": name, **measure(ours, theirs, frames)})
+        times = take_turns({"ours": ours, "plain": theirs}, repeats=frames, warm_up=3)
+        ours_ms, plain_ms = (float(np.median(ms)) for ms in times.values())
+        found.append(
+            {
+                "width": width,
+                "height": height,
+                "image": name,
+                "ours_ms": ours_ms,
+                "plain_cv2_ms": plain_ms,
+                "ratio": ours_ms / plain_ms,
+                "ratio_quartiles": quartiles_of_ratio(times["ours"], times["plain"]),
+            }
+        )
     return found
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.speed.image_path",
-        description=f"Message to model input ({INPUT} x {INPUT}) per camera frame, against plain cv2.",
-    )
-    parser.add_argument("--frames", type=int, default=200, help="timed frames of each kind and side")
-    parser.add_argument("--json", help="file to write")
-    return run_command(lambda: _run(parser.parse_args(arguments)))
-
-
-def _run(options: argparse.Namespace) -> int:
-    if options.frames < 1:
-        raise ConfigError(f"--frames: found {options.frames}, expected >= 1")
+def run(*, frames: Annotated[int, "timed frames of each kind and side"] = 200, json: File = None) -> None:
+    """Message to model input (224 x 224) per camera frame, against plain cv2."""
+    expect_at_least(1, frames=frames)
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    results = [result for size in SIZES for result in measure_size(*size, options.frames)]
-    write_json(options.json, record("image_path", input=INPUT, frames=options.frames, results=results))
+    results = [result for size in SIZES for result in measure_size(*size, frames)]
+    save(json, "image_path", input=INPUT, frames=frames, results=results)
     rows = [
         [
             f"{r['width']} × {r['height']} {r['image']}",
@@ -157,8 +141,9 @@ def _run(options: argparse.Namespace) -> int:
         for r in results
     ]
     print_table(["image", "SelfAlign", "plain cv2", "ratio", "quartiles"], rows)
-    return 0
 
+
+main = command("benchmarks.speed.image_path", run)
 
 if __name__ == "__main__":
     sys.exit(main())

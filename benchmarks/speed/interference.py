@@ -13,20 +13,19 @@ Exit status: 0 if the limit is kept, 1 if not, 2 on bad arguments.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Sequence
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 
-from benchmarks.report import print_table, record, run_command, write_json
+from benchmarks.harness import Checkpoint, Device, percentiles, print_table, save
 from benchmarks.speed.align_speed import Bench
+from selfalign_core.command_line import File, command, expect_more_than_0
 from selfalign_core.errors import ConfigError
 from selfalign_core.model.device_turns import HandBack
 from selfalign_core.model.torch_state import check_device
@@ -51,7 +50,7 @@ def align(checkpoint: str, device: str, orders: Connection) -> None:
     torch.set_num_threads(1)
     bench = Bench(Policy.from_checkpoint(checkpoint, dt=0.05, device=device), TRANSITIONS)
     HandBack(bench.policy.model, bench.policy.turns, bench.config.policy_wait_ms)
-    give_way(load_specs("aligner")["niceness"].default, session=True)
+    give_way(int(load_specs("aligner")["niceness"].default), session=True)
     orders.send("ready")
     period, due, attempts = None, 0.0, 0
     while True:
@@ -79,33 +78,27 @@ def infer(policy: Policy, observation: Observation, period_s: float, duration_s:
     return found
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.speed.interference", description="What alignment costs the policy."
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--checkpoint", default="policies/tiny_reach")
-    parser.add_argument("--rate", type=float, default=20.0, help="chunks per second")
-    parser.add_argument("--rounds", type=int, default=5, help="of all three ways")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each way in a round")
-    parser.add_argument("--json", help="file to write")
-    return run_command(lambda: _run(parser.parse_args(arguments)))
-
-
-def _run(options: argparse.Namespace) -> int:
-    check_device(options.device)
-    for name in ("rate", "rounds", "seconds"):
-        if not getattr(options, name) > 0:
-            raise ConfigError(f"--{name}: found {getattr(options, name)}, expected more than 0")
+def run(
+    *,
+    device: Device = "cpu",
+    checkpoint: Checkpoint = "policies/tiny_reach",
+    rate: Annotated[float, "chunks per second"] = 20.0,
+    rounds: Annotated[int, "of all three ways"] = 5,
+    seconds: Annotated[float, "of each way in a round"] = 10.0,
+    json: File = None,
+) -> int:
+    """What alignment costs the policy."""
+    check_device(device)
+    expect_more_than_0(rate=rate, rounds=rounds, seconds=seconds)
     torch.set_num_threads(1)
     contract = RobotContract.from_yaml(config_file("contracts/sim_reach.yaml"))
-    policy = Policy.load(options.checkpoint, contract=contract, device=options.device)
+    policy = Policy.load(checkpoint, contract=contract, device=device)
     rng = np.random.default_rng(0)
     images = {c: rng.integers(0, 256, (*policy.image_size, 3), dtype=np.uint8) for c in policy.config.cameras if c}
     observation = Observation(images, contract.home.astype(np.float32), "reach the red cube")
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    other = context.Process(target=align, args=(options.checkpoint, options.device, theirs), daemon=True)
+    other = context.Process(target=align, args=(checkpoint, device, theirs), daemon=True)
     other.start()
     while not ours.poll(1.0):
         if not other.is_alive():
@@ -113,54 +106,46 @@ def _run(options: argparse.Namespace) -> int:
     ours.recv()
     latencies: dict[str, list[float]] = {name: [] for name in PERIODS_S}
     attempts = dict.fromkeys(PERIODS_S, 0)
-    infer(policy, observation, 1.0 / options.rate, 1.0)
+    infer(policy, observation, 1.0 / rate, 1.0)
 
     def order(period: float | None) -> int:
         ours.send(period)
         return ours.recv()
 
-    for _ in range(options.rounds):
+    for _ in range(rounds):
         for name, period in PERIODS_S.items():
             order(period)
-            latencies[name] += infer(policy, observation, 1.0 / options.rate, options.seconds)
+            latencies[name] += infer(policy, observation, 1.0 / rate, seconds)
             attempts[name] += order(None)
     ours.send("stop")
     other.join(30.0)
-    figures = {name: _figures(values, attempts[name]) for name, values in latencies.items()}
+    figures: dict[str, dict[str, Any]] = {
+        name: {
+            "chunks": len(values),
+            "attempts": attempts[name],
+            **{f"{key}_ms": value for key, value in percentiles(values, 50, 90, 99).items()},
+            "most_ms": max(values),
+        }
+        for name, values in latencies.items()
+    }
     ratios = {name: values["p99_ms"] / figures["off"]["p99_ms"] for name, values in figures.items()}
     met = ratios["1 Hz"] <= LIMIT
-    write_json(
-        options.json,
-        record(
-            "interference", device=options.device, policy=options.checkpoint, rate_hz=options.rate, limit=LIMIT,
-            cores_allowed=len(os.sched_getaffinity(0)), met=met, results=figures, p99_ratio=ratios,
-        ),
+    save(
+        json, "interference", device=device, policy=checkpoint, rate_hz=rate, limit=LIMIT,
+        cores_allowed=len(os.sched_getaffinity(0)), met=met, results=figures, p99_ratio=ratios,
     )  # fmt: skip
     print_table(
         ["alignment", "chunks", "attempts", "p50 ms", "p90 ms", "p99 ms", "most ms", "p99 ratio"],
         [
-            [
-                name, f"{v['chunks']}", f"{v['attempts']}",
-                *(f"{v[key]:.2f}" for key in ("p50_ms", "p90_ms", "p99_ms", "most_ms")), f"{ratios[name]:.2f}",
-            ]
-            for name, v in figures.items()
+            [name, *(f"{v:.2f}" if isinstance(v, float) else f"{v}" for v in row.values()), f"{ratios[name]:.2f}"]
+            for name, row in figures.items()
         ],
-    )  # fmt: skip
+    )
     print(f"limit: p99 at 1 Hz at most {LIMIT} × that without alignment: {'kept' if met else 'NOT kept'}")
     return 0 if met else 1
 
 
-def _figures(values: list[float], attempts: int) -> dict[str, Any]:
-    p50, p90, p99 = np.percentile(values, [50, 90, 99])
-    return {
-        "chunks": len(values),
-        "attempts": attempts,
-        "p50_ms": float(p50),
-        "p90_ms": float(p90),
-        "p99_ms": float(p99),
-        "most_ms": max(values),
-    }
-
+main = command("benchmarks.speed.interference", run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -16,21 +16,19 @@ Exit status: 0 if the fast path is fast enough, 1 if not, 2 on bad arguments.
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.report import print_table, record, run_command, write_json
-from benchmarks.speed.work import CARDS, STAGES, Card, Work, count, floor_ms, whole
-from selfalign_core.errors import ConfigError
+from benchmarks.harness import Checkpoint, Device, print_table, save, take_turns
+from benchmarks.speed.work import CARDS, STAGES, Card, Work, count, floor_ms, random_inputs, whole
+from selfalign_core.command_line import File, More, command, expect_more_than_0
 from selfalign_core.model.config import GemmaSize, ModelConfig, VisionSize
 from selfalign_core.model.fast import FastSampler
 from selfalign_core.model.pi0 import ModelInputs, Pi0
@@ -46,8 +44,10 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
 """Of the fast path's actions from the plain path's, as a share of the largest action."""
 STEPS = 10
 
+Precision = Literal["float32", "bfloat16"]
+Size = Literal["tiny", "tiny-pi05", "small", "pi0", "pi05"]
 _SMALL_EXPERT = GemmaSize(width=256, depth=8, mlp_dim=1024, num_heads=8, num_kv_heads=1, head_dim=32)
-SIZES: dict[str, tuple[ModelConfig, int]] = {
+SIZES: dict[Size, tuple[ModelConfig, int]] = {
     "tiny": (ModelConfig.preset("tiny"), 1),
     "tiny-pi05": (ModelConfig.preset("tiny", pi05=True, max_token_len=32), 1),
     "small": (
@@ -66,7 +66,7 @@ SIZES: dict[str, tuple[ModelConfig, int]] = {
     "pi05": (ModelConfig.preset("pi05", alignment_expert=None), 3),
 }
 """Model and cameras."""
-MEASURED = {"cpu": ("tiny-pi05", "small"), "cuda": ("pi0", "pi05")}
+MEASURED: dict[Device, tuple[Size, ...]] = {"cpu": ("tiny-pi05", "small"), "cuda": ("pi0", "pi05")}
 """By default, besides the shipped policy on a CPU."""
 
 
@@ -99,99 +99,61 @@ def shipped(checkpoint: str, device: str) -> Subject:
     return Subject(checkpoint, policy.model, inputs, noise, mask, around)
 
 
-def random_subject(name: str, device: str, precision: str) -> Subject:
+def random_subject(name: Size, device: str, precision: Precision) -> Subject:
     """A model of that size with random weights, all of its cameras present and its prompt full."""
     config, cameras = SIZES[name]
     with torch.device(device):
         model = Pi0(config).eval().requires_grad_(False)
         model.to_precision(precision)
-        prompt = config.max_token_len
-        inputs = ModelInputs(
-            images=[torch.rand(1, 3, *config.image_size) * 2 - 1 for _ in range(cameras)],
-            image_masks=[torch.ones(1, dtype=torch.bool) for _ in range(cameras)],
-            tokens=torch.randint(0, config.vocab_size, (1, prompt)),
-            token_masks=torch.ones(1, prompt, dtype=torch.bool),
-            state=torch.randn(1, config.action_dim),
-        )
+        inputs = random_inputs(config, cameras=cameras, prompt=config.max_token_len)
         return Subject(name, model, inputs, torch.randn(1, config.action_horizon, config.action_dim))
 
 
-class Timer:
-    """Medians of calls that take turns in blocks, so that each finds the caches as its own last call left them."""
-
-    def __init__(self, device: str, seconds: float):
-        self._device, self._seconds = device, seconds
-
-    def medians(self, *calls: Callable[[], object], block: int = 5) -> list[float]:
-        """ms of each."""
-        for call in calls:
-            for _ in range(3):
-                call()
-        times: list[list[float]] = [[] for _ in calls]
-        end = time.perf_counter() + self._seconds
-        while len(times[0]) < 2 * block or time.perf_counter() < end:
-            for call, found in zip(calls, times, strict=True):
-                call()
-                for _ in range(block):
-                    found.append(self._time(call))
-        return [statistics.median(found) for found in times]
-
-    def _time(self, call: Callable[[], object]) -> float:
-        self._wait()
-        begin = time.perf_counter()
-        call()
-        self._wait()
-        return 1e3 * (time.perf_counter() - begin)
-
-    def _wait(self) -> None:
-        if self._device == "cuda":
-            torch.cuda.synchronize()
+def medians(device: str, seconds: float, **calls: Callable[[], object]) -> dict[str, float]:
+    """ms of each call, which take turns."""
+    times = take_turns(calls, repeats=2, seconds=seconds, block=5, device=device)
+    return {f"{name}_ms": float(np.median(found)) for name, found in times.items()}
 
 
 @torch.inference_mode()
-def measure(subject: Subject, timer: Timer) -> dict[str, Any]:
+def measure(subject: Subject, medians: Callable[..., dict[str, float]]) -> dict[str, Any]:
     """Milliseconds of the chunk and of its stages either way, and how far the actions differ."""
     model, inputs, noise = subject.model, subject.inputs, subject.noise
-    sampler, options = FastSampler(model), {"num_steps": STEPS, "dim_mask": subject.dim_mask}
+    sampler: FastSampler = FastSampler(model)
+    options: dict[str, Any] = {"num_steps": STEPS, "dim_mask": subject.dim_mask}
     expected, found = (path.sample_actions(inputs, noise, **options) for path in (model, sampler))
-    plain_ms, fast_ms = timer.medians(
-        lambda: model.sample_actions(inputs, noise, **options), lambda: sampler.sample_actions(inputs, noise, **options)
+    chunk = medians(
+        plain=lambda: model.sample_actions(inputs, noise, **options),
+        fast=lambda: sampler.sample_actions(inputs, noise, **options),
     )
     run, call = sampler.prepared(inputs, noise, **options)
     features, cache = model.embed_images(inputs.images), model.prefix(inputs)
     fast_features, now = run.embed_images(call.images), torch.ones(1, device=noise.device)
     stages = {
-        "image": (lambda: model.embed_images(inputs.images), lambda: run.embed_images(call.images)),
-        "prefix": (
-            lambda: model.prefix(inputs, image_features=features),
-            lambda: run.run_prefix(fast_features, call.tokens),
+        "image": medians(plain=lambda: model.embed_images(inputs.images), fast=lambda: run.embed_images(call.images)),
+        "prefix": medians(
+            plain=lambda: model.prefix(inputs, image_features=features),
+            fast=lambda: run.run_prefix(fast_features, call.tokens),
         ),
-        "step": (
-            lambda: model.denoise_step(cache, inputs.state, noise, now),
-            lambda: run.run_actions(call.noise, 0),
+        "step": medians(
+            plain=lambda: model.predict_velocity(cache, inputs.state, noise, now),
+            fast=lambda: run.run_actions(call.noise, 0),
         ),
+        "fixed": medians(fast=lambda: run.run_fixed(call.state, call.token)),
     }
-    figures = {name: dict(zip(("plain_ms", "fast_ms"), timer.medians(*calls), strict=True))
-               for name, calls in stages.items()}  # fmt: skip
-    figures["fixed"] = {"fast_ms": timer.medians(lambda: run.run_fixed(call.state, call.token))[0]}
     if subject.around is not None:
-        figures["around"] = {"plain_ms": timer.medians(subject.around)[0]}
-    return {
-        "plain_ms": plain_ms,
-        "fast_ms": fast_ms,
-        "ratio": plain_ms / fast_ms,
-        "difference": float((found - expected).abs().max() / expected.abs().max()),
-        "stages": figures,
-    }
+        stages["around"] = medians(plain=subject.around)
+    difference = float((found - expected).abs().max() / expected.abs().max())
+    return {**chunk, "ratio": chunk["plain_ms"] / chunk["fast_ms"], "difference": difference, "stages": stages}
 
 
-def this_cpu(timer: Timer) -> Card:
+def this_cpu(medians: Callable[..., dict[str, float]]) -> Card:
     """What this machine's matrix products and copies reach with the threads in use."""
     a, b = torch.randn(512, 512), torch.randn(512, 512)
     source = torch.randn(2**24)
     target = torch.empty_like(source)
-    product_ms, copy_ms = timer.medians(lambda: torch.mm(a, b), lambda: target.copy_(source))
-    return Card(2 * 512**3 / product_ms * 1e3, 2 * source.nbytes / copy_ms * 1e3)
+    found = medians(product=lambda: torch.mm(a, b), copy=lambda: target.copy_(source))
+    return Card(2 * 512**3 / found["product_ms"] * 1e3, 2 * source.nbytes / found["copy_ms"] * 1e3)
 
 
 def counted(name: str, config: ModelConfig, cameras: int, prompt: int, precision: str, here: Card | None) -> dict:
@@ -210,55 +172,46 @@ def counted(name: str, config: ModelConfig, cameras: int, prompt: int, precision
     return {"size": name, "cameras": cameras, "prompt": prompt, "precision": precision, "chunk": chunk} | per_stage
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.latency", description="Time of one action chunk.")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--sizes", nargs="*", choices=sorted(SIZES), help="sizes to measure, with random weights")
-    parser.add_argument("--checkpoint", default="policies/tiny_reach", help="policy to measure besides on a CPU")
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), help="float32 on a CPU, bfloat16 on a GPU")
-    parser.add_argument("--seconds", type=float, default=4.0, help="per figure")
-    parser.add_argument("--json", help="file to write")
-    return run_command(lambda: _run(parser.parse_args(arguments)))
-
-
-def _run(options: argparse.Namespace) -> int:
-    device = options.device
+def run(
+    *,
+    device: Device = "cpu",
+    sizes: Annotated[tuple[Size, ...] | None, "sizes to measure, with random weights", More(nargs="*")] = None,
+    checkpoint: Annotated[Checkpoint, "policy to measure besides on a CPU"] = "policies/tiny_reach",
+    precision: Annotated[Precision | None, "float32 on a CPU, bfloat16 on a GPU"] = None,
+    seconds: Annotated[float, "per figure"] = 4.0,
+    json: File = None,
+) -> int:
+    """Time of one action chunk."""
     check_device(device)
-    if not options.seconds > 0:
-        raise ConfigError(f"--seconds: found {options.seconds}, expected more than 0")
-    precision = options.precision or ("float32" if device == "cpu" else "bfloat16")
-    timer = Timer(device, options.seconds)
-    here = this_cpu(timer) if device == "cpu" else None
+    expect_more_than_0(seconds=seconds)
+    kind: Precision = precision or ("float32" if device == "cpu" else "bfloat16")
+    timed = partial(medians, device, seconds)
+    here = this_cpu(timed) if device == "cpu" else None
     results, met = [], True
-    names = MEASURED[device] if options.sizes is None else options.sizes
-    subjects: list[Callable[[], Subject]] = [
-        lambda name=name: random_subject(name, device, precision) for name in names
-    ]
+    names = MEASURED[device] if sizes is None else sizes
+    subjects: list[Callable[[], Subject]] = [partial(random_subject, name, device, kind) for name in names]
     if device == "cpu":
-        subjects.insert(0, lambda: shipped(options.checkpoint, device))
+        subjects.insert(0, partial(shipped, checkpoint, device))
     for make in subjects:
         subject = make()
         config, cameras = subject.model.config, len(subject.inputs.images)
         prompt = int(subject.inputs.token_masks.sum())
-        found = measure(subject, timer)
+        found = measure(subject, timed)
         limited = device == "cuda" or subject.around is not None
-        found |= {"limited": limited, "met": found["difference"] <= TOLERANCE[precision]}
+        found |= {"limited": limited, "met": found["difference"] <= TOLERANCE[kind]}
         if limited:
             found["met"] &= found["ratio"] >= RATIO[device]
         if device == "cuda" and "H200" in torch.cuda.get_device_name():
             found["met"] &= found["fast_ms"] <= TARGET_MS
         met &= found["met"]
-        results.append(counted(subject.name, config, cameras, prompt, precision, here) | found)
+        results.append(counted(subject.name, config, cameras, prompt, kind, here) | found)
     for name, (config, cameras) in SIZES.items():
         if name in ("pi0", "pi05") and not (device == "cuda" and name in names):
             results.append(counted(name, config, cameras, config.max_token_len, "bfloat16", None))
-    write_json(
-        options.json,
-        record("latency", device=device, steps=STEPS, here=here and vars(here), met=met, results=results),
-    )
+    save(json, "latency", device=device, steps=STEPS, here=here and vars(here), met=met, results=results)
     _print(results)
     print(
-        f"limits: the same actions within {TOLERANCE[precision]:g}, fast at least {RATIO[device]:g} × plain "
+        f"limits: the same actions within {TOLERANCE[kind]:g}, fast at least {RATIO[device]:g} × plain "
         f"{'for the policy' if device == 'cpu' else ''}: {'kept' if met else 'NOT kept'}"
     )
     if device == "cpu":
@@ -287,6 +240,8 @@ def _row(name: str, work: dict[str, Any], times: dict[str, float]) -> list[str]:
         *(number(floors.get(card), 2) for card in ("here", "H100", "H200")),
     ]  # fmt: skip
 
+
+main = command("benchmarks.speed.latency", run)
 
 if __name__ == "__main__":
     sys.exit(main())

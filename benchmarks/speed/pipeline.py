@@ -22,16 +22,12 @@ Exit status: 0 if the limit is kept, 1 if not, 2 on bad arguments.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +38,14 @@ from rclpy.node import Node
 from sensor_msgs.msg import Image, JointState
 from trajectory_msgs.msg import JointTrajectory
 
-from benchmarks.report import print_table, record, run_command, write_json
+from benchmarks import graph
+from benchmarks.harness import Checkpoint, percentiles, print_table, save
+from selfalign_core.command_line import File, command, expect_more_than_0
 from selfalign_core.errors import ConfigError
 from selfalign_core.robot.contract import RobotContract
 from selfalign_ros.bridge import qos
 from selfalign_ros.bridge.conversions import image_message, joint_state_message, to_ns, to_stamp
-from selfalign_ros.graph.declaration import BRINGUP
-from selfalign_ros.graph.supervisor import free_domain
-from selfalign_ros.life.node import run
+from selfalign_ros.life import node
 from selfalign_ros.life.resources import config_file
 from selfalign_ros.nodes.policy_node import PolicyNode
 
@@ -65,7 +61,7 @@ class TimedPolicyNode(PolicyNode):
 
     def __init__(self, log: Path) -> None:
         super().__init__()
-        self._log, self._times = log.open("w"), {}
+        self._log, self._times = log.open("w"), dict[str, int]()
 
     def arrived(self, topic: str) -> None:
         if topic == self.contract.cameras[0].topic:
@@ -74,12 +70,14 @@ class TimedPolicyNode(PolicyNode):
 
     def open_topics(self) -> None:
         super().open_topics()
-        publish = self._command_publisher.publish
-        sampler = self._policy._sampler
+        publisher: Any = self._command_publisher
+        sampler: Any = self._policy and self._policy._sampler
+        publish = publisher.publish
         sample = sampler.sample_actions
 
         def timed_publish(message: JointTrajectory) -> None:
-            line = self._times | {"publishing": time.time_ns(), "stamp": to_ns(message.header.stamp)}
+            line: dict[str, float] = dict(self._times)
+            line |= {"publishing": time.time_ns(), "stamp": to_ns(message.header.stamp)}
             publish(message)
             line["published"] = time.time_ns()
             line["processor_s"] = time.process_time()
@@ -91,7 +89,7 @@ class TimedPolicyNode(PolicyNode):
             self._times["model_end"] = time.time_ns()
             return actions
 
-        self._command_publisher.publish, sampler.sample_actions = timed_publish, timed_sample
+        publisher.publish, sampler.sample_actions = timed_publish, timed_sample
 
     def _start_inference(self, *args: Any) -> None:
         arrived = self._times["arrived"]  # of the newest picture, which is the one that is used
@@ -104,7 +102,7 @@ class Robot(Node):
 
     def __init__(self, contract: RobotContract) -> None:
         super().__init__("pipeline_robot")
-        self._contract, self.commands = contract, {}
+        self._contract, self.commands = contract, dict[int, int]()
         camera = contract.cameras[0]
         self._picture = np.random.default_rng(0).integers(0, 256, (camera.height, camera.width, 3), dtype=np.uint8)
         self._message: Image = image_message(self._picture, to_stamp(0), camera.name)
@@ -136,16 +134,14 @@ def contract_file(folder: Path, width: int, height: int) -> Path:
     return path
 
 
-def measure(options: argparse.Namespace, folder: Path) -> tuple[dict[str, list[float]], float]:
-    """ms of every part of every command, and seconds of the processor before the first one."""
-    path, log = contract_file(folder, options.width, options.height), folder / "times.jsonl"
+def measure(folder: Path, camera: tuple[int, int], checkpoint: str, seconds: float) -> tuple[np.ndarray, float]:
+    """(parts, commands) ms of every part of every command, and seconds of the processor before the first one."""
+    path, log = contract_file(folder, *camera), folder / "times.jsonl"
     command = [
-        sys.executable, "-m", "benchmarks.speed.pipeline", "--node", str(log), "--ros-args",
-        "-p", f"contract:={path}", "-p", f"checkpoint:={options.checkpoint}", "-p", "replan_steps:=4",
+        "benchmarks.speed.pipeline", "--node", str(log), "--ros-args",
+        "-p", f"contract:={path}", "-p", f"checkpoint:={checkpoint}", "-p", "replan_steps:=4",
     ]  # fmt: skip
-    with (folder / "node.log").open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-    try:
+    with graph.Process(folder / "node.log", command) as process:
         robot = Robot(RobotContract.from_yaml(path))
         deadline = time.monotonic() + START_S
         end = None
@@ -153,72 +149,46 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[dict[str, list[f
             rclpy.spin_once(robot, timeout_sec=0.05)
             if end is None and len(robot.commands) >= 5:
                 robot.commands.clear()
-                end = time.monotonic() + options.seconds
-            if process.poll() is not None or (end is None and time.monotonic() > deadline):
-                raise ConfigError(f"policy node: found no command:\n{(folder / 'node.log').read_text()[-2000:]}")
-        process.send_signal(signal.SIGINT)
-        process.wait(30.0)
-    finally:
-        process.kill()
-        process.wait()
-    parts: dict[str, list[float]] = {name: [] for name in PARTS}
+                end = time.monotonic() + seconds
+            if process.has_ended or (end is None and time.monotonic() > deadline):
+                raise ConfigError(f"policy node: found no command:\n{process.log.read_text()[-2000:]}")
+        process.stop()
+    rows = []
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     for t in lines:
-        if t["stamp"] not in robot.commands or "used" not in t:
-            continue
-        moments = [t[name] for name in ("stamp", "used", "started", "model_begin", "model_end", "published")]
-        spans = [*itertools.pairwise(moments), (t["publishing"], robot.commands[t["stamp"]])]
-        for name, (first, second) in zip(PARTS, spans, strict=True):
-            parts[name].append((second - first) / 1e6)
-    return parts, lines[0]["processor_s"]
+        if t["stamp"] in robot.commands and "used" in t:
+            moments = [t[name] for name in ("stamp", "used", "started", "model_begin", "model_end", "published")]
+            spans = [*itertools.pairwise(moments), (t["publishing"], robot.commands[t["stamp"]])]
+            rows.append([(second - first) / 1e6 for first, second in spans])
+    return np.array(rows).T, lines[0]["processor_s"]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.speed.pipeline", description="From a camera's message to the published command."
-    )
-    parser.add_argument("--width", type=int, default=640)
-    parser.add_argument("--height", type=int, default=480)
-    parser.add_argument("--checkpoint", default="policies/tiny_reach")
-    parser.add_argument("--seconds", type=float, default=40.0)
-    parser.add_argument("--json", help="file to write")
-    return run_command(lambda: _run(parser.parse_args(arguments)))
-
-
-def _run(options: argparse.Namespace) -> int:
-    for name in ("width", "height", "seconds"):
-        if not getattr(options, name) > 0:
-            raise ConfigError(f"--{name}: found {getattr(options, name)}, expected more than 0")
-    os.environ.setdefault("ROS_DOMAIN_ID", str(free_domain()))
-    os.environ.update(BRINGUP({}).environment)
-    rclpy.init(args=[])
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            os.environ["ROS_HOME"] = folder  # no E-Token of an earlier run
-            parts, start_s = measure(options, Path(folder))
-    finally:
-        rclpy.try_shutdown()
-    if len(parts["model"]) < 10:
-        raise ConfigError(f"--seconds: found {len(parts['model'])} commands in {options.seconds:g} s, expected 10")
-    rows = np.array([parts[name] for name in PARTS])
+def run(
+    *,
+    width: int = 640,
+    height: int = 480,
+    checkpoint: Checkpoint = "policies/tiny_reach",
+    seconds: float = 40.0,
+    json: File = None,
+) -> int:
+    """From a camera's message to the published command."""
+    expect_more_than_0(width=width, height=height, seconds=seconds)
+    with tempfile.TemporaryDirectory() as folder, graph.ros(Path(folder) / "ros_home"):
+        rows, start_s = measure(Path(folder), (width, height), checkpoint, seconds)
+    if rows.size < 10 * len(PARTS):
+        raise ConfigError(f"--seconds: found {rows.shape[-1]} commands in {seconds:g} s, expected 10")
     of = dict(zip(PARTS, rows, strict=True))
     of["outside the model"] = of["arrival"] + of["prepare"] + of["finish"]
     of["share outside the model"] = of["outside the model"] / (of["outside the model"] + of["model"])
-    figures = {
-        name: {"p50": float(np.median(v)), "p90": float(np.percentile(v, 90)), "p99": float(np.percentile(v, 99))}
-        for name, v in of.items()
-    }
+    figures = {name: percentiles(values, 50, 90, 99) for name, values in of.items()}
     met = figures["outside the model"]["p50"] <= LIMIT_MS
-    write_json(
-        options.json,
-        record(
-            "pipeline", camera=[options.width, options.height], policy=options.checkpoint, commands=rows.shape[1],
-            cores_allowed=len(os.sched_getaffinity(0)), limit_ms=LIMIT_MS, met=met, milliseconds=figures,
-            processor_s_to_first_command=start_s,
-        ),
+    save(
+        json, "pipeline", camera=[width, height], policy=checkpoint, commands=rows.shape[1],
+        cores_allowed=len(os.sched_getaffinity(0)), limit_ms=LIMIT_MS, met=met, milliseconds=figures,
+        processor_s_to_first_command=start_s,
     )  # fmt: skip
     print_table(
-        [f"camera {options.width}×{options.height} to published command, ms", "p50", "p90", "p99"],
+        [f"camera {width}×{height} to published command, ms", "p50", "p90", "p99"],
         [[name, *(f"{v:.2f}" for v in values.values())] for name, values in figures.items()],
     )
     print(f"from the start of the node to its first command: {start_s:.2f} s of the processor")
@@ -226,7 +196,9 @@ def _run(options: argparse.Namespace) -> int:
     return 0 if met else 1
 
 
+main = command("benchmarks.speed.pipeline", run)
+
 if __name__ == "__main__":
     if "--node" in sys.argv[1:2]:
-        run(lambda: TimedPolicyNode(Path(sys.argv[2])), [sys.argv[0], *sys.argv[3:]])
+        node.run(lambda: TimedPolicyNode(Path(sys.argv[2])), [sys.argv[0], *sys.argv[3:]])
     sys.exit(main())

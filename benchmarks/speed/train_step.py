@@ -17,24 +17,32 @@ Exit status: 0 if the limits are kept, 1 if not, 2 on bad arguments.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.report import MIB, peak_bytes, print_table, record, run_command, write_json
+from benchmarks.harness import (
+    MIB,
+    Device,
+    peak_bytes,
+    print_table,
+    quartiles_of_ratio,
+    save,
+    synchronise,
+    take_turns,
+)
+from selfalign_core.command_line import File, command, expect_at_least
 from selfalign_core.data.dataset_writer import DatasetWriter
-from selfalign_core.errors import ConfigError
 from selfalign_core.model.config import ModelConfig
 from selfalign_core.model.torch_state import check_device
 from selfalign_core.training.config import TrainConfig
@@ -138,26 +146,14 @@ class Bench:
         """One training step, finished when this returns."""
         self.trainer.encoder = self._encoders[kind]
         self.trainer.train_step(self._batch)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def times(self, steps: int) -> dict[str, list[float]]:
-        """Seconds of ``steps`` steps of each kind, in turns, after two of each that do not count."""
-        found: dict[str, list[float]] = {kind: [] for kind in KINDS}
-        for index in range(steps + 2):
-            for kind in KINDS if index % 2 else reversed(KINDS):
-                begin = time.perf_counter()
-                self.step(kind)
-                if index >= 2:
-                    found[kind].append(time.perf_counter() - begin)
-        return found
+        synchronise(self.device)
 
     def waits(self, steps: int) -> dict[str, float]:
         """Mean and longest seconds that ``steps`` steps wait for their batch, after those that were read ahead."""
         trainer = self.trainer
         trainer.encoder = self._encoders["all"]
         waited = []
-        with closing(trainer.loader.batches(prefetch=PREFETCH, as_torch=False)) as batches:
+        with closing(trainer.loader.batches(prefetch=PREFETCH)) as batches:
             for _ in range(PREFETCH + steps):
                 begin = time.perf_counter()
                 batch = next(batches)
@@ -224,47 +220,37 @@ def measure(setting: Setting, *, steps: int) -> dict[str, Any]:
     """Figures of one setting: per kind, and the ratios of ``all`` to ``action``."""
     with tempfile.TemporaryDirectory() as directory:
         bench = Bench(setting, Path(directory))
-        times = bench.times(steps)
+        calls = {kind: partial(bench.step, kind) for kind in KINDS}
+        times = {kind: ms / 1e3 for kind, ms in take_turns(calls, repeats=steps, warm_up=2).items()}
         figures: dict[str, Any] = {"setting": asdict(setting), "steps": steps, "loader": bench.waits(steps)}
         for kind in KINDS:
             step, resting = bench.step_bytes(kind), bench.resting_bytes(kind)
             figures[kind] = {
-                "step_s": statistics.median(times[kind]),
+                "step_s": float(np.median(times[kind])),
                 "step_mib": step / MIB,
                 "resting_mib": resting / MIB,
                 "memory_mib": (step + resting) / MIB,
             }
     ratios = {key: figures["all"][key] / figures["action"][key] for key in ("step_s", "step_mib", "memory_mib")}
-    pairs = [a / b for a, b in zip(times["all"], times["action"], strict=True)]
-    low, high = np.quantile(pairs, [0.25, 0.75])
+    quartiles = quartiles_of_ratio(times["all"], times["action"])
     met = ratios["step_s"] <= TIME_LIMIT and ratios["memory_mib"] <= MEMORY_LIMIT
-    return {**figures, "ratio": ratios, "time_ratio_quartiles": [float(low), float(high)], "met": met}
+    return {**figures, "ratio": ratios, "time_ratio_quartiles": quartiles, "met": met}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.speed.train_step",
-        description="Time and memory of a training step with the alignment expert against action-only training.",
-    )
-    parser.add_argument("--preset", choices=("tiny", "pi0"), default="tiny")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--batch-size", type=int, help="samples per step; 64 for tiny, else 8")
-    parser.add_argument("--steps", type=int, default=40, help="timed steps of each kind")
-    parser.add_argument("--json", help="file to write")
-    return run_command(lambda: _run(parser.parse_args(arguments)))
-
-
-def _run(options: argparse.Namespace) -> int:
-    check_device(options.device)
-    for name in ("steps", "batch_size"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')}: found {value}, expected >= 1")
-    chosen = settings(options.preset, options.device, options.batch_size)
-    results = [measure(setting, steps=options.steps) for setting in chosen]
+def run(
+    *,
+    preset: Literal["tiny", "pi0"] = "tiny",
+    device: Device = "cpu",
+    batch_size: Annotated[int | None, "samples per step; 64 for tiny, else 8"] = None,
+    steps: Annotated[int, "timed steps of each kind"] = 40,
+    json: File = None,
+) -> int:
+    """Time and memory of a training step with the alignment expert against action-only training."""
+    check_device(device)
+    expect_at_least(1, steps=steps, batch_size=batch_size)
+    results = [measure(setting, steps=steps) for setting in settings(preset, device, batch_size)]
     met = all(result["met"] for result in results if result["setting"]["limited"])
-    limits = {"time": TIME_LIMIT, "memory": MEMORY_LIMIT}
-    write_json(options.json, record("train_step", limits=limits, met=met, results=results))
+    save(json, "train_step", limits={"time": TIME_LIMIT, "memory": MEMORY_LIMIT}, met=met, results=results)
     print_table(
         ["training step", "action only", "all losses", "time", "memory", "of it the step's own", "kept", "data wait"],
         [_row(result) for result in results],
@@ -279,6 +265,8 @@ def _row(result: dict[str, Any]) -> list[str]:
     kept = ("yes" if result["met"] else "NO") if result["setting"]["limited"] else "no limit"
     return [result["setting"]["name"], *kinds, *ratios, kept, f"{1e3 * result['loader']['wait_s']:.2f} ms"]
 
+
+main = command("benchmarks.speed.train_step", run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -17,6 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from selfalign_core.model.config import ModelConfig
 from selfalign_core.model.pi0 import ModelInputs, Pi0
+
+T = TypeVar("T")
 
 STAGES = ("image", "prefix", "step")
 
@@ -45,24 +49,29 @@ CARDS = {"H100": Card(790e12, 3.0e12), "H200": Card(790e12, 4.3e12)}
 """bfloat16, dense: what large matrix products and copies reach, not the data sheet's peaks."""
 
 
+def random_inputs(config: ModelConfig, *, cameras: int, prompt: int, batch: int = 1) -> ModelInputs:
+    """Observations with every camera present, on torch's device of the moment; ``prompt``: how many tokens."""
+    return ModelInputs(
+        images=[torch.rand(batch, 3, *config.image_size) * 2 - 1 for _ in range(cameras)],
+        image_masks=[torch.ones(batch, dtype=torch.bool) for _ in range(cameras)],
+        tokens=torch.randint(0, config.vocab_size, (batch, prompt)),
+        token_masks=torch.ones(batch, prompt, dtype=torch.bool),
+        state=torch.randn(batch, config.action_dim),
+    )
+
+
 def count(config: ModelConfig, *, cameras: int, prompt: int, precision: str) -> dict[str, Work]:
     """Work of the stages of one chunk (:data:`STAGES`; ``step``: one denoising step), batch 1."""
     with torch.device("meta"):
         model = Pi0(config)
         if precision == "bfloat16":
             model.to_precision("bfloat16")
-        inputs = ModelInputs(
-            images=[torch.empty(1, 3, *config.image_size) for _ in range(cameras)],
-            image_masks=[torch.ones(1, dtype=torch.bool) for _ in range(cameras)],
-            tokens=torch.empty(1, prompt, dtype=torch.int64),
-            token_masks=torch.ones(1, prompt, dtype=torch.bool),
-            state=torch.empty(1, config.action_dim),
-        )
+        inputs = random_inputs(config, cameras=cameras, prompt=prompt)
         actions = torch.empty(1, config.action_horizon, config.action_dim)
         with torch.no_grad():
             image, features = _operations(lambda: model.embed_images(inputs.images))
             prefix, cache = _operations(lambda: model.prefix(inputs, image_features=features))
-            step, _ = _operations(lambda: model.denoise_step(cache, inputs.state, actions, torch.empty(1)))
+            step, _ = _operations(lambda: model.predict_velocity(cache, inputs.state, actions, torch.empty(1)))
     experts = model.paligemma_with_expert
     paligemma, expert = experts.paligemma.model, experts.gemma_expert.model
     read = cache.layers[config.expert_layer_offset :][: config.action_expert.depth]
@@ -97,7 +106,7 @@ def floor_ms(stages: dict[str, Work], steps: int, card: Card) -> float:
     return stages["image"].floor_ms(card) + stages["prefix"].floor_ms(card) + steps * stages["step"].floor_ms(card)
 
 
-def _operations(run) -> tuple[float, object]:
+def _operations(run: Callable[[], T]) -> tuple[float, T]:
     with FlopCounterMode(display=False) as counter:
         found = run()
     return float(counter.get_total_flops()), found

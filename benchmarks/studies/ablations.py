@@ -14,35 +14,27 @@ training that was killed goes on. On one core of a laptop the defaults take abou
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-import multiprocessing
 import shutil
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-import torch
 
-from benchmarks.report import interval, print_table, record, run_command, write_json
-from benchmarks.studies.scores import Scorer, draw, halves
-from benchmarks.studies.training import trained
+from benchmarks.harness import Cache, interval, print_table, save, say, share, share_over_bodies
+from benchmarks.studies.scores import RecordedLosses
+from benchmarks.studies.training import configured, trained
+from selfalign_core.command_line import More, command, expect_at_least
 from selfalign_core.data import sim_demos
 from selfalign_core.data.dataset import TransitionDataset
-from selfalign_core.errors import ConfigError
 from selfalign_core.model.config import ModelConfig
 from selfalign_core.policy import Policy
-from selfalign_core.policy.bank import MEAN_ROW
 from selfalign_core.policy.config import PolicyConfig
 from selfalign_core.sim import TARGET_NAMES, BodyConfig
-from selfalign_core.study.rollout import Episode, PolicyPlanner, rollout
-from selfalign_core.study.statistics import share_interval
+from selfalign_core.study.processes import in_batches, run_tasks
+from selfalign_core.study.rollout import EpisodeSpec, PolicyPlanner
 from selfalign_core.training.config import TrainConfig
 from selfalign_core.training.trainer import LOSSES
 
@@ -51,7 +43,6 @@ PARTS = LOSSES[1:]
 PICK_SAMPLES = 32
 SCORED_SAMPLES = 64
 TRAINING_SEED, UNSEEN_SEED, EPISODE_SEED = 1, 77, 1000
-_SIDE_BY_SIDE = 10
 
 
 @dataclass(frozen=True)
@@ -97,11 +88,9 @@ class Settings:
     rollouts: int
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 2), ("bodies", 2), ("episodes", 2), ("frames", 2), ("unseen", 2)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"--{name}: found {getattr(self, name)}, expected at least {least}")
-        if self.rollouts < 0:
-            raise ConfigError(f"--rollouts: found {self.rollouts}, expected at least 0")
+        sizes = {name: getattr(self, name) for name in ("steps", "bodies", "episodes", "frames", "unseen")}
+        expect_at_least(2, **sizes)
+        expect_at_least(0, rollouts=self.rollouts)
 
     @property
     def data(self) -> Path:
@@ -125,20 +114,8 @@ class Settings:
     def train_config(self, name: str) -> TrainConfig:
         """The configuration of variant ``name``."""
         variant = VARIANTS[name]
-        reference = TrainConfig.load(self.config)
-        return TrainConfig.load(
-            self.config,
-            [
-                f"output={json.dumps(str(self.run(name)))}",
-                f"data.path={json.dumps(str(self.demos(play=variant.play)))}",
-                f"steps={self.steps}",
-                f"optim.warmup_steps={min(reference.optim.warmup_steps, self.steps // 10)}",
-                "log.progress=false",
-                "log.tensorboard=false",
-                "checkpoint.keep=1",
-                *variant.overrides,
-            ],
-        )
+        data = self.demos(play=variant.play)
+        return configured(self.config, self.run(name), data, variant.overrides, steps=self.steps)
 
 
 def make_data(settings: Settings, *, jobs: int = 1) -> None:
@@ -155,7 +132,7 @@ def make_data(settings: Settings, *, jobs: int = 1) -> None:
         (settings.unseen_path, settings.unseen_bodies(), UNSEEN_SEED, unseen),
     ):
         if not path.is_dir():
-            _say(f"recording {len(chosen)} bodies: {path}")
+            say(f"recording {len(chosen)} bodies: {path}")
             sim_demos.record(str(path), chosen, seed, config, jobs=jobs)
     shutil.copyfile(settings.demos(play=True) / "norm_stats.json", settings.demos(play=False) / "norm_stats.json")
 
@@ -170,7 +147,7 @@ def train(settings: Settings, name: str) -> Path:
     Raises:
         ConfigError: what is there was trained with another configuration.
     """
-    _say(f"{name}: training")
+    say(f"{name}: training")
     return trained(settings.train_config(name))
 
 
@@ -178,75 +155,45 @@ def evaluate(settings: Settings, name: str, path: Path) -> dict[str, Any]:
     """What variant ``name`` achieves: losses on unseen bodies per kind of token, and closed-loop success."""
     dataset = TransitionDataset(settings.unseen_path)
     policy = Policy.from_checkpoint(path, dt=dataset.meta.dt_ns / 1e9)
-    scorer = Scorer(policy, dataset)
-    model = policy.config.model
-    losses: dict[str, list[dict[str, float]]] = {"mean": [], "picked": []}
-    rows: dict[str, int] = {}
-    for place, body in enumerate(dataset.meta.embodiments):
-        pick, scored = halves(dataset, body)
-        rows[body] = scorer.identify(draw(dataset, model, pick, PICK_SAMPLES, seed=0, place=2 * place + 1))
-        drawn = draw(dataset, model, scored, SCORED_SAMPLES, seed=0, place=2 * place)
-        losses["mean"].append(scorer.losses(drawn, MEAN_ROW))
-        losses["picked"].append(scorer.losses(drawn, rows[body]))
+    scorer = RecordedLosses(policy, dataset)
+    bodies = dataset.meta.embodiments
+    found = {
+        body: scorer.unseen(body, place, pick=PICK_SAMPLES, scored=SCORED_SAMPLES) for place, body in enumerate(bodies)
+    }
     keys = ("",) if scorer.bank is None else scorer.bank.keys
     figures: dict[str, Any] = {
-        "picked": {body: keys[row] for body, row in rows.items()},
-        "losses": {kind: {part: [unit[part] for unit in units] for part in PARTS} for kind, units in losses.items()},
+        "picked": {body: keys[one.row] for body, one in found.items()},
+        "losses": {
+            kind: {part: [getattr(one, kind)[part] for one in found.values()] for part in PARTS}
+            for kind in ("mean", "picked")
+        },
     }
     if settings.rollouts:
-        _say(f"{name}: closed loop")
+        say(f"{name}: closed loop")
         own = scorer.row(NOMINAL)
         figures["nominal"] = success(scorer, BodyConfig(), own, 10 * settings.rollouts)
         figures["unseen"] = {
-            body: success(scorer, config, rows[body], settings.rollouts)
+            body: success(scorer, config, found[body].row, settings.rollouts)
             for body, config in settings.unseen_bodies().items()
         }
     return figures
 
 
-def success(scorer: Scorer, body: BodyConfig, row: int, count: int) -> list[bool]:
+def success(scorer: RecordedLosses, body: BodyConfig, row: int, count: int) -> list[bool]:
     """Whether each of ``count`` closed-loop episodes on ``body``, with the token of ``row``, reached its target."""
     token = None if scorer.bank is None else scorer.bank.weight[row].detach().cpu().numpy()
     episodes = [
-        Episode(body, EPISODE_SEED + index, TARGET_NAMES[index % len(TARGET_NAMES)], token=token)
+        EpisodeSpec(body, EPISODE_SEED + index, TARGET_NAMES[index % len(TARGET_NAMES)], token=token)
         for index in range(count)
     ]
-    planner = PolicyPlanner(scorer.policy)
-    found = []
-    for begin in range(0, count, _SIDE_BY_SIDE):
-        found += rollout(planner, episodes[begin : begin + _SIDE_BY_SIDE])
-    return [result.success for result in found]
+    return [result.success for result in in_batches(PolicyPlanner(scorer.policy), episodes)]
 
 
 def run_variant(settings: Settings, name: str) -> dict[str, Any]:
     """Train and evaluate variant ``name``, or read what an earlier call found."""
-    begin = time.perf_counter()
     path = train(settings, name)
-    file = settings.run(name) / "evaluation.json"
-    asked = dataclasses.asdict(settings)
-    if file.is_file():
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        if kept["settings"] == asked:
-            return kept["figures"]
-    _say(f"{name}: losses on unseen bodies")
-    figures = evaluate(settings, name, path)
-    write_json(file, {"settings": asked, "figures": figures})
-    _say(f"{name}: done after {(time.perf_counter() - begin) / 60:.1f} min")
-    return figures
-
-
-def _run_apart(settings: Settings, name: str) -> dict[str, Any]:
-    torch.set_num_threads(1)
-    return run_variant(settings, name)
-
-
-def run_all(settings: Settings, names: Sequence[str], *, jobs: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Figures of every variant, several at a time in processes of their own if ``jobs`` is more than 1."""
-    if jobs == 1:
-        yield from ((name, run_variant(settings, name)) for name in names)
-        return
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from zip(names, pool.map(_run_apart, [settings] * len(names), names), strict=True)
+    kept, asked = Cache(settings.run(name)), dataclasses.asdict(settings)
+    return kept.get("evaluation", asked, lambda: evaluate(settings, name, path))
 
 
 def summary(name: str, figures: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
@@ -266,59 +213,41 @@ def summary(name: str, figures: dict[str, Any], reference: dict[str, Any]) -> di
         "picked": figures["picked"],
     }
     if "nominal" in figures:
-        result["success_nominal"] = _share(figures["nominal"])
-        result["success_unseen"] = _share_of_bodies(list(figures["unseen"].values()))
+        result["success_nominal"] = share(figures["nominal"])
+        result["success_unseen"] = share_over_bodies(list(figures["unseen"].values()))
     return result
 
 
-def _share(successes: list[bool]) -> dict[str, float]:
-    low, high = share_interval(sum(successes), len(successes))
-    return {"mean": float(np.mean(successes)), "low": low, "high": high, "count": len(successes)}
-
-
-def _share_of_bodies(successes: list[list[bool]]) -> dict[str, float]:
-    """The interval is over bodies, but no narrower than over independent episodes (bodies may all be at 0 or 1)."""
-    bodies = interval([float(np.mean(found)) for found in successes])
-    episodes = _share([success for found in successes for success in found])
-    low, high = min(bodies["low"], episodes["low"]), max(bodies["high"], episodes["high"])
-    return {**episodes, "low": max(low, 0.0), "high": min(high, 1.0)}
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.studies.ablations", description="Train and compare variants of the training."
-    )
-    parser.add_argument("--config", required=True, help="training configuration of the reference")
-    parser.add_argument("--output", required=True, help="directory for data, runs and figures (ablations.json)")
-    parser.add_argument("--steps", type=int, default=2000, help="training steps of each variant")
-    parser.add_argument("--bodies", type=int, default=96, help="bodies to train on")
-    parser.add_argument("--episodes", type=int, default=6, help="recordings per body, half of them play")
-    parser.add_argument("--frames", type=int, default=36, help="frames per recording")
-    parser.add_argument("--unseen", type=int, default=16, help="bodies to measure on")
-    parser.add_argument("--rollouts", type=int, default=5, help="closed-loop episodes per unseen body; 0 for none")
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="variants besides the bank")
-    parser.add_argument("--jobs", type=int, default=1, help="variants at a time, each on one core")
-    return run_command(lambda: _run(parser.parse_args(arguments)))
-
-
-def _run(options: argparse.Namespace) -> int:
-    values = vars(options)
-    settings = Settings(**{field.name: values[field.name] for field in dataclasses.fields(Settings)})
-    names = ["bank", *(name for name in VARIANTS if name in options.only and name != "bank")]
+def run(
+    *,
+    config: Annotated[str, "training configuration of the reference"],
+    output: Annotated[str, "directory for data, runs and figures (ablations.json)"],
+    steps: Annotated[int, "training steps of each variant"] = 2000,
+    bodies: Annotated[int, "bodies to train on"] = 96,
+    episodes: Annotated[int, "recordings per body, half of them play"] = 6,
+    frames: Annotated[int, "frames per recording"] = 36,
+    unseen: Annotated[int, "bodies to measure on"] = 16,
+    rollouts: Annotated[int, "closed-loop episodes per unseen body; 0 for none"] = 5,
+    only: Annotated[tuple[str, ...], "variants besides the bank", More(choices=VARIANTS)] = tuple(VARIANTS),
+    jobs: Annotated[int, "variants at a time, each on one core"] = 1,
+) -> None:
+    """Train and compare variants of the training."""
+    settings = Settings(config, output, steps, bodies, episodes, frames, unseen, rollouts)
+    names = ["bank", *(name for name in VARIANTS if name in only and name != "bank")]
     for name in names:
         settings.train_config(name)  # what is wrong with the configuration is said at once
-    make_data(settings, jobs=options.jobs)
-    found = dict(run_all(settings, names, jobs=options.jobs))
+    make_data(settings, jobs=jobs)
+    measured = run_tasks(run_variant, [(settings, name) for name in names], jobs)
+    found = dict(zip(names, measured, strict=True))
     results = {name: summary(name, figures, found["bank"]) for name, figures in found.items()}
-    path = Path(settings.output) / "ablations.json"
-    write_json(path, record("ablations", settings=dataclasses.asdict(settings), variants=results))
+    path = Path(output) / "ablations.json"
+    save(path, "ablations", settings=dataclasses.asdict(settings), variants=results)
     print_table(_HEADER, [_row(result) for result in results.values()])
     print(
-        f"\nLosses on {settings.unseen} unseen bodies, mean ± half of the 95 % interval over bodies; with the token "
+        f"\nLosses on {unseen} unseen bodies, mean ± half of the 95 % interval over bodies; with the token "
         f"picked by {PICK_SAMPLES} transitions except in the first column. Success of closed-loop episodes with 95 % "
         f"interval. – : not trained. Written to {path}."
     )
-    return 0
 
 
 _HEADER = (
@@ -344,9 +273,7 @@ def _row(result: dict[str, Any]) -> list[str]:
     return [result["label"], mean, *parts, rate("success_nominal"), rate("success_unseen")]
 
 
-def _say(text: str) -> None:
-    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
-
+main = command("benchmarks.studies.ablations", run, interrupted="what is done is kept")
 
 if __name__ == "__main__":
     sys.exit(main())

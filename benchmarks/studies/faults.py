@@ -7,21 +7,18 @@ and neither a process nor shared memory is left.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
 import os
-import re
-import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import rclpy
@@ -32,15 +29,15 @@ from rclpy.qos import QoSProfile
 from sensor_msgs.msg import JointState
 from trajectory_msgs.msg import JointTrajectory
 
-from benchmarks.report import print_table, record, run_command, write_json
+from benchmarks.graph import Graph, ros
+from benchmarks.harness import print_table, save, verdict
 from selfalign.msg import ActionChunk
+from selfalign_core.command_line import More, command
 from selfalign_core.errors import ConfigError
 from selfalign_core.robot.contract import RobotContract
 from selfalign_ros.bridge import qos
 from selfalign_ros.bridge.conversions import to_ns
-from selfalign_ros.graph.declaration import BRINGUP
 from selfalign_ros.graph.shared_memory import remove_orphaned_segments
-from selfalign_ros.graph.supervisor import free_domain
 from selfalign_ros.life.parameters import load_specs
 from selfalign_ros.life.resources import config_file
 
@@ -69,11 +66,10 @@ GAP_S = 0.3
 LAG_S = 0.15
 """How long a servo that goes on may speed up towards the set-point it lagged behind."""
 SLACK_S = 0.1
-_STARTED = re.compile(r"\[([\w-]+)-\d+\]: process started with pid \[(\d+)\]")
 
 
 @dataclass(frozen=True)
-class Command:
+class SeenCommand:
     """One trajectory, on its way to the robot or as the robot says it follows it; times in ns."""
 
     sent_ns: int  # by the policy, or when the robot began to follow it
@@ -90,11 +86,11 @@ class Command:
 class Judge:
     """What was commanded, what of it the robot followed by its own word, and how the joints moved."""
 
-    commands: list[Command] = field(default_factory=list)
-    followed: list[Command] = field(default_factory=list)
+    commands: list[SeenCommand] = field(default_factory=list)
+    followed: list[SeenCommand] = field(default_factory=list)
     motion: list[tuple[int, float]] = field(default_factory=list)  # stamp ns, fastest joint's speed
 
-    def stale_commands(self, limit_s: float) -> list[Command]:
+    def stale_commands(self, limit_s: float) -> list[SeenCommand]:
         """Those that move and were made from an observation older than ``limit_s`` when they were sent.
 
         Of those that the judge never heard counts when they were followed.
@@ -102,7 +98,7 @@ class Judge:
         known = [*self.commands, *self.unheard()]
         return [c for c in known if c.moves and (c.sent_ns - c.observed_ns) / 1e9 > limit_s]
 
-    def unheard(self) -> list[Command]:
+    def unheard(self) -> list[SeenCommand]:
         """Those that the robot followed and the judge never heard: their publisher died before it could repeat them."""
         heard = {(c.observed_ns, c.end_ns) for c in self.commands}
         return [c for c in self.followed if c.moves and (c.observed_ns, c.end_ns) not in heard]
@@ -139,14 +135,12 @@ class Listener(Node):
         self.versions: list[int] = []
         self.statuses: dict[str, tuple[float, str]] = {}
         self._joints = contract.joint_names
-        judge = self.judge
-        self.create_subscription(
-            JointTrajectory, contract.action.topic, lambda m, info: judge.commands.append(_command(m, info)), commands
-        )
-        self.create_subscription(
-            JointTrajectory, "followed_command", lambda m, info: judge.followed.append(_command(m, info)),
-            qos.RECENT_EVENTS,
-        )  # fmt: skip
+        for topic, heard, profile in (
+            (contract.action.topic, self.judge.commands, commands),
+            ("followed_command", self.judge.followed, qos.RECENT_EVENTS),
+        ):
+            hear: Any = partial(_hear_command, heard)  # with what came along with the message
+            self.create_subscription(JointTrajectory, topic, hear, profile)
         self.create_subscription(JointState, contract.joint_state_topic, self._on_joints, qos.SENSOR)
         self.create_subscription(ActionChunk, "action_chunk", self._on_chunk, qos.EVENTS)
         self.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 100)
@@ -170,52 +164,10 @@ class Listener(Node):
             self.statuses[status.name] = (time.monotonic(), status.message)
 
 
-def _command(message: JointTrajectory, info: dict[str, Any]) -> Command:
+def _hear_command(heard: list[SeenCommand], message: JointTrajectory, info: dict[str, Any]) -> None:
     stamp_ns, last, sent_ns = to_ns(message.header.stamp), message.points[-1], info["source_timestamp"]
     # An order to hold has no observation behind it: it counts from when it arrives.
-    return Command(sent_ns, stamp_ns, (stamp_ns or sent_ns) + to_ns(last.time_from_start))
-
-
-class Graph:
-    """The bringup graph in a process group of its own."""
-
-    def __init__(self, log: Path, arguments: Sequence[str]) -> None:
-        self.log = log
-        log.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "selfalign_ros.tools.bringup", *arguments]
-        with log.open("w") as output:
-            self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-
-    def pids(self) -> dict[str, list[int]]:
-        """Process ids of every node, in the order of its starts."""
-        found = defaultdict(list)
-        for name, pid in _STARTED.findall(self.log.read_text(errors="replace")):
-            found[name].append(int(pid))
-        return found
-
-    def living(self) -> dict[str, int]:
-        """Nodes that run now."""
-        return {name: pids[-1] for name, pids in self.pids().items() if _is_alive(pids[-1])}
-
-    def stop(self) -> int:
-        """End everything; the exit code of the supervisor."""
-        self.process.send_signal(signal.SIGINT)
-        try:
-            return self.process.wait(60.0)
-        finally:
-            self.process.kill()
-            self.process.wait()
-
-    def leftovers(self) -> list[int]:
-        """Nodes of any start that are still there."""
-        return [pid for pids in self.pids().values() for pid in pids if _is_alive(pid)]
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    heard.append(SeenCommand(sent_ns, stamp_ns, (stamp_ns or sent_ns) + to_ns(last.time_from_start)))
 
 
 class Injection:
@@ -234,8 +186,7 @@ class Injection:
         """Until ``kills`` processes were killed."""
         due = time.monotonic()
         while self.kills.total() < kills:
-            if self._graph.process.poll() is not None:
-                raise ConfigError(f"the graph ended by itself; see {self._graph.log}")
+            self._graph.check()
             self.spin()
             if time.monotonic() >= due and self._inject():
                 due = time.monotonic() + self._rng.uniform(*self._gap_s)
@@ -280,14 +231,17 @@ def wait_until_all_work(injection: Injection, listener: Listener, since: float, 
     return []
 
 
-def _run(options: argparse.Namespace) -> int:
-    output = Path(options.output).resolve()
-    os.environ.setdefault("ROS_DOMAIN_ID", str(free_domain()))
-    os.environ.update(BRINGUP({}).environment)
-    ros_home = output / "ros_home"  # what survives a restart
-    shutil.rmtree(ros_home, ignore_errors=True)
-    os.environ["ROS_HOME"] = str(ros_home)
-    contract = RobotContract.from_yaml(config_file(load_specs("policy")["contract"].default))
+def run(
+    *arguments: Annotated[str, "launch arguments of bringup", More(metavar="name:=value", nargs="*")],
+    kills: Annotated[int, "how many; about a third as many stops come on top"] = 50,
+    gap: Annotated[tuple[float, float], "seconds", More(metavar=("LEAST", "MOST"))] = (1.0, 8.0),
+    inference_limit: Annotated[float, "seconds a chunk may take to be made"] = 0.8,
+    seed: int = 0,
+    output: Annotated[Path, "folder for faults.json and the log of the graph"] = Path("runs/faults"),
+) -> int:
+    """SIGKILL and SIGSTOP of every node at random times, judged at the simulated robot."""
+    output = output.resolve()
+    contract = RobotContract.from_yaml(config_file(str(load_specs("policy")["contract"].default)))
     remove_orphaned_segments()
     output.mkdir(parents=True, exist_ok=True)
     parameters = output / "parameters.yaml"
@@ -296,24 +250,20 @@ def _run(options: argparse.Namespace) -> int:
     latched = {f"{name}.durability": "transient_local", f"{name}.depth": qos.RECENT_EVENTS.depth}
     settings = {"/**/aligner": {"ros__parameters": QUICK_TO_ACCEPT}, "/**/policy": {"ros__parameters": latched}}
     parameters.write_text(yaml.safe_dump(settings))
-    rclpy.init(args=[])
-    graph = Graph(output / "graph.log", [f"params_file:={parameters}", *options.arguments])
-    try:
+    log, begin = output / "graph.log", time.monotonic()
+    # What the nodes keep survives their restarts.
+    with ros(output / "ros_home"), Graph(log, [f"params_file:={parameters}", *arguments]) as graph:
         listener = Listener(contract, qos.RECENT_EVENTS)
-        injection = Injection(graph, listener, seed=options.seed, gap_s=tuple(options.gap))
-        begin = time.monotonic()
+        injection = Injection(graph, listener, seed=seed, gap_s=(gap[0], gap[1]))
         if lacking := wait_until_all_work(injection, listener, begin, START_S):
             raise ConfigError(f"{', '.join(lacking)} did not start within {START_S:g} s; see {graph.log}")
-        injection.run(options.kills)
+        injection.run(kills)
         last = time.monotonic()
         lacking = wait_until_all_work(injection, listener, last, RECOVERY_S)
         recovered_s = time.monotonic() - last
         exit_code = graph.stop()
-    finally:
-        graph.process.kill()
-        rclpy.try_shutdown()
     judge, versions = listener.judge, listener.versions
-    limit_s = contract.max_image_age_s + contract.max_joint_state_age_s + options.inference_limit
+    limit_s = contract.max_image_age_s + contract.max_joint_state_age_s + inference_limit
     stale, unasked = judge.stale_commands(limit_s), judge.unasked_motion()
     segments = remove_orphaned_segments(wait=True)
     moved = sum(speed > STILL_RAD_S for _, speed in judge.motion)
@@ -329,7 +279,7 @@ def _run(options: argparse.Namespace) -> int:
         "no shared memory left": not segments,
     }
     figures = {
-        "seed": options.seed, "kills": dict(injection.kills), "stops": dict(injection.stops),
+        "seed": seed, "kills": dict(injection.kills), "stops": dict(injection.stops),
         "injection_s": last - begin, "recovery_after_the_last_s": recovered_s,
         "recovery_s": {name: _summary(values) for name, values in injection.recoveries.items()},
         "commands": len(judge.commands), "followed": len(judge.followed), "followed_unheard": len(judge.unheard()),
@@ -338,44 +288,31 @@ def _run(options: argparse.Namespace) -> int:
         "segments_left": segments,
         "e_token_versions": [min(versions, default=0), max(versions, default=0)], "checks": checks,
     }  # fmt: skip
-    write_json(output / "faults.json", record("faults", **figures))
-    rows = [
-        [name, injection.kills[name], injection.stops[name], *_shown(injection.recoveries[name])] for name in WORKING
-    ]
-    header = ["node", "SIGKILL", "SIGSTOP", "works again after, median s", "longest s"]
-    print_table(header, [[str(cell) for cell in row] for row in rows])
+    save(output / "faults.json", "faults", **figures)
+    print_table(
+        ["node", "SIGKILL", "SIGSTOP", "works again after, median s", "longest s"],
+        [
+            [name, str(injection.kills[name]), str(injection.stops[name]), *_shown(injection.recoveries[name])]
+            for name in WORKING
+        ],
+    )
     print(
         f"{injection.kills.total()} kills, {injection.stops.total()} stops in {last - begin:.0f} s; "
         f"{len(judge.commands)} commands heard, {len(judge.followed)} followed ({len(judge.unheard())} unheard); "
         f"{moved} of {len(judge.motion)} joint states in motion"
     )
-    for check, holds in checks.items():
-        print(f"{check}: {'yes' if holds else 'NO'}")
-    return 0 if all(checks.values()) else 1
+    return verdict(checks)
 
 
 def _summary(values: Sequence[float]) -> dict[str, float]:
     return {"median": float(np.median(values)), "longest": max(values), "count": len(values)}
 
 
-def _shown(values: Iterable[float]) -> list[str]:
-    values = list(values)
+def _shown(values: Sequence[float]) -> list[str]:
     return [f"{np.median(values):.1f}", f"{max(values):.1f}"] if values else ["-", "-"]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.studies.faults",
-        description="SIGKILL and SIGSTOP of every node at random times, judged at the simulated robot.",
-    )
-    parser.add_argument("arguments", nargs="*", metavar="name:=value", help="launch arguments of bringup")
-    parser.add_argument("--kills", type=int, default=50, help="how many; about a third as many stops come on top")
-    parser.add_argument("--gap", type=float, nargs=2, default=(1.0, 8.0), metavar=("LEAST", "MOST"), help="seconds")
-    parser.add_argument("--inference-limit", type=float, default=0.8, help="seconds a chunk may take to be made")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", default="runs/faults", help="folder for faults.json and the log of the graph")
-    return run_command(lambda: _run(parser.parse_args(arguments)))
-
+main = command("benchmarks.studies.faults", run, interrupted="the log of the graph is kept")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -20,19 +20,19 @@ Intervals are of 95 %, over episodes.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 
-from benchmarks.report import interval, print_table, record, run_command, write_json
+from benchmarks.harness import interval, print_table, save, share, take_turns
+from selfalign_core.command_line import File, More, command
 from selfalign_core.errors import ConfigError
 from selfalign_core.policy import Policy
 from selfalign_core.robot.chunking import AUTO, METHODS, DelayEstimate, Handover, choose_method
@@ -40,13 +40,14 @@ from selfalign_core.robot.commands import CommandLimiter, CommandPath, plan_path
 from selfalign_core.robot.contract import RobotContract
 from selfalign_core.robot.types import ActionChunk, Observation
 from selfalign_core.sim import TARGET_NAMES, ReachEnv, prompt_for
-from selfalign_core.study.rollout import Episode, PolicyPlanner, RolloutConfig, RunningEpisode
-from selfalign_core.study.statistics import share_interval
-from selfalign_core.study.table import BATCH, OWN, find_bodies, load_policy, plan_row
+from selfalign_core.study.processes import BATCH, load_policy
+from selfalign_core.study.rollout import EpisodeSpec, PolicyPlanner, RolloutConfig, RunningEpisode
+from selfalign_core.study.table import OWN, find_bodies, plan_row
 
 CONTRACT = Path(__file__).parents[2] / "config/contracts/sim_reach.yaml"
 LATENCIES_MS = (0, 50, 150, 300)
 WAIT = "wait"
+_METHODS = f"of {', '.join((WAIT, *METHODS))}; default: all that the checkpoint allows"
 SUBSTEPS = 10
 """Of a control step, in which the path is interpolated."""
 
@@ -54,7 +55,7 @@ SUBSTEPS = 10
 class Arm(RunningEpisode):
     """An episode whose arm is told where to be as the policy node tells a joint trajectory controller."""
 
-    def __init__(self, episode: Episode, env: ReachEnv, config: RolloutConfig, contract: RobotContract) -> None:
+    def __init__(self, episode: EpisodeSpec, env: ReachEnv, config: RolloutConfig, contract: RobotContract) -> None:
         super().__init__(episode, env, config)
         self._dt_ns, self._limiter = contract.dt_ns, CommandLimiter.from_contract(contract)
         self.chunk: ActionChunk | None = None
@@ -164,7 +165,8 @@ def _handover(
         )
         for arm in running
     ]
-    return plans[0] and replace(plans[0], previous=np.stack([plan.previous for plan in plans]))
+    known = [plan for plan in plans if plan is not None]
+    return replace(known[0], previous=np.stack([plan.previous for plan in known])) if known else None
 
 
 def inference_ms(policy: Policy, methods: Sequence[str], *, repeats: int = 30) -> dict[str, float]:
@@ -175,21 +177,15 @@ def inference_ms(policy: Policy, methods: Sequence[str], *, repeats: int = 30) -
     pose = np.zeros(policy.action_dim, np.float32)
     observation = Observation(images, np.zeros(policy.state_dim, np.float32), prompt_for(TARGET_NAMES[0]))
     plans = {m: Handover.rehearsal(m, pose, policy.horizon, policy.config.rtc_max_delay)[-1] for m in methods}
-    durations: dict[str, list[float]] = {method: [] for method in methods}
-    for _ in range(repeats):
-        for method, plan in plans.items():
-            began = time.perf_counter()
-            policy.infer(observation, handover=plan)
-            durations[method].append(1e3 * (time.perf_counter() - began))
-    return {method: float(np.median(values)) for method, values in durations.items()}
+    calls = {method: partial(policy.infer, observation, handover=plan) for method, plan in plans.items()}
+    return {method: float(np.median(ms)) for method, ms in take_turns(calls, repeats=repeats).items()}
 
 
 def summary(method: str, latency_ms: float, episodes: Sequence[dict[str, float]]) -> dict[str, Any]:
     """One row: an interval per figure."""
-    reached = int(sum(one["reached"] for one in episodes))
-    low, high = share_interval(reached, len(episodes))
     row: dict[str, Any] = {"latency_ms": latency_ms, "method": method, "episodes": len(episodes)}
-    row["reached"] = {"share": reached / len(episodes), "low": low, "high": high}
+    reached = share([bool(one["reached"]) for one in episodes])
+    row["reached"] = {"share": reached["mean"], "low": reached["low"], "high": reached["high"]}
     return row | {name: interval([one[name] for one in episodes]) for name in episodes[0] if name != "reached"}
 
 
@@ -219,45 +215,34 @@ def _reach(figure: dict[str, float]) -> float:
     return figure["high"] - figure["mean"]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.studies.handover", description="How smoothly one chunk follows another."
-    )
-    parser.add_argument("checkpoint", help="checkpoint directory, of the arm of config/contracts/sim_reach.yaml")
-    methods = f"of {', '.join((WAIT, *METHODS))}; default: all that the checkpoint allows"
-    parser.add_argument("--methods", nargs="+", metavar="METHOD", choices=(WAIT, *METHODS), help=methods)
-    parser.add_argument("--latencies", nargs="+", type=float, default=LATENCIES_MS, metavar="MS", help="inference's")
-    parser.add_argument("--episodes", type=int, default=60, help="per row; default: 60")
-    parser.add_argument("--seed", type=int, default=0, help="of the episodes; default: 0")
-    parser.add_argument("--json", metavar="FILE", help="write the figures")
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0, or 2 on anything a user can act on."""
-    options = _parser().parse_args(arguments)
-    return run_command(lambda: _run(options))
-
-
-def _run(options: argparse.Namespace) -> int:
+def measure(
+    checkpoint: Annotated[str, "checkpoint directory, of the arm of config/contracts/sim_reach.yaml"],
+    *,
+    methods: Annotated[tuple[str, ...] | None, _METHODS, More(choices=(WAIT, *METHODS), metavar="METHOD")] = None,
+    latencies: Annotated[tuple[float, ...], "inference's", More(metavar="MS")] = LATENCIES_MS,
+    episodes: Annotated[int, "per row"] = 60,
+    seed: Annotated[int, "of the episodes"] = 0,
+    json: File = None,
+) -> None:
+    """How smoothly one chunk follows another."""
     torch.set_num_threads(1)
-    if min(options.latencies) < 0:
-        raise ConfigError(f"latencies: found {min(options.latencies):g} ms, expected >= 0")
-    policy = load_policy(options.checkpoint)
+    if min(latencies) < 0:
+        raise ConfigError(f"latencies: found {min(latencies):g} ms, expected >= 0")
+    policy = load_policy(checkpoint)
     contract = RobotContract.from_yaml(CONTRACT)
     policy.config.check_contract(contract)
     trained = policy.config.rtc_max_delay > 0
-    methods = options.methods or [WAIT, *(m for m in reversed(METHODS) if trained or m != "prefix")]
-    for method in methods:
+    chosen = methods or [WAIT, *(m for m in reversed(METHODS) if trained or m != "prefix")]
+    for method in chosen:
         if method != WAIT:
             choose_method(method, policy.config.rtc_max_delay)
     planner, config = PolicyPlanner(policy), RolloutConfig(joints=contract.joint_names)
-    planned = plan_row(OWN, policy, find_bodies("nominal"), options.episodes, options.seed)
+    planned = plan_row(OWN, policy, find_bodies("nominal"), episodes, seed)
     pool = [ReachEnv(cameras=(), control_hz=contract.rate_hz) for _ in range(min(BATCH, len(planned)))]
     rows = []
     try:
-        for latency_ms in options.latencies:
-            for method in methods:
+        for latency_ms in latencies:
+            for method in chosen:
                 figures: list[dict[str, float]] = []
                 for begin in range(0, len(planned), BATCH):
                     batch = planned[begin : begin + BATCH]
@@ -267,13 +252,14 @@ def _run(options: argparse.Namespace) -> int:
     finally:
         for env in pool:
             env.close()
-    durations = inference_ms(policy, [method for method in methods if method != WAIT])
+    durations = inference_ms(policy, [method for method in chosen if method != WAIT])
     _print(rows, durations)
     auto = choose_method(AUTO, policy.config.rtc_max_delay)
-    figures_of = {"checkpoint": options.checkpoint, "model_digest": policy.digest, "auto": auto, "seed": options.seed}
-    write_json(options.json, record("handover", **figures_of, inference_ms=durations, rows=rows))
-    return 0
+    about = {"checkpoint": checkpoint, "model_digest": policy.digest, "auto": auto, "seed": seed}
+    save(json, "handover", **about, inference_ms=durations, rows=rows)
 
+
+main = command("benchmarks.studies.handover", measure)
 
 if __name__ == "__main__":
     sys.exit(main())

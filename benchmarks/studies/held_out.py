@@ -16,24 +16,22 @@ errors, on (a) and on (b); 1 if not; 2 on bad arguments.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 
-from benchmarks.report import mean_and_stderr, print_table, record, run_command, write_json
-from benchmarks.studies.scores import Draw, Scorer, draw, halves
+from benchmarks.harness import interval, print_table, save
+from benchmarks.studies.scores import RecordedLosses, draw
+from selfalign_core.command_line import File, command
 from selfalign_core.data.dataset import TransitionDataset
 from selfalign_core.errors import CheckpointError, ConfigError
-from selfalign_core.model.config import ModelConfig
 from selfalign_core.policy import Policy
-from selfalign_core.policy.bank import MEAN_ROW
 from selfalign_core.training.config import TrainConfig
 from selfalign_core.training.parallel import Ranks
 from selfalign_core.training.state import list_checkpoints, read_info
@@ -51,37 +49,24 @@ SAMPLES = 64
 
 
 @dataclass(frozen=True)
-class Unit:
-    """An episode of a training body, or an unknown body with transitions to ``pick`` a token by."""
-
-    name: str
-    body: str
-    scored: Draw
-    pick: Draw | None = None
-
-
-@dataclass(frozen=True)
 class HeldOut:
-    """Units of one dataset."""
+    """Episodes (number and body) of bodies that were trained on, or unknown ``bodies``, of one dataset."""
 
     dataset: TransitionDataset
-    units: list[Unit]
+    episodes: Sequence[tuple[int, str]] = ()
+    bodies: Sequence[str] = ()
 
     def score(self, policy: Policy) -> dict[str, list[dict[str, float]]]:
-        """Section → losses of each unit."""
-        scorer = Scorer(policy, self.dataset)
-        found: dict[str, list[dict[str, float]]] = {}
-        for unit in self.units:
-            if unit.pick is None:
-                found.setdefault(OWN, []).append(scorer.losses(unit.scored, scorer.row(unit.body)))
-                continue
-            found.setdefault(IDENTIFIED, []).append(scorer.losses(unit.scored, scorer.identify(unit.pick)))
-            mean = MEAN_ROW if scorer.bank is not None else 0
-            found.setdefault(MEAN, []).append(scorer.losses(unit.scored, mean))
-        return found
+        """Section → losses of each episode or body."""
+        losses, model = RecordedLosses(policy, self.dataset), policy.config.model
+        if self.episodes:
+            draws = [(draw(self.dataset, model, [e], SAMPLES, seed=0, place=e), body) for e, body in self.episodes]
+            return {OWN: [losses.losses(drawn, losses.row(body)) for drawn, body in draws]}
+        found = [losses.unseen(body, place, pick=SAMPLES, scored=SAMPLES) for place, body in enumerate(self.bodies)]
+        return {IDENTIFIED: [one.picked for one in found], MEAN: [one.mean for one in found]}
 
 
-def held_out(config: TrainConfig, model: ModelConfig, bags: str | None, bodies: str | None) -> list[HeldOut]:
+def held_out(config: TrainConfig, bags: str | None, bodies: str | None) -> list[HeldOut]:
     """What a run has not seen: (a), then (b), where there are any.
 
     Raises:
@@ -97,28 +82,14 @@ def held_out(config: TrainConfig, model: ModelConfig, bags: str | None, bodies: 
         names = [dataset.meta.embodiments[i] for i in dataset.embodiment_of[episodes]]
         chosen = [(int(e), name) for e, name in zip(episodes, names, strict=True) if (name in known) == inside]
         if chosen:
-            sets.append(HeldOut(dataset, _units(dataset, model, chosen, inside=inside)))
+            unknown = () if inside else list(dict.fromkeys(name for _, name in chosen))
+            sets.append(HeldOut(dataset, chosen if inside else (), unknown))
         elif path is not None:
             kind = "trained on" if inside else "not trained on"
             raise ConfigError(f"--{option} {path}: found bodies {sorted(set(names))[:5]}, expected some {kind}")
     if not sets:
         raise ConfigError(f"{config.data.path}: found nothing held out (data.holdout), expected --bags or --bodies")
     return sets
-
-
-def _units(
-    dataset: TransitionDataset, model: ModelConfig, chosen: Sequence[tuple[int, str]], *, inside: bool
-) -> list[Unit]:
-    def drawn(episodes: Sequence[int], place: int) -> Draw:
-        return draw(dataset, model, episodes, SAMPLES, seed=0, place=place)
-
-    if inside:
-        return [Unit(f"episode {episode} ({body})", body, drawn([episode], episode)) for episode, body in chosen]
-    units = []
-    for place, body in enumerate(dict.fromkeys(body for _, body in chosen)):
-        pick, scored = halves(dataset, body)
-        units.append(Unit(body, body, drawn(scored, 2 * place), drawn(pick, 2 * place + 1)))
-    return units
 
 
 def policies(run: Path, config: TrainConfig, scratch: Path) -> dict[str, tuple[int, Path]]:
@@ -132,6 +103,7 @@ def policies(run: Path, config: TrainConfig, scratch: Path) -> dict[str, tuple[i
     quiet = replace(config.log, progress=False, tensorboard=False)
     start = replace(config, output=str(scratch), device="cpu", cache_features=False, log=quiet)
     path = Trainer(start, Ranks(0, 1, torch.device("cpu"), False)).save()
+    assert path is not None  # of the first rank
     return {
         "start": (0, path / "policy"),
         "first": (read_info(kept[0])["step"], kept[0] / "policy"),
@@ -155,8 +127,8 @@ def summary(scores: dict[str, dict[str, list[dict[str, float]]]]) -> dict[str, d
 
 
 def _figures(values: np.ndarray) -> dict[str, float]:
-    mean, stderr = mean_and_stderr(values)
-    return {"mean": mean, "stderr": stderr}
+    found = interval(values)
+    return {name: found[name] for name in ("mean", "stderr")}
 
 
 def measure(run: str | Path, *, bags: str | None = None, bodies: str | None = None) -> dict[str, Any]:
@@ -173,7 +145,7 @@ def measure(run: str | Path, *, bags: str | None = None, bodies: str | None = No
         sets: list[HeldOut] = []
         for at, (_, path) in found.items():
             policy = Policy.from_checkpoint(path, dt=dt, device=device)
-            sets = sets or held_out(config, policy.config.model, bags, bodies)
+            sets = sets or held_out(config, bags, bodies)
             scores[at] = {}
             for held in sets:
                 scores[at] |= held.score(policy)
@@ -183,21 +155,16 @@ def measure(run: str | Path, *, bags: str | None = None, bodies: str | None = No
     return {"run": str(run), "steps": steps, "sections": sections, "met": met}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.studies.held_out",
-        description="Losses of a training run on held-out episodes and on bodies never trained on.",
-    )
-    parser.add_argument("run", help="directory of a training run")
-    parser.add_argument("--bags", help="dataset of bodies trained on, in place of the run's held-out episodes")
-    parser.add_argument("--bodies", help="dataset with bodies not trained on, in place of those the run held out")
-    parser.add_argument("--json", help="file to write")
-    return run_command(lambda: _run(parser.parse_args(arguments)))
-
-
-def _run(options: argparse.Namespace) -> int:
-    figures = measure(options.run, bags=options.bags, bodies=options.bodies)
-    write_json(options.json, record("held_out", **figures))
+def report(
+    run: Annotated[str, "directory of a training run"],
+    *,
+    bags: Annotated[str | None, "dataset of bodies trained on, in place of the run's held-out episodes"] = None,
+    bodies: Annotated[str | None, "dataset with bodies not trained on, in place of those the run held out"] = None,
+    json: File = None,
+) -> int:
+    """Losses of a training run on held-out episodes and on bodies never trained on."""
+    figures = measure(run, bags=bags, bodies=bodies)
+    save(json, "held_out", **figures)
     steps = figures["steps"]
     for section, parts in figures["sections"].items():
         print(f"\n{section} ({parts['units']})\n")
@@ -214,6 +181,8 @@ def _row(name: str, part: dict[str, Any]) -> list[str]:
     change = f"{part['change']['mean']:+.3f} ± {part['change']['stderr']:.3f}"
     return [name.replace("_", " "), *cells, change, "yes" if part["falls"] else "no"]
 
+
+main = command("benchmarks.studies.held_out", report)
 
 if __name__ == "__main__":
     sys.exit(main())

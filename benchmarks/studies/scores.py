@@ -13,14 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from selfalign_core.alignment.scoring import Scorer
 from selfalign_core.data.dataset import TransitionDataset
 from selfalign_core.data.loader import Batch, Loader
 from selfalign_core.errors import ConfigError, InputError
 from selfalign_core.model.config import ModelConfig
-from selfalign_core.model.pi0 import Transitions
 from selfalign_core.policy import Policy
-from selfalign_core.policy.bank import TokenBank
-from selfalign_core.policy.codec import pixels_to_model
+from selfalign_core.policy.bank import MEAN_ROW, TokenBank
 from selfalign_core.training.joint import JointModel
 from selfalign_core.training.samples import Encoder, check_fits
 from selfalign_core.training.trainer import LOSSES
@@ -70,8 +69,17 @@ def halves(dataset: TransitionDataset, body: str) -> tuple[list[int], list[int]]
     return episodes[: len(episodes) // 2], episodes[len(episodes) // 2 :]
 
 
-class Scorer:
-    """Scores ``policy`` on ``dataset``.
+@dataclass(frozen=True)
+class Unseen:
+    """Losses on a body that was not trained on, with the token of ``row``, which was picked for it, and the mean."""
+
+    row: int
+    picked: dict[str, float]
+    mean: dict[str, float]
+
+
+class RecordedLosses:
+    """Losses of ``policy`` on ``dataset``.
 
     Raises:
         ConfigError: the policy does not fit the dataset.
@@ -87,7 +95,7 @@ class Scorer:
             if found != expected:
                 raise ConfigError(f"{dataset.path}: found {name} {found}, expected the policy's {expected}")
         check_fits(policy.config, dataset)
-        self.policy, self.model, self.seed = policy, policy.model, seed
+        self.policy, self.seed, self._dataset = policy, seed, dataset
         self.bank = _bank_of(policy)
         self.device = policy.dim_mask.device
         self._joint = JointModel(policy.model, self.bank, policy.dim_mask).to(self.device)
@@ -116,32 +124,27 @@ class Scorer:
         values["action"] = values["action"][sample.labelled]
         return {name: float(v.mean()) if len(v) else math.nan for name, v in values.items()}
 
+    def unseen(self, body: str, place: int, *, pick: int, scored: int) -> Unseen:
+        """A token is picked by ``pick`` samples of one half of the body's episodes; ``scored`` of the other half."""
+        first, second = halves(self._dataset, body)
+        model = self.policy.config.model
+        row = self.identify(draw(self._dataset, model, first, pick, seed=0, place=2 * place + 1))
+        drawn = draw(self._dataset, model, second, scored, seed=0, place=2 * place)
+        mean = MEAN_ROW if self.bank is not None else 0
+        return Unseen(row, self.losses(drawn, row), self.losses(drawn, mean))
+
     @torch.no_grad()
     def identify(self, drawn: Draw) -> int:
         """Row of the bank with the lowest weighted self-supervised loss on the transitions, common noise."""
         if self.bank is None or len(self.bank.keys) == 1:
             return 0
-        model, config = self.model, self.policy.config.model
-        sample = self._encoder(drawn.batch, drawn.positions).to(self.device)
-        features = model.embed_images([pixels_to_model(image) for image in sample.inputs.images])
-        prefix = model.prefix(sample.inputs, image_features=features)
-        prefix = model.alignment_prefix(prefix, features, sample.inputs.image_masks)
-        transitions = Transitions(
-            state=sample.inputs.state,
-            actions=sample.executed,
-            next_obs=model.next_observation_features(
-                model.embed_images([pixels_to_model(image) for image in sample.next_images])
-            ),
-            action_masks=sample.executed_masks,
-        )
-        rows = torch.arange(len(sample), device=self.device).repeat(_NOISE_DRAWS)
-        prefix, transitions = prefix.select(rows), transitions.select(rows)
-        noise = model.draw_alignment_noise(transitions, torch.Generator().manual_seed(self.seed))
-        scores = []
-        for token in self.bank.used():
-            losses = model.alignment_losses(prefix, transitions, noise, token=token, dim_mask=self.policy.dim_mask)
-            scores.append(float(losses.weighted(config.lambda_perc, config.lambda_dyn, config.lambda_inv).mean()))
-        return int(np.argmin(scores))
+        config, prompts = self.policy.config.model, self._dataset.meta.prompts
+        weights = config.lambda_perc, config.lambda_dyn, config.lambda_inv
+        scorer = Scorer(self.policy, weights, prompt=prompts[0] if prompts else "")
+        data = scorer.prepare(self._dataset.transitions(drawn.batch.index, config.transition_horizon))
+        noise = scorer.noise(data, _NOISE_DRAWS, self.seed)
+        rows = torch.arange(len(noise.time), device=self.device)
+        return int(scorer.score(data, noise, self.bank.used(), rows).mean(1).argmin())
 
 
 def _bank_of(policy: Policy) -> TokenBank | None:

@@ -6,29 +6,23 @@ The first minute is warm-up: models are loaded, the buffer fills, allocators gro
 
 from __future__ import annotations
 
-import argparse
-import os
-import re
-import shutil
-import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.node import Node
 
-from benchmarks.report import MIB, print_table, record, run_command, write_json
+from benchmarks.graph import Graph, ros
+from benchmarks.harness import MIB, print_table, save, verdict
+from selfalign_core.command_line import More, command
 from selfalign_core.errors import ConfigError
-from selfalign_ros.graph.declaration import BRINGUP
-from selfalign_ros.graph.supervisor import free_domain
 
 WARM_UP_S = 60.0
 SHORTEST_S = 150.0
@@ -39,8 +33,6 @@ MiB higher after some 20,000 images (12 minutes); 100 bytes lost per image would
 EDGE_S = 20.0
 """How long memory is averaged (median) for the figure after the warm-up and for that at the end."""
 COUNTED = ("late chunks", "holds")
-STOP_TIMEOUT_S = 60.0
-_STARTED = re.compile(r"\[([\w-]+)-\d+\]: process started with pid \[(\d+)\]")
 
 
 class Listener(Node):
@@ -76,43 +68,24 @@ class Listener(Node):
 class Soak:
     """One run of the graph and what was measured of it. Times are monotonic seconds, memory in bytes."""
 
-    log: Path
-    parameters: Sequence[str] = ()
+    graph: Graph
     memory: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
     pids: dict[str, list[int]] = field(default_factory=dict)
-    exit_code: int | None = None
 
     def run(self, listener: Listener, duration_s: float) -> tuple[float, float]:
-        """Run for ``duration_s``; when it began and when the stop was asked for.
+        """Listen for ``duration_s``; when it began and when it ended. ``ConfigError`` if the graph ends before."""
+        begin = due = time.monotonic()
+        while time.monotonic() < begin + duration_s:
+            rclpy.spin_once(listener, timeout_sec=0.1)
+            if self.graph.has_ended:
+                raise ConfigError(f"the graph ended after {time.monotonic() - begin:.0f} s; see {self.graph.log}")
+            if time.monotonic() >= due:
+                self._read_memory()
+                due += 1.0
+        return begin, time.monotonic()
 
-        Raises ``ConfigError`` if the graph ends before.
-        """
-        command = [sys.executable, "-m", "selfalign_ros.tools.bringup", *self.parameters]
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("w") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-        try:
-            begin = time.monotonic()
-            due = begin
-            while time.monotonic() < begin + duration_s:
-                rclpy.spin_once(listener, timeout_sec=0.1)
-                if process.poll() is not None:
-                    raise ConfigError(f"the graph ended after {time.monotonic() - begin:.0f} s; see {self.log}")
-                if time.monotonic() >= due:
-                    self._read_memory(process.pid)
-                    due += 1.0
-            end = time.monotonic()
-            process.send_signal(signal.SIGINT)
-            self.exit_code = process.wait(STOP_TIMEOUT_S)
-        finally:
-            process.kill()
-            process.wait()
-        return begin, end
-
-    def _read_memory(self, supervisor: int) -> None:
-        self.pids = {"supervisor": [supervisor]}
-        for name, pid in _STARTED.findall(self.log.read_text(errors="replace")):
-            self.pids.setdefault(name, []).append(int(pid))
+    def _read_memory(self) -> None:
+        self.pids = {"supervisor": [self.graph.pid], **self.graph.pids()}
         now = time.monotonic()
         for name, pids in self.pids.items():
             if (size := resident(pids[-1])) is not None:
@@ -157,33 +130,18 @@ def growth(samples: Sequence[tuple[float, int]], begin: float, end: float) -> di
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.studies.soak",
-        description="Simulated operation at real rates: memory flat after the first minute, no chunk missed.",
-    )
-    parser.add_argument("arguments", nargs="*", metavar="name:=value", help="launch arguments of bringup")
-    parser.add_argument("--duration", type=float, default=3600.0, help="seconds, the warm-up included")
-    parser.add_argument("--output", default="runs/soak", help="folder for soak.json and the log of the graph")
-    return run_command(lambda: _run(parser.parse_args(arguments)))
-
-
-def _run(options: argparse.Namespace) -> int:
-    if options.duration < SHORTEST_S:
-        raise ConfigError(f"--duration: found {options.duration:g}, expected >= {SHORTEST_S:g} s")
-    output = Path(options.output)
-    os.environ.setdefault("ROS_DOMAIN_ID", str(free_domain()))
-    os.environ.update(BRINGUP({}).environment)
-    ros_home = output.resolve() / "ros_home"
-    shutil.rmtree(ros_home, ignore_errors=True)  # no E-Token of an earlier run
-    os.environ["ROS_HOME"] = str(ros_home)
-    soak = Soak(output / "graph.log", options.arguments)
-    rclpy.init(args=[])
-    try:
-        listener = Listener()
-        begin, end = soak.run(listener, options.duration)
-    finally:
-        rclpy.try_shutdown()
+def run(
+    *arguments: Annotated[str, "launch arguments of bringup", More(metavar="name:=value", nargs="*")],
+    duration: Annotated[float, "seconds, the warm-up included"] = 3600.0,
+    output: Annotated[Path, "folder for soak.json and the log of the graph"] = Path("runs/soak"),
+) -> int:
+    """Simulated operation at real rates: memory flat after the first minute, no chunk missed."""
+    if duration < SHORTEST_S:
+        raise ConfigError(f"--duration: found {duration:g}, expected >= {SHORTEST_S:g} s")
+    with ros(output / "ros_home"), Graph(output / "graph.log", arguments) as graph:
+        listener, soak = Listener(), Soak(graph)
+        begin, end = soak.run(listener, duration)
+        exit_code = graph.stop()
     counts = {name: listener.count(name, begin + WARM_UP_S) for name in (*COUNTED, "chunks")}
     holds = listener.last_holds(begin + WARM_UP_S)
     memory = {
@@ -194,11 +152,11 @@ def _run(options: argparse.Namespace) -> int:
         "memory of each process flat": all(figures["flat"] for figures in memory.values()),
         "no chunk missed": counts["chunks"] > 0 and not any(counts[name] for name in COUNTED),
         "no node restarted": not any(restarts.values()),
-        "stopped cleanly": soak.exit_code == 0,
+        "stopped cleanly": exit_code == 0,
     }
     figures = {"duration_s": end - begin, "warm_up_s": WARM_UP_S, "growth_limit_mib": GROWTH_LIMIT_MIB}
     measured = {"after_warm_up": counts, "holds": holds, "memory": memory, "restarts": restarts, "checks": checks}
-    write_json(output / "soak.json", record("soak", **figures, **measured))
+    save(output / "soak.json", "soak", **figures, **measured)
     keys = ("after_warm_up_mib", "end_mib", "growth_mib", "slope_mib_per_hour")
     rows = [
         [name, *(f"{values[key]:.1f}" for key in keys), "yes" if values["flat"] else "NO"]
@@ -208,10 +166,10 @@ def _run(options: argparse.Namespace) -> int:
     print(f"after the first minute: {', '.join(f'{count} {name}' for name, count in counts.items())}")
     for row in holds:
         print(f"{row['second']:.0f} s later: {row['holds']} holds, the last one: {row['last']}")
-    for check, kept in checks.items():
-        print(f"{check}: {'yes' if kept else 'NO'}")
-    return 0 if all(checks.values()) else 1
+    return verdict(checks)
 
+
+main = command("benchmarks.studies.soak", run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from selfalign_core.errors import ConfigError
@@ -10,6 +12,17 @@ from selfalign_core.training.config import TrainConfig
 from selfalign_core.training.parallel import start_ranks
 from selfalign_core.training.state import find_checkpoint, read_info
 from selfalign_core.training.trainer import Trainer
+
+
+def configured(
+    config: str, output: Path, data: Path, overrides: Sequence[str] = (), *, steps: int | None = None
+) -> TrainConfig:
+    """The training configuration ``config`` for a run of a study: other data, another length with a shorter warm-up."""
+    words = [*overrides, f"output={json.dumps(str(output))}", f"data.path={json.dumps(str(data))}"]
+    if steps is not None:
+        warm_up = min(TrainConfig.load(config).optim.warmup_steps, steps // 10)
+        words += [f"steps={steps}", f"optim.warmup_steps={warm_up}"]
+    return TrainConfig.load(config, [*words, "log.progress=false", "log.tensorboard=false", "checkpoint.keep=1"])
 
 
 def trained(config: TrainConfig) -> Path:

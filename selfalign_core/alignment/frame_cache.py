@@ -73,7 +73,6 @@ class FrameCache:
         self.limit_bytes, self.limit_frames = limit_bytes, limit_frames
         self._policy = policy
         self._kept: OrderedDict[bytes, Encoded] = OrderedDict()
-        self.hits = self.misses = 0
 
     @property
     def nbytes(self) -> int:
@@ -88,8 +87,6 @@ class FrameCache:
             return joined([self._encode(frames[rows], cameras, look) for rows in _passes(range(len(frames)))])
         keys = [self._key(frame, cameras) for frame in frames]
         new = {key: row for row, key in enumerate(keys) if key not in self._kept}
-        self.misses += len(new)
-        self.hits += len(keys) - len(new)
         try:
             for part in _passes(list(new)):
                 encoded = self._encode(frames[[new[key] for key in part]], cameras, look)

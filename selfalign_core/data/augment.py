@@ -12,17 +12,16 @@ Deterministic. Must not know ROS, the model or torch.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import cv2
 import numpy as np
 
-from selfalign_core.data.command_line import run_command
+from selfalign_core.command_line import command
 from selfalign_core.data.dataset import TransitionDataset
 from selfalign_core.data.dataset_meta import PLAY
 from selfalign_core.data.dataset_writer import DatasetWriter
@@ -80,19 +79,7 @@ def augment(source: TransitionDataset, output: str | Path, *, variants: int, see
             f"{source.path}: found state_dim={meta.state_dim} and action_dim={meta.action_dim}, expected the same "
             "joints in both (a variant changes a joint's state and action together)"
         )
-    with DatasetWriter(
-        output,
-        cameras=meta.cameras,
-        image_size=meta.image_size,
-        state_dim=meta.state_dim,
-        action_dim=meta.action_dim,
-        dt_ns=meta.dt_ns,
-        prompts=meta.prompts,
-        chunk_horizon=meta.chunk_horizon,
-        delta_mask=meta.delta_mask,
-        statistics_horizon=meta.statistics_horizon,
-        joint_names=meta.joint_names,
-    ) as writer:
+    with DatasetWriter.like(output, meta) as writer:
         writer.counters.update(meta.counters)
         writer.sources += [dict(entry) for entry in meta.sources]
         same = Variant(scale=(1.0,) * meta.state_dim)
@@ -129,19 +116,18 @@ def _copy(source: TransitionDataset, writer: DatasetWriter, embodiment: int, key
         )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Add variants of the recorded robots to a dataset.")
-    parser.add_argument("dataset", help="dataset directory")
-    parser.add_argument("--output", required=True, help="dataset directory to make")
-    parser.add_argument("--variants", type=int, default=7, help="of each robot, besides the robot itself")
-    parser.add_argument("--seed", type=int, default=1)
-    options = parser.parse_args(argv)
-    return run_command(
-        lambda: augment(
-            TransitionDataset(options.dataset), options.output, variants=options.variants, seed=options.seed
-        )
-    )
+def run(
+    dataset: Annotated[Path, "dataset directory"],
+    *,
+    output: Annotated[Path, "dataset directory to make"],
+    variants: Annotated[int, "of each robot, besides the robot itself"] = 7,
+    seed: int = 1,
+) -> None:
+    """Add variants of the recorded robots to a dataset."""
+    augment(TransitionDataset(dataset), output, variants=variants, seed=seed)
 
+
+main = command("selfalign_core.data.augment", run)
 
 if __name__ == "__main__":
     sys.exit(main())

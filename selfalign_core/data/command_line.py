@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Annotated
 
-from selfalign_core.errors import DatasetError, SelfAlignError
+from selfalign_core.command_line import More
+from selfalign_core.errors import DatasetError
+
+ImageSize = Annotated[
+    tuple[int, ...],
+    "height and width of the stored images, or one number for both; what the model reads",
+    More(metavar="PIXELS"),
+]
 
 
-def image_size_argument(numbers: Sequence[int]) -> tuple[int, int]:
+def both_sides(image_size: Sequence[int]) -> tuple[int, int]:
     """(height, width) of a command line that gives both, or one number for both."""
-    if len(numbers) not in (1, 2) or min(numbers) < 1:
-        raise DatasetError(f"--image-size: found {list(numbers)}, expected one or two positive numbers")
-    return numbers[0], numbers[-1]
-
-
-def run_command(work: Callable[[], None]) -> int:
-    """Run what a command does; its exit code. What a user can mend is printed without a traceback."""
-    try:
-        work()
-    except (SelfAlignError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    if len(image_size) not in (1, 2) or min(image_size) < 1:
+        raise DatasetError(f"--image-size: found {list(image_size)}, expected one or two positive numbers")
+    return image_size[0], image_size[-1]

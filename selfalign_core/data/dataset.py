@@ -16,7 +16,6 @@ come from.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from selfalign_core.data.command_line import run_command
+from selfalign_core.command_line import command
 from selfalign_core.data.dataset_meta import PLAY, DatasetMeta
 from selfalign_core.data.dataset_writer import DatasetWriter
 from selfalign_core.data.timeline import Timeline, Track
@@ -83,17 +82,15 @@ class TransitionDataset:
         """Index into the prompts of every episode, -1 where there is none, (episodes,) int64."""
         return np.array([episode.prompt for episode in self.meta.episodes], np.int64)
 
-    def starts(
-        self, horizon: int, *, episodes: Sequence[int] | np.ndarray | None = None, tails: bool = False
-    ) -> np.ndarray:
+    def starts(self, horizon: int, *, episodes: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
         """Rows from which a transition of ``horizon`` actions fits into the episode: with all its actions and its end.
 
-        ``tails`` adds the other rows. Returns rising int64 rows of ``episodes`` (all unless given).
+        Returns rising int64 rows of ``episodes`` (all unless given).
         """
         chosen = range(len(self.meta.episodes)) if episodes is None else sorted(set(map(int, episodes)))
         parts = [np.arange(self.meta.episodes[i].start, self.meta.episodes[i].stop) for i in chosen]
         rows = np.concatenate([np.zeros(0, np.int64), *parts])
-        return rows if tails else self.timeline.complete(rows, horizon)
+        return self.timeline.complete(rows, horizon)
 
     def transitions(self, starts: np.ndarray, horizon: int) -> TransitionBatch:
         """Those of ``horizon`` actions from the rows ``starts`` (B,) on, which :meth:`starts` has given."""
@@ -206,19 +203,7 @@ def merge(sources: Sequence[TransitionDataset], output: str | Path) -> None:
                 )
     prompts = list(dict.fromkeys(prompt for source in sources for prompt in source.meta.prompts))
     has_track = any(source.meta.has_track for source in sources)
-    with DatasetWriter(
-        output,
-        cameras=first.cameras,
-        image_size=first.image_size,
-        state_dim=first.state_dim,
-        action_dim=first.action_dim,
-        dt_ns=first.dt_ns,
-        prompts=prompts,
-        chunk_horizon=first.chunk_horizon,
-        delta_mask=first.delta_mask,
-        statistics_horizon=first.statistics_horizon,
-        joint_names=first.joint_names,
-    ) as writer:
+    with DatasetWriter.like(output, first, prompts) as writer:
         for source in sources:
             for name, count in source.meta.counters.items():
                 writer.counters[name] = writer.counters.get(name, 0) + count
@@ -261,27 +246,19 @@ def describe(dataset: TransitionDataset) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    program = "python -m selfalign_core.data.dataset"
-    parser = argparse.ArgumentParser(prog=program, description="Look at datasets or join them.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    info = commands.add_parser("info", help="what a dataset holds")
-    info.add_argument("datasets", nargs="+", type=Path)
-    join = commands.add_parser("merge", help="copy several datasets into a new one")
-    join.add_argument("datasets", nargs="+", type=Path)
-    join.add_argument("--output", required=True, type=Path)
-    options = parser.parse_args(arguments)
+def info(*datasets: Path) -> None:
+    """What a dataset holds."""
+    for path in datasets:
+        print(describe(TransitionDataset(path)))
 
-    def work() -> None:
-        datasets = [TransitionDataset(path) for path in options.datasets]
-        if options.command == "merge":
-            merge(datasets, options.output)
-            datasets = [TransitionDataset(options.output)]
-        for dataset in datasets:
-            print(describe(dataset))
 
-    return run_command(work)
+def join(*datasets: Path, output: Path) -> None:
+    """Copy several datasets into a new one."""
+    merge([TransitionDataset(path) for path in datasets], output)
+    info(output)
 
+
+main = command("selfalign_core.data.dataset", {"info": info, "merge": join}, about="Look at datasets or join them.")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -87,6 +87,14 @@ class DatasetWriter:
         self._arrays: dict[str, _GrowingArray] = {}
         self._partial = PartialDirectory(self.path)
 
+    @classmethod
+    def like(cls, path: str | Path, meta: DatasetMeta, prompts: Sequence[str] | None = None) -> DatasetWriter:
+        """For what was recorded as ``meta`` says, with its prompts or others."""
+        names = ("cameras", "image_size", "state_dim", "action_dim", "dt_ns", "chunk_horizon", "delta_mask")
+        more = ("statistics_horizon", "joint_names")
+        same = {name: getattr(meta, name) for name in (*names, *more)}
+        return cls(path, prompts=meta.prompts if prompts is None else prompts, **same)
+
     @property
     def num_frames(self) -> int:
         return self._episodes[-1].stop if self._episodes else 0

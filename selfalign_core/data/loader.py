@@ -5,34 +5,30 @@ of all samples per epoch, one epoch behind the other. A rank takes its slice of 
 be saved to resume, and two ranks of 4 see together what one rank of 8 sees. What is drawn per sample (the prompt of
 a relabelled frame) depends on the seed and the position in the stream alone.
 
-Knows neither the model nor ROS. torch is imported only to hand out tensors; nothing here is distributed by itself.
+Knows neither the model, torch nor ROS; nothing here is distributed by itself.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
 import numpy as np
 
-from selfalign_core.data.command_line import run_command
+from selfalign_core.command_line import command
 from selfalign_core.data.dataset import TransitionDataset
 from selfalign_core.errors import DatasetError
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B training samples; numpy arrays, or torch tensors after :meth:`to_torch`. Units are the robot's.
+    """B training samples; numpy arrays. Units are the robot's.
 
     With C cameras, S states, A actions, ``chunk`` actions per chunk and K per transition:
 
@@ -46,32 +42,20 @@ class Batch:
     - ``prompt`` (B,) int64 index into the prompts, -1 in play; ``embodiment`` (B,) int64 index into the embodiments
     """
 
-    images: np.ndarray | torch.Tensor | None
-    state: np.ndarray | torch.Tensor
-    actions: np.ndarray | torch.Tensor
-    action_masks: np.ndarray | torch.Tensor
-    executed: np.ndarray | torch.Tensor
-    executed_masks: np.ndarray | torch.Tensor
-    next_images: np.ndarray | torch.Tensor | None
-    prompt: np.ndarray | torch.Tensor
-    embodiment: np.ndarray | torch.Tensor
-    index: np.ndarray | torch.Tensor
-    next_index: np.ndarray | torch.Tensor
+    images: np.ndarray | None
+    state: np.ndarray
+    actions: np.ndarray
+    action_masks: np.ndarray
+    executed: np.ndarray
+    executed_masks: np.ndarray
+    next_images: np.ndarray | None
+    prompt: np.ndarray
+    embodiment: np.ndarray
+    index: np.ndarray
+    next_index: np.ndarray
 
     def __len__(self) -> int:
         return len(self.state)
-
-    def to_torch(self, *, pin_memory: bool = False) -> Batch:
-        """The same as CPU tensors that share the arrays' memory; in pinned memory for a faster copy to a GPU."""
-        import torch
-
-        def tensor(value: np.ndarray | None) -> torch.Tensor | None:
-            if value is None:
-                return None
-            shared = torch.from_numpy(value)
-            return shared.pin_memory() if pin_memory else shared
-
-        return replace(self, **{item.name: tensor(getattr(self, item.name)) for item in fields(self)})
 
 
 class Loader:
@@ -83,9 +67,6 @@ class Loader:
         chunk: actions per chunk. transition: executed actions per transition (K).
         seed: of order and prompts. rank, world_size: which share of every step.
         episodes: only these (a training or a held-out split); None: all.
-        tails: also frames from which no whole transition goes, near the end of an episode or before a hole
-            (``executed_masks`` False where there is no action, ``next_images`` of the frame that is nearest). Off: they
-            are left out.
         with_images: False leaves images out, for features cached by ``index``.
 
     Raises:
@@ -103,7 +84,6 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         episodes: Sequence[int] | np.ndarray | None = None,
-        tails: bool = False,
         with_images: bool = True,
     ) -> None:
         for name, value in (("batch_size", batch_size), ("chunk", chunk), ("transition", transition)):
@@ -118,7 +98,7 @@ class Loader:
         self.batch_size, self.chunk, self.transition = batch_size, chunk, transition
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.with_images = with_images
-        self.rows = dataset.starts(transition, episodes=episodes, tails=tails)
+        self.rows = dataset.starts(transition, episodes=episodes)
         if not len(self.rows):
             raise DatasetError(
                 f"{dataset.path}: found no frame with {transition} more behind it in the same episode, expected some "
@@ -177,24 +157,17 @@ class Loader:
         *,
         prefetch: int = 4,
         threads: int = 1,
-        as_torch: bool = True,
-        pin_memory: bool = False,
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch]:
         """The batches of ``start``, ``start + 1``, … without end, ``prefetch`` of them prepared ahead by ``threads``.
 
         Reading happens outside the interpreter lock, so it overlaps with the training step. An error in a thread is
         raised here, at its step. Closing the generator ends the threads.
         """
-
-        def make(step: int) -> Batch:
-            made = self.batch(step)
-            return made.to_torch(pin_memory=pin_memory) if as_torch else made
-
         with ThreadPoolExecutor(threads, thread_name_prefix="loader") as pool:
-            ahead: deque[Future[Batch]] = deque(pool.submit(make, start + i) for i in range(prefetch))
+            ahead: deque[Future[Batch]] = deque(pool.submit(self.batch, start + i) for i in range(prefetch))
             try:
                 while True:
-                    ahead.append(pool.submit(make, start + prefetch))
+                    ahead.append(pool.submit(self.batch, start + prefetch))
                     start += 1
                     yield ahead.popleft().result()
             finally:
@@ -274,35 +247,29 @@ def measure(loader: Loader, *, steps: int, step_s: float, prefetch: int, threads
     }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m selfalign_core.data.loader",
-        description="Measure how fast a dataset can be read, alone and beside a training step of a given length.",
-    )
-    parser.add_argument("dataset", type=Path)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--chunk", type=int, default=8, help="actions per chunk")
-    parser.add_argument("--transition", type=int, default=8, help="executed actions per transition")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--step-ms", type=float, default=100.0, help="length of the training step to compare with")
-    parser.add_argument("--prefetch", type=int, default=4, help="batches prepared ahead")
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args(arguments)
+def report(
+    dataset: Annotated[Path, "dataset directory"],
+    *,
+    batch_size: int = 64,
+    chunk: Annotated[int, "actions per chunk"] = 8,
+    transition: Annotated[int, "executed actions per transition"] = 8,
+    steps: int = 200,
+    step_ms: Annotated[float, "length of the training step to compare with"] = 100.0,
+    prefetch: Annotated[int, "batches prepared ahead"] = 4,
+    threads: int = 1,
+) -> None:
+    """Measure how fast a dataset can be read, alone and beside a training step of a given length."""
+    loader = Loader(TransitionDataset(dataset), batch_size=batch_size, chunk=chunk, transition=transition)
+    alone = measure(loader, steps=steps, step_s=0.0, prefetch=prefetch, threads=threads)
+    few = max(1, min(steps, int(5e3 / max(step_ms, 1.0))))  # at most about five seconds
+    beside = measure(loader, steps=few, step_s=step_ms / 1e3, prefetch=prefetch, threads=threads)
+    epoch = f"{loader.steps_per_epoch:.1f} steps per epoch"
+    print(f"{loader.num_samples} samples, batches of {batch_size}, {epoch}")
+    print(f"alone: {alone['samples_per_s']:.0f} samples/s, {alone['step_ms']:.2f} ms per batch")
+    print(f"beside a step of {step_ms:g} ms: the step waits {beside['wait_ms']:.3f} ms for its batch")
 
-    def work() -> None:
-        sizes = {"batch_size": options.batch_size, "chunk": options.chunk, "transition": options.transition}
-        loader = Loader(TransitionDataset(options.dataset), **sizes)
-        ahead = {"prefetch": options.prefetch, "threads": options.threads}
-        alone = measure(loader, steps=options.steps, step_s=0.0, **ahead)
-        few = max(1, min(options.steps, int(5e3 / max(options.step_ms, 1.0))))  # at most about five seconds
-        beside = measure(loader, steps=few, step_s=options.step_ms / 1e3, **ahead)
-        steps = f"{loader.steps_per_epoch:.1f} steps per epoch"
-        print(f"{loader.num_samples} samples, batches of {options.batch_size}, {steps}")
-        print(f"alone: {alone['samples_per_s']:.0f} samples/s, {alone['step_ms']:.2f} ms per batch")
-        print(f"beside a step of {options.step_ms:g} ms: the step waits {beside['wait_ms']:.3f} ms for its batch")
 
-    return run_command(work)
-
+main = command("selfalign_core.data.loader", report)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,18 +10,17 @@ Must not know the model, torch or rclpy.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import numpy as np
 from tqdm import tqdm
 
-from selfalign_core.data.command_line import image_size_argument, run_command
+from selfalign_core.command_line import More, command
+from selfalign_core.data.command_line import ImageSize, both_sides
 from selfalign_core.data.dataset import TransitionDataset, describe
 from selfalign_core.data.dataset_writer import DatasetWriter
 from selfalign_core.data.rosbag_file import NS, BagError, BagFile, find_bags
@@ -30,8 +29,8 @@ from selfalign_core.data.rosbag_messages import IMAGE_TYPES
 from selfalign_core.data.rosbag_options import Options
 from selfalign_core.data.rosbag_recording import read_recording
 from selfalign_core.errors import DatasetError, InputError
-from selfalign_core.robot.contract import Camera, RobotContract
-from selfalign_core.robot.images import decode_compressed, decode_resized, resize_with_pad
+from selfalign_core.robot.contract import RobotContract
+from selfalign_core.robot.images import picture
 
 
 @dataclass
@@ -148,7 +147,7 @@ def _write_images(
                 continue
             message = bag.decode(topic, types[topic], raw)
             try:
-                image = _image(message, camera, options.image_size)
+                image = picture(message, camera, options.image_size)
             except InputError as error:
                 stamp = bag.header_stamp(topic, raw)
                 raise BagError(f"{bag.path}: topic {topic}, image stamped {stamp / NS:.3f} s: {error}") from None
@@ -157,88 +156,45 @@ def _write_images(
             bar.update()
 
 
-def _image(message: Any, camera: Camera, size: tuple[int, int]) -> np.ndarray:
-    """(H, W, 3) uint8 RGB of ``size``, as the nodes decode it. Raises ``InputError``."""
-    if camera.encoding == "compressed":
-        image = decode_compressed(message.data)
-        _check_size(camera, *image.shape[:2])
-        return resize_with_pad(image, *size)
-    _check_size(camera, message.height, message.width)
-    return decode_resized(
-        message.data,
-        height=message.height,
-        width=message.width,
-        step=message.step,
-        encoding=message.encoding,
-        size=size,
-    )
-
-
-def _check_size(camera: Camera, height: int, width: int) -> None:
-    if (height, width) != (camera.height, camera.width):
-        raise InputError(f"size: found {width}x{height}, expected {camera.width}x{camera.height}")
-
-
 # --- command line ---
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m selfalign_core.data.rosbag",
-        description="Make a training dataset from ROS 2 bags (MCAP or sqlite3).",
-    )
-    parser.add_argument("bags", nargs="+", type=Path, metavar="BAGS", help="bags, or folders that hold bags")
-    parser.add_argument("--contract", required=True, type=Path, help="robot contract (YAML)")
-    parser.add_argument("--output", required=True, type=Path, help="dataset directory to make")
-    parser.add_argument(
-        "--image-size", type=int, nargs="+", default=[64], metavar="PIXELS",
-        help="height and width of the stored images, or one number for both; what the model reads (default: 64)",
+def run(
+    *bags: Annotated[Path, "bags, or folders that hold bags"],
+    contract: Annotated[Path, "robot contract (YAML)"],
+    output: Annotated[Path, "dataset directory to make"],
+    image_size: ImageSize = (64,),
+    prompt: Annotated[
+        str | None, "what the robot was told to do, '' for play (default: as recorded on the topic prompt; else play)"
+    ] = None,
+    embodiment: Annotated[str | None, "key of this body in the token bank (default: the contract's name)"] = None,
+    namespace: Annotated[str, "namespace of the topics"] = "/",
+    max_action_age: Annotated[
+        float | None,
+        "longest time an action stays in force when no newer one comes (default and least: 1.5 control steps)",
+        More(metavar="SECONDS"),
+    ] = None,
+    absolute: Annotated[
+        tuple[str, ...],
+        "joints whose actions are not taken relative to the state, such as grippers",
+        More(metavar="JOINT"),
+    ] = (),
+    min_frames: Annotated[int, "shortest episode to keep"] = 2,
+    chunk: Annotated[int | None, "actions per chunk, for the statistics of relative actions (default: 16)"] = None,
+    allow_early_end: Annotated[bool, "use what was recorded before a topic vanished"] = False,
+) -> None:
+    """Make a training dataset from ROS 2 bags (MCAP or sqlite3)."""
+    options = Options(
+        image_size=both_sides(image_size), prompt=prompt, embodiment=embodiment, namespace=namespace,
+        max_action_age_s=max_action_age, min_frames=min_frames, absolute=tuple(absolute),
+        allow_early_end=allow_early_end, statistics_horizon=chunk,
     )  # fmt: skip
-    parser.add_argument(
-        "--prompt",
-        help="what the robot was told to do, '' for play (default: as recorded on the topic prompt; else play)",
-    )
-    parser.add_argument("--embodiment", help="key of this body in the token bank (default: the contract's name)")
-    parser.add_argument("--namespace", default="/", help="namespace of the topics (default: /)")
-    parser.add_argument(
-        "--max-action-age", type=float, metavar="SECONDS",
-        help="longest time an action stays in force when no newer one comes (default and least: 1.5 control steps)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--absolute", nargs="+", default=[], metavar="JOINT",
-        help="joints whose actions are not taken relative to the state, such as grippers",
-    )  # fmt: skip
-    parser.add_argument("--min-frames", type=int, default=2, help="shortest episode to keep (default: 2 frames)")
-    parser.add_argument(
-        "--chunk", type=int, help="actions per chunk, for the statistics of relative actions (default: 16)"
-    )
-    parser.add_argument("--allow-early-end", action="store_true", help="use what was recorded before a topic vanished")
-    options = parser.parse_args(arguments)
+    for report in convert(bags, RobotContract.from_yaml(contract), output, options, progress=True):
+        print(report.line())
+    print(describe(TransitionDataset(output)))
 
-    def work() -> None:
-        reports = convert(
-            options.bags,
-            RobotContract.from_yaml(options.contract),
-            options.output,
-            Options(
-                image_size=image_size_argument(options.image_size),
-                prompt=options.prompt,
-                embodiment=options.embodiment,
-                namespace=options.namespace,
-                max_action_age_s=options.max_action_age,
-                min_frames=options.min_frames,
-                absolute=tuple(options.absolute),
-                allow_early_end=options.allow_early_end,
-                statistics_horizon=options.chunk,
-            ),
-            progress=True,
-        )
-        for report in reports:
-            print(report.line())
-        print(describe(TransitionDataset(options.output)))
 
-    return run_command(work)
-
+main = command("selfalign_core.data.rosbag", run)
 
 if __name__ == "__main__":
     sys.exit(main())

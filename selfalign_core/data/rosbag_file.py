@@ -1,6 +1,6 @@
 """A bag as files on the disk: where bags are, and their messages through ``rosbags``, damage told as ``BagError``.
 
-Knows no robot contract and nothing of what the messages are for.
+Conversion, replay and reports read bags through it. Knows no robot contract and nothing of what the messages are for.
 """
 
 from __future__ import annotations
@@ -10,17 +10,20 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from rosbags.rosbag2 import Reader
-from rosbags.typesys import Stores, get_typestore
+from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 
 from selfalign_core.errors import DatasetError
 
 NS = 1_000_000_000
 _STORAGE_SUFFIXES = (".mcap", ".db3")
-_CHECKSUM_KEY = "crc32 "  # SelfAlign's recorder keeps one checksum per topic in the bag's custom data
+# In the custom data of a bag, from SelfAlign's recorder: a checksum per topic, and what there is to know of the graph.
+CHECKSUM_KEY = "crc32 "
+ABOUT_CONTRACT, ABOUT_NAMESPACE = "selfalign contract", "selfalign namespace"
 
 
 class BagError(DatasetError):
@@ -59,6 +62,29 @@ class BagFile:
         self.path = path
         self._store = get_typestore(Stores.ROS2_JAZZY)  # the types read here are the same in every distribution
 
+    @classmethod
+    def completed(cls, path: Path) -> BagFile:
+        """The bag of a recording that was completed, its summary read."""
+        if not path.is_dir():
+            raise BagError(f"bag {path}: found {'a file' if path.exists() else 'nothing'}; expected a bag's folder")
+        if not (path / "metadata.yaml").is_file():
+            raise BagError(f"bag {path}: found no metadata.yaml; expected a bag whose recording was completed")
+        bag = cls(path)
+        bag.message_counts()
+        return bag
+
+    @cached_property
+    def about(self) -> dict[str, str]:
+        """The bag's custom data."""
+        with self._open() as reader:
+            return dict(reader.storage.metadata.custom or {})
+
+    @cached_property
+    def types(self) -> dict[str, str]:
+        """Topic -> type of its messages."""
+        with self._open() as reader:
+            return {connection.topic: connection.msgtype for connection in reader.connections}
+
     def message_counts(self) -> dict[str, int]:
         """Topic -> messages, as the bag itself says."""
         counts: Counter[str] = Counter()
@@ -94,12 +120,21 @@ class BagFile:
                         f"{self.path}: topic {topic}: found {found[topic]} messages, expected the {count} that the "
                         "bag's own index counts; the file is damaged or cut short"
                     )
-                recorded = (reader.storage.metadata.custom or {}).get(f"{_CHECKSUM_KEY}{topic}")
+                recorded = (reader.storage.metadata.custom or {}).get(f"{CHECKSUM_KEY}{topic}")
                 if recorded is not None and recorded != f"{checksums[topic]:08x}":
                     raise BagError(
                         f"{self.path}: topic {topic}: found checksum {checksums[topic]:08x}, expected {recorded} as "
                         "recorded; the file was damaged or changed"
                     )
+
+    def span(self, types: dict[str, str]) -> tuple[int, int]:
+        """Receive stamps [ns] of the first and the last message on the topics, which are read through for damage."""
+        first = last = None
+        for _, last, _ in self.messages(types):
+            first = last if first is None else first
+        if first is None or last is None:
+            raise BagError(f"bag {self.path}: found no message; expected some on {', '.join(types)}")
+        return first, last
 
     def decode(self, topic: str, message_type: str, raw: bytes) -> Any:
         try:
@@ -124,6 +159,9 @@ class BagFile:
         reader = self._guarded(lambda: Reader(self.path))
         self._guarded(reader.open)
         try:
+            for connection in reader.connections:
+                if connection.msgtype not in self._store.types and connection.msgdef.data:
+                    self._store.register(get_types_from_msg(connection.msgdef.data, connection.msgtype))
             yield reader
         finally:
             reader.close()

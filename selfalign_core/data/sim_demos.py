@@ -11,17 +11,18 @@ body is kept in the dataset's ``meta.json`` under ``sources``. Must not know ROS
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from tqdm import tqdm
 
-from selfalign_core.data.command_line import image_size_argument, run_command
+from selfalign_core.command_line import More, command
+from selfalign_core.data.command_line import ImageSize, both_sides
 from selfalign_core.data.dataset_writer import DatasetWriter
 from selfalign_core.errors import ConfigError
 from selfalign_core.robot.images import resize_with_pad
@@ -188,43 +189,30 @@ def _go_to_random_pose(sim: ArmSim, rng: np.random.Generator, columns: Sequence[
     sim.step(_SETTLE_S)
 
 
-def _parser() -> argparse.ArgumentParser:
-    defaults = DemoConfig()
-    parser = argparse.ArgumentParser(description="Record demonstrations and play on simulated bodies.")
-    parser.add_argument("--output", required=True, help="dataset directory to make")
-    parser.add_argument("--bodies", type=int, default=64, help="number of bodies; the first is the nominal one")
-    parser.add_argument("--seed", type=int, default=1, help="of the bodies, and of their episodes")
-    parser.add_argument("--episodes-seed", type=int, help="of the episodes: other recordings of the same bodies")
-    parser.add_argument("--episodes", type=int, default=defaults.episodes, help="per body")
-    parser.add_argument("--nominal-episodes", type=int, help="of the nominal body, if not as many as of the others")
-    parser.add_argument("--frames", type=int, default=defaults.frames, help="control steps per episode")
-    parser.add_argument("--jobs", type=int, default=1, help="processes")
-    parser.add_argument("--play", type=float, default=defaults.play, help="share of play episodes")
-    parser.add_argument("--image-size", type=int, nargs="+", default=list(defaults.image_size), metavar="PIXELS")
-    parser.add_argument(
-        "--families", nargs="+", choices=FAMILIES, default=defaults.families, help="what differs between bodies"
-    )
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
-    return run_command(lambda: _run(args))
-
-
-def _run(args: argparse.Namespace) -> None:
+def run(
+    *,
+    output: Annotated[str, "dataset directory to make"],
+    bodies: Annotated[int, "number of bodies; the first is the nominal one"] = 64,
+    seed: Annotated[int, "of the bodies, and of their episodes"] = 1,
+    episodes_seed: Annotated[int | None, "of the episodes: other recordings of the same bodies"] = None,
+    episodes: Annotated[int, "per body"] = DemoConfig.episodes,
+    nominal_episodes: Annotated[int | None, "of the nominal body, if not as many as of the others"] = None,
+    frames: Annotated[int, "control steps per episode"] = DemoConfig.frames,
+    jobs: Annotated[int, "processes"] = 1,
+    play: Annotated[float, "share of play episodes"] = DemoConfig.play,
+    image_size: ImageSize = DemoConfig.image_size,
+    families: Annotated[tuple[str, ...], "what differs between bodies", More(choices=FAMILIES)] = DemoConfig.families,
+) -> None:
+    """Record demonstrations and play on simulated bodies."""
     config = DemoConfig(
-        image_size=image_size_argument(args.image_size),
-        families=tuple(args.families),
-        episodes=args.episodes,
-        nominal_episodes=args.nominal_episodes,
-        frames=args.frames,
-        play=args.play,
-    )
-    bodies = sample_bodies(args.bodies, args.seed, config)
-    seed = args.seed if args.episodes_seed is None else args.episodes_seed
-    record(args.output, bodies, seed, config, jobs=args.jobs, progress=True)
+        image_size=both_sides(image_size), families=tuple(families), episodes=episodes,
+        nominal_episodes=nominal_episodes, frames=frames, play=play,
+    )  # fmt: skip
+    drawn = sample_bodies(bodies, seed, config)
+    record(output, drawn, seed if episodes_seed is None else episodes_seed, config, jobs=jobs, progress=True)
 
+
+main = command("selfalign_core.data.sim_demos", run)
 
 if __name__ == "__main__":
     sys.exit(main())

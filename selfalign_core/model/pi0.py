@@ -292,8 +292,6 @@ class Pi0(nn.Module):
         """One pass of the action expert: velocity (B, horizon, action_dim) of the actions, float32."""
         return self.action_out_proj(self.run_suffix(prefix, state, noisy_actions, time, token=token))
 
-    denoise_step = predict_velocity
-
     def run_suffix(
         self,
         prefix: PrefixCache,
@@ -640,7 +638,7 @@ class Pi0(nn.Module):
         prefix = self.prefix(inputs)
 
         def velocity_at(x_t: Tensor, times: Tensor) -> Tensor:
-            velocity = self.denoise_step(prefix, inputs.state, x_t, times, token=token)
+            velocity = self.predict_velocity(prefix, inputs.state, x_t, times, token=token)
             return velocity if dim_mask is None else torch.where(dim_mask, velocity, noise)
 
         dt = torch.tensor(-1.0 / num_steps, dtype=torch.float32, device=noise.device)

@@ -66,24 +66,6 @@ class TokenBank(nn.Module):
             raise InputError(f"bank: found no token of {key!r}, expected one of {self._keys}")
         return self._keys.index(key)
 
-    def add(self, key: str, token: Tensor | None = None) -> int:
-        """Give a free row to ``key``, with ``token`` (tokens, width) or the bank's mean; returns the row."""
-        if key in self._keys:
-            raise InputError(f"bank: found a token of {key!r} already, expected a new key")
-        if len(self._keys) == self.capacity:
-            raise InputError(f"bank: found all {self.capacity} rows in use, expected a free one for {key!r}")
-        with torch.no_grad():
-            self.weight[len(self._keys)] = self.mean() if token is None else token
-        self._keys.append(key)
-        return len(self._keys) - 1
-
-    def rename(self, old: str, new: str) -> None:
-        """Give the row of ``old`` another key."""
-        row = self.row(old)
-        if new in self._keys:
-            raise InputError(f"bank: found a token of {new!r} already, expected a new key")
-        self._keys[row] = new
-
     def forward(self, rows: Tensor) -> Tensor:
         """Tokens (B, tokens, width) of ``rows`` (B,) int64; the mean, without gradient, for ``MEAN_ROW``."""
         # An embedding's backward is deterministic on the CPU, that of indexing is not.

@@ -95,15 +95,6 @@ def load_e_token_and_metadata(
     return EToken(data, int(version), file.metadata.get("embodiment", ""), model_digest), file.metadata
 
 
-def load_e_token_losses(path: str | Path) -> dict[str, float]:
-    """The losses that :func:`save_e_token` wrote beside a token; empty if it was given none."""
-    text = _read_e_token(path).metadata.get("losses", "{}")
-    try:
-        return {str(name): float(value) for name, value in json.loads(text).items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: found losses {text!r}, expected a JSON object of numbers") from error
-
-
 def _read_e_token(path: str | Path) -> _File:
     def problem(names: list[str], metadata: dict[str, str]) -> str:
         fits = metadata.get("format") == FORMAT and names == [E_TOKEN_PARAMETER]

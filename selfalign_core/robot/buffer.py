@@ -154,32 +154,6 @@ class TransitionBuffer:
         self._drop_old_actions()
         self._valid = None
 
-    def sample(self, fit_size: int, holdout_size: int, *, seed: int) -> tuple[TransitionBatch, TransitionBatch]:
-        """Older transitions to fit on and newer ones to judge by.
-
-        The hold-out is the ``holdout_size`` newest transitions. The fit batch is drawn without replacement, by
-        ``seed``, from those that end before the hold-out begins; it holds fewer than ``fit_size`` if there are
-        fewer. The same content and seed give the same batches.
-
-        Raises:
-            InputError: not enough transitions, with how many there are.
-        """
-        transitions = self._transitions()
-        holdout = transitions[max(len(transitions) - holdout_size, 0) :]
-        older = transitions
-        if len(holdout):
-            stamps = np.array(self._stamps, np.int64)
-            older = transitions[stamps[transitions.next] <= stamps[holdout.obs[0]]]
-        if len(holdout) < holdout_size or (fit_size and not len(older)):
-            raise InputError(
-                f"buffer: found {len(transitions)} transitions over {self.num_frames} frames "
-                f"({len(older)} end before the newest {holdout_size}), expected at least 1 older and "
-                f"{holdout_size} newer"
-            )
-        rng = np.random.default_rng(seed)
-        chosen = np.sort(rng.permutation(len(older))[:fit_size])
-        return self._batch(older[chosen]), self._batch(holdout)
-
     def newest(self, count: int, *, since_ns: int, stride: int = 1) -> TransitionBatch:
         """At most ``count`` of the newest transitions that begin at ``since_ns`` or later, oldest first.
 

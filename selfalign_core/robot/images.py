@@ -11,12 +11,13 @@ result.
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import cv2
 import numpy as np
 
 from selfalign_core.errors import InputError
+from selfalign_core.robot.contract import Camera
 
 BytesLike: TypeAlias = "bytes | bytearray | memoryview | np.ndarray"
 
@@ -101,6 +102,24 @@ def decode_compressed(data: BytesLike) -> np.ndarray:
             f"data: found {buffer.size} bytes of damaged {'JPEG' if is_jpeg else 'PNG'}; expected an image"
         )
     return image
+
+
+def picture(message: Any, camera: Camera, size: tuple[int, int]) -> np.ndarray:
+    """What a message of the camera shows at the model's ``size`` (height, width): (height, width, 3) uint8 RGB, the
+    aspect ratio kept, padded with black. Raises ``InputError``.
+    """
+    if camera.encoding == "compressed":
+        image = decode_compressed(message.data)
+        _check_size(camera, *image.shape[:2])
+        return resize_with_pad(image, *size)
+    _check_size(camera, message.height, message.width)
+    layout = {name: getattr(message, name) for name in ("height", "width", "step", "encoding")}
+    return decode_resized(message.data, **layout, size=size)
+
+
+def _check_size(camera: Camera, height: int, width: int) -> None:
+    if (height, width) != (camera.height, camera.width):
+        raise InputError(f"size: found {width}x{height}; expected {camera.width}x{camera.height}")
 
 
 def resize_with_pad(image: np.ndarray, height: int, width: int) -> np.ndarray:

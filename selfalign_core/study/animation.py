@@ -13,8 +13,8 @@ from selfalign_core.files import write_atomically
 from selfalign_core.sim import prompt_for
 from selfalign_core.study.rollout import (
     CONTROL_HZ,
-    Episode,
     EpisodeResult,
+    EpisodeSpec,
     Planner,
     RolloutConfig,
     RunningEpisode,
@@ -26,7 +26,7 @@ _EVERY = 2  # control steps per picture: 10 pictures per second
 _LAST_S = 1.5  # how long the last picture stays
 
 
-def save_animation(path: str | Path, planner: Planner, episode: Episode, config: RolloutConfig) -> EpisodeResult:
+def save_animation(path: str | Path, planner: Planner, episode: EpisodeSpec, config: RolloutConfig) -> EpisodeResult:
     """Run ``episode`` and write it to the .gif file ``path`` (320 x 240 pixels, 10 per second, real time)."""
     check_animation_path(path)
     frames: list[np.ndarray] = []

@@ -20,7 +20,7 @@ from selfalign_core.data.rosbag_options import Options
 from selfalign_core.policy import Policy
 from selfalign_core.robot.contract import RobotContract
 from selfalign_core.robot.types import EToken, TransitionBatch
-from selfalign_core.study.replay_comparison import LOSSES
+from selfalign_core.study.run_record import TASKS
 
 TRANSITIONS = 64
 """Most transitions of a bag that are scored, evenly spread over it."""
@@ -61,7 +61,7 @@ def score_change(
 ) -> dict[str, Any]:
     """Losses of the token ``before`` and of the one ``after`` it on the same transitions, noise and times.
 
-    Returns ``transitions`` (how many) and ``losses``: for each of :data:`LOSSES` the means ``before`` and ``after``,
+    Returns ``transitions`` (how many) and ``losses``: for each of :data:`TASKS` the means ``before`` and ``after``,
     the ``difference`` after - before and its ``stderr`` over transitions.
 
     Raises:
@@ -76,7 +76,7 @@ def score_change(
     tensors = [torch.from_numpy(np.array(token.data, np.float32)).to(device) for token in (before, after)]
     samples = [scorer.samples(data, token, _DRAWS, seed=0) for token in tensors]
     losses = {}
-    for name in LOSSES:
+    for name in TASKS:
         one, other = (getattr(s, name).double().reshape(_DRAWS, -1).mean(0).cpu().numpy() for s in samples)
         change, count = other - one, len(batch)
         losses[name] = {

@@ -1,6 +1,6 @@
 """How two replays of one bag differ, in numbers: what another parameter file or another checkpoint changes.
 
-Pure functions over replay reports (``selfalign_ros.tools.replay_node``) and the losses on the bag
+Pure functions over replay reports (``selfalign_core.study.replay_report``) and the losses on the bag
 (``selfalign_core.study.bag_losses``). Must not know ROS, torch, or how a replay is run. A comparison is one JSON
 object:
 
@@ -27,8 +27,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -36,53 +37,54 @@ import numpy as np
 from selfalign_core.errors import InputError
 from selfalign_core.robot.commands import step_in_force
 from selfalign_core.robot.types import token_norm
+from selfalign_core.study.replay_report import record_of
+from selfalign_core.study.run_record import TASKS, AlignRound, Chunk, RunRecord
 from selfalign_core.text_table import align_columns
 
 SCHEMA = "selfalign/replay_comparison"
 SCHEMA_VERSION = 1
-LOSSES = ("perception", "dynamics", "inverse_dynamics")
-_NS = 1e9
 _SAME = ("bag", "contract", "joints", "dt_ns", "start_ns", "end_ns")
 
 
 @dataclass(frozen=True)
-class _Chunk:
-    stamp_ns: int
-    actions: np.ndarray  # (horizon, joints)
-
-
-@dataclass(frozen=True)
 class _Replay:
-    """One report with its numbers as arrays. ``tokens``: (in force from [ns], (T, W)), in order."""
+    """One report, what was said in it, and ``scores``: what ``score_change`` said of its tokens."""
 
     label: str
     report: Mapping[str, Any]
     scores: Mapping[str, Any]
 
-    @property
-    def chunks(self) -> list[_Chunk]:
-        return [_Chunk(c["stamp_ns"], np.array(c["actions"], np.float64)) for c in self.report["chunks"]]
+    @cached_property
+    def record(self) -> RunRecord:
+        return record_of(self.report)
 
-    @property
+    @cached_property
     def tokens(self) -> list[tuple[int, np.ndarray]]:
-        data = {t["version"]: np.array(t["data"], np.float64).reshape(t["shape"]) for t in self.report["e_tokens"]}
-        first = data[self.report["e_tokens"][0]["version"]]
-        accepted = [call for call in self.report["aligns"] if call["accepted"]]
-        later = [(call["stamp_ns"], data[call["version_after"]]) for call in accepted]
-        return [(self.report["start_ns"], first), *later]
-
-    @property
-    def attempts(self) -> list[dict[str, Any]]:
-        rounds = zip(self.report["aligns"], self.report["measured"]["align_s"], strict=True)
-        return [{**call, "compute_s": seconds} for call, seconds in rounds if call["attempted"]]
+        """(In force from [ns], (T, W)), in order."""
+        data = {token.version: token.data for token in self.record.tokens}
+        later = [(one.stamp_ns, data[one.version_after]) for one in self.record.rounds if one.accepted]
+        return [(self.record.start_ns, self.record.tokens[0].data), *later]
 
     @property
     def digest(self) -> str:
-        return self.report["e_tokens"][0]["model_digest"]
+        return self.record.tokens[0].model_digest
 
-    def seconds(self, stamp_ns: int) -> float:
-        """Since the bag began."""
-        return (stamp_ns - self.report["start_ns"]) / _NS
+    @cached_property
+    def jumps(self) -> list[tuple[float, float]]:
+        """Where a chunk follows one that still has an action for its stamp: seconds, and the largest joint's jump."""
+        found, dt_ns = [], self.report["dt_ns"]
+        for before, chunk in itertools.pairwise(self.record.chunks):
+            step = step_in_force(
+                stamp_ns=before.stamp_ns, dt_ns=dt_ns, horizon=len(before.actions), now_ns=chunk.stamp_ns
+            )
+            if step is not None:
+                jump = np.abs(chunk.actions[0] - before.actions[step]).max()
+                found.append((self.record.seconds(chunk.stamp_ns), float(jump)))
+        return found
+
+    def times(self, rounds: Iterable[AlignRound]) -> list[float]:
+        """When they were, in seconds."""
+        return [self.record.seconds(one.stamp_ns) for one in rounds]
 
 
 def compare(
@@ -98,8 +100,8 @@ def compare(
         if one != other:
             raise InputError(f"replays to compare: found {name} {one} and {other}; expected the same")
     first, second = (_Replay(*each) for each in zip(labels, reports, scores, strict=True))
-    common, joints = first.report, first.report["joints"]
-    pairs = _pairs(first.chunks, second.chunks)
+    common, joints, seconds = first.report, first.report["joints"], first.record.seconds
+    pairs = _pairs(first.record.chunks, second.record.chunks)
     tokens = _token_series(first, second)
     distances = [row[-1] for row in tokens]
     return {
@@ -107,7 +109,7 @@ def compare(
         "version": SCHEMA_VERSION,
         "bag": common["bag"],
         "contract": common["contract"],
-        "duration_s": first.seconds(common["end_ns"]),
+        "duration_s": first.record.duration_s,
         "joints": joints,
         "parameters": _differing(*(report["parameters"] for report in reports)),
         "chunks": {"paired": len(pairs), "joints": _chunk_differences(pairs, joints)},
@@ -120,15 +122,11 @@ def compare(
         "series": {
             "first_action": {
                 "columns": ["t", *(joint["name"] for joint in joints)],
-                "rows": [[first.seconds(a.stamp_ns), *abs(b.actions[0] - a.actions[0]).tolist()] for a, b in pairs],
+                "rows": [[seconds(a.stamp_ns), *abs(b.actions[0] - a.actions[0]).tolist()] for a, b in pairs],
             },
             "jump": {
                 "columns": ["run", "t", "jump"],
-                "rows": [
-                    [number, replay.seconds(stamp_ns), float(jump.max())]
-                    for number, replay in enumerate((first, second))
-                    for stamp_ns, jump in _jumps(replay.chunks, common["dt_ns"])
-                ],
+                "rows": [[number, *jump] for number, replay in enumerate((first, second)) for jump in replay.jumps],
             },
             "e_token": {"columns": ["t", "norm_first", "norm_second", "distance_spreads"], "rows": tokens},
             "attempts": _attempt_series(first, second),
@@ -138,22 +136,21 @@ def compare(
 
 def _run(replay: _Replay) -> dict[str, Any]:
     """Counts and times of the attempts, what they cost, the token they led to, the losses before and after."""
-    report, attempts, tokens = replay.report, replay.attempts, [token for _, token in replay.tokens]
-    jumps = np.array([jump for _, jump in _jumps(replay.chunks, report["dt_ns"])])
-    compute = [attempt["compute_s"] for attempt in attempts]
+    record, tokens = replay.record, [token for _, token in replay.tokens]
+    attempts = record.attempts
     return {
         "label": replay.label,
-        "chunks": len(report["chunks"]),
-        "inference_s": _mean_max(report["measured"]["inference_s"]),
-        "jump": _mean_max(jumps.max(1) if len(jumps) else []),
-        "rounds": len(report["aligns"]),
-        "last_round": report["aligns"][-1]["text"] if report["aligns"] else "",
+        "chunks": len(record.chunks),
+        "inference_s": _mean_max([chunk.inference_s for chunk in record.chunks]),
+        "jump": _mean_max([jump for _, jump in replay.jumps]),
+        "rounds": len(record.rounds),
+        "last_round": record.rounds[-1].text if record.rounds else "",
         "attempts": len(attempts),
-        "accepted_at_s": [replay.seconds(a["stamp_ns"]) for a in attempts if a["accepted"]],
-        "refused_at_s": [replay.seconds(a["stamp_ns"]) for a in attempts if not a["accepted"]],
-        "drift_at_s": [replay.seconds(call["stamp_ns"]) for call in report["aligns"] if call["drift"]],
-        "compute_per_attempt_s": _mean_max(compute),
-        "compute_s": math.fsum(report["measured"]["align_s"]),
+        "accepted_at_s": replay.times(one for one in attempts if one.accepted),
+        "refused_at_s": replay.times(one for one in attempts if not one.accepted),
+        "drift_at_s": replay.times(one for one in record.rounds if one.drift),
+        "compute_per_attempt_s": _mean_max([one.compute_s for one in attempts]),
+        "compute_s": math.fsum(one.compute_s for one in record.rounds),
         "e_token": {
             "norm_first": token_norm(tokens[0]),
             "norm_last": token_norm(tokens[-1]),
@@ -163,14 +160,14 @@ def _run(replay: _Replay) -> dict[str, Any]:
     }
 
 
-def _pairs(first: Sequence[_Chunk], second: Sequence[_Chunk]) -> list[tuple[_Chunk, _Chunk]]:
+def _pairs(first: Sequence[Chunk], second: Sequence[Chunk]) -> list[tuple[Chunk, Chunk]]:
     """Chunks of the two that were made from the same observation, in order."""
     by_stamp = {chunk.stamp_ns: chunk for chunk in second}
     return [(chunk, by_stamp[chunk.stamp_ns]) for chunk in first if chunk.stamp_ns in by_stamp]
 
 
 def _chunk_differences(
-    pairs: Sequence[tuple[_Chunk, _Chunk]], joints: Sequence[Mapping[str, str]]
+    pairs: Sequence[tuple[Chunk, Chunk]], joints: Sequence[Mapping[str, str]]
 ) -> list[dict[str, Any]]:
     differences = []
     for a, b in pairs:
@@ -190,25 +187,15 @@ def _chunk_differences(
     ]
 
 
-def _jumps(chunks: Sequence[_Chunk], dt_ns: int) -> list[tuple[int, np.ndarray]]:
-    """At each chunk whose predecessor still reaches it: its stamp, and the jump (joints,)."""
-    found = []
-    for before, chunk in itertools.pairwise(chunks):
-        step = step_in_force(stamp_ns=before.stamp_ns, dt_ns=dt_ns, horizon=len(before.actions), now_ns=chunk.stamp_ns)
-        if step is not None:
-            found.append((chunk.stamp_ns, np.abs(chunk.actions[0] - before.actions[step])))
-    return found
-
-
 def _token_series(first: _Replay, second: _Replay) -> list[list[float]]:
     """Time, norm in either run and distance [spreads], whenever a token changes and at the end."""
     changes = {stamp for replay in (first, second) for stamp, _ in replay.tokens}
     rows = []
-    for stamp in sorted(changes | {first.report["end_ns"]}):
+    for stamp in sorted(changes | {first.record.end_ns}):
         one, other = (_in_force(replay.tokens, stamp) for replay in (first, second))
         same = first.digest == second.digest
         distance = _distance(one, other, first.scores["spread"]) if same else math.nan
-        rows.append([first.seconds(stamp), token_norm(one), token_norm(other), distance])
+        rows.append([first.record.seconds(stamp), token_norm(one), token_norm(other), distance])
     return rows
 
 
@@ -227,15 +214,15 @@ def _attempt_series(*replays: _Replay) -> dict[str, list[Any]]:
     rows = [
         [
             number,
-            replay.seconds(attempt["stamp_ns"]),
-            *(attempt[name] for name in names),
-            *(attempt["losses"][which][loss] for which in sets for loss in LOSSES),
-            attempt["text"],
+            replay.record.seconds(one.stamp_ns),
+            *(getattr(one, name) for name in names),
+            *(one.losses[which][loss] for which in sets for loss in TASKS),
+            one.text,
         ]
         for number, replay in enumerate(replays)
-        for attempt in replay.attempts
+        for one in replay.record.attempts
     ]
-    columns = ["run", "t", *names, *(f"{which}.{loss}" for which in sets for loss in LOSSES), "text"]
+    columns = ["run", "t", *names, *(f"{which}.{loss}" for which in sets for loss in TASKS), "text"]
     return {"columns": columns, "rows": rows}
 
 
@@ -301,7 +288,7 @@ def _run_lines(comparison: Mapping[str, Any]) -> list[tuple[str, ...]]:
     ]
     lines += [
         line(f"{loss.replace('_', ' ')} loss on the bag", lambda run, loss=loss: _loss_change(run, loss))
-        for loss in LOSSES
+        for loss in TASKS
     ]
     return lines
 
@@ -318,11 +305,11 @@ def _notes(comparison: Mapping[str, Any]) -> list[str]:
 
 def _attempt_lines(comparison: Mapping[str, Any]) -> list[tuple[str, ...]]:
     series, labels = comparison["series"]["attempts"], [run["label"] for run in comparison["runs"]]
-    losses = (loss.replace("_", " ") for loss in LOSSES)
+    losses = (loss.replace("_", " ") for loss in TASKS)
     lines: list[tuple[str, ...]] = [("attempt", "at [s]", "verdict", "compute [s]", "loss change", *losses, "from")]
     for row in series["rows"]:
         a = dict(zip(series["columns"], row, strict=True))
-        losses = (f"{_number(a[f'guard_before.{loss}'])} → {_number(a[f'guard_after.{loss}'])}" for loss in LOSSES)
+        losses = (f"{_number(a[f'guard_before.{loss}'])} → {_number(a[f'guard_after.{loss}'])}" for loss in TASKS)
         change = f"{_percent(a['difference_mean'], '+')} ± {_percent(a['difference_stderr'])} %"
         verdict = "accepted" if a["accepted"] else "refused"
         lines.append((labels[a["run"]], f"{a['t']:.1f}", verdict, f"{a['compute_s']:.2f}", change, *losses, a["start"]))
@@ -360,7 +347,7 @@ def _number(value: float | None, form: str = ".3f") -> str:
 
 
 def _percent(value: float | None, sign: str = "") -> str:
-    return "none" if _is_missing(value) else f"{100 * value:{sign}.1f}"
+    return _number(None if value is None else 100 * value, f"{sign}.1f")
 
 
 def _is_missing(value: float | None) -> bool:

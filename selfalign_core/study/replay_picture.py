@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from selfalign_core.study.replay_comparison import LOSSES
-from selfalign_core.study.run_picture import columns_of, finish_panel
+from selfalign_core.study.run_picture import columns_of, finish_panel, where
+from selfalign_core.study.run_record import TASKS
 
 _COLOURS = ("C0", "C1")  # of the two runs, in every panel
 _TIMED = ("first_action", "jump", "losses", "token", "compute")
@@ -17,15 +17,13 @@ _TIMED = ("first_action", "jump", "losses", "token", "compute")
 
 def draw(comparison: Mapping[str, Any], path: Path) -> None:
     """Draw a comparison (``selfalign_core.study.replay_comparison``), written to ``path`` (PNG)."""
-    import matplotlib  # late: it takes a second to import
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure  # late: it takes a second to import
 
     series = {name: columns_of(table) for name, table in comparison["series"].items()}
     labels = [run["label"] for run in comparison["runs"]]
-    layout = [[name, name] for name in _TIMED] + [["bag", "joints"]]
-    figure, axes = plt.subplot_mosaic(layout, figsize=(11, 15), layout="constrained")
+    layout: list[Any] = [[name, name] for name in _TIMED] + [["bag", "joints"]]
+    figure = Figure(figsize=(11, 15), layout="constrained")
+    axes = figure.subplot_mosaic(layout)
     figure.suptitle(_headline(comparison), fontsize=11)
     _draw_first_action(axes["first_action"], series["first_action"])
     _draw_jumps(axes["jump"], series["jump"], labels)
@@ -41,7 +39,6 @@ def draw(comparison: Mapping[str, Any], path: Path) -> None:
     for axis in axes.values():
         finish_panel(axis)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def _draw_first_action(axis: Any, series: Mapping[str, list[Any]]) -> None:
@@ -93,16 +90,16 @@ def _draw_compute(axis: Any, attempts: Mapping[str, list[Any]], labels: Sequence
 
 
 def _draw_bag_losses(axis: Any, runs: Sequence[Mapping[str, Any]]) -> None:
-    places = np.arange(len(LOSSES))
+    places = np.arange(len(TASKS))
     for number, (run, colour) in enumerate(zip(runs, _COLOURS, strict=True)):
         losses = run["losses_on_bag"].get("losses")
         if losses is None:
             continue
         for shift, which, alpha in ((0.0, "before", 0.4), (0.2, "after", 1.0)):
-            heights = [losses[loss][which] for loss in LOSSES]
+            heights = [losses[loss][which] for loss in TASKS]
             label = run["label"] if which == "after" else None
             axis.bar(places - 0.3 + 0.4 * number + shift, heights, 0.18, color=colour, alpha=alpha, label=label)
-    axis.set_xticks(places, [loss.replace("_", " ") for loss in LOSSES])
+    axis.set_xticks(places, [loss.replace("_", " ") for loss in TASKS])
     axis.set_ylabel("loss on the bag\n(pale: first token, full: last)")
 
 
@@ -133,8 +130,7 @@ def _headline(comparison: Mapping[str, Any]) -> str:
 
 
 def _of_run(series: Mapping[str, list[Any]], run: int) -> dict[str, list[Any]]:
-    rows = [index for index, number in enumerate(series["run"]) if number == run]
-    return {name: [values[index] for index in rows] for name, values in series.items()}
+    return where(series, [number == run for number in series["run"]])
 
 
 def _numbers(values: Sequence[float | None]) -> np.ndarray:

@@ -17,7 +17,6 @@ from selfalign_core.data.sim_demos import REACH_JOINTS
 from selfalign_core.errors import ConfigError, InputError
 from selfalign_core.policy import Policy
 from selfalign_core.robot.chunking import Handover
-from selfalign_core.robot.images import resize_with_pad
 from selfalign_core.robot.types import Observation
 from selfalign_core.sim import CAMERAS, JOINTS, TARGET_NAMES, BodyConfig, ReachEnv, ReachExpert, prompt_for
 
@@ -25,12 +24,11 @@ CONTROL_HZ = 20.0
 
 
 @dataclass(frozen=True)
-class Episode:
+class EpisodeSpec:
     """One episode: ``seed`` places the objects and the arm and draws the policy's noise.
 
     ``target`` is what success is about; ``prompt`` is the name that the policy is told, ``target`` if None. ``token``:
-    (peft_num_tokens, width) float32, None for the policy's own. ``change``: (control step, body) from which step on
-    the arm is another one.
+    (peft_num_tokens, width) float32, None for the policy's own.
     """
 
     body: BodyConfig
@@ -38,13 +36,12 @@ class Episode:
     target: str
     prompt: str | None = None
     token: np.ndarray | None = None
-    change: tuple[int, BodyConfig] | None = None
 
     def __post_init__(self) -> None:
         for name in ("target", "prompt"):
             value = getattr(self, name)
             if value not in TARGET_NAMES and not (name == "prompt" and value is None):
-                raise ConfigError(f"Episode.{name}: found {value!r}, expected one of {', '.join(TARGET_NAMES)}")
+                raise ConfigError(f"EpisodeSpec.{name}: found {value!r}, expected one of {', '.join(TARGET_NAMES)}")
 
     @property
     def told(self) -> str:
@@ -57,45 +54,20 @@ class RolloutConfig:
     """How episodes are run.
 
     ``joints``: those commanded and observed, in the policy's order; the others hold the set-point they start with.
-    ``camera_size``: (H, W) in pixels as the robot's cameras publish. ``latency``: control steps from an observation
-    until its chunk takes effect; as action i of a chunk belongs to the i-th step after the observation, a late chunk
-    begins with action ``latency``. ``record``: (H, W) in pixels of the recorded frames of ``record_cameras``, None to
-    record nothing.
+    ``camera_size``: (H, W) in pixels as the robot's cameras publish.
     """
 
     joints: tuple[str, ...] = REACH_JOINTS
     camera_size: tuple[int, int] = (224, 224)
     replan_steps: int = 8
     max_steps: int = 120
-    latency: int = 0
-    record: tuple[int, int] | None = None
-    record_cameras: tuple[str, ...] = ("overhead",)
 
     def __post_init__(self) -> None:
         if not self.joints or len(set(self.joints)) != len(self.joints) or not set(self.joints) <= set(JOINTS):
             raise ConfigError(f"joints: found {list(self.joints)}, expected some of {', '.join(JOINTS)}, each once")
-        for name, low in (("replan_steps", 1), ("max_steps", 1), ("latency", 0)):
+        for name, low in (("replan_steps", 1), ("max_steps", 1)):
             if getattr(self, name) < low:
                 raise ConfigError(f"RolloutConfig.{name}: found {getattr(self, name)}, expected >= {low}")
-
-
-@dataclass(frozen=True)
-class Recording:
-    """What was seen and done, a row per control step, as in a dataset's episode.
-
-    ``images``: (n, cameras, H, W, 3) uint8 RGB. ``states``, ``actions``: (n, joints) float32 motor frame [rad]; the
-    action is the one in force from that row to the next.
-    """
-
-    images: np.ndarray
-    states: np.ndarray
-    actions: np.ndarray
-
-    @classmethod
-    def of(cls, rows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Recording:
-        """From image, state and action of each control step; at least one."""
-        images, states, actions = (np.array(column) for column in zip(*rows, strict=True))
-        return cls(images, states, actions)
 
 
 @dataclass(frozen=True)
@@ -114,15 +86,13 @@ class EpisodeResult:
     final_distances: dict[str, float]
     reached: dict[str, bool]
     action_error: float
-    recording: Recording | None = None
 
 
 class RunningEpisode:
-    """An episode under way. Hooks read it, and may set ``token``, which is in force from the next chunk on."""
+    """An episode under way."""
 
-    def __init__(self, episode: Episode, env: ReachEnv, config: RolloutConfig) -> None:
+    def __init__(self, episode: EpisodeSpec, env: ReachEnv, config: RolloutConfig) -> None:
         self.episode, self.env, self.config = episode, env, config
-        self.token = episode.token
         self.step = 0
         self.done = self.success = False
         self.columns = [JOINTS.index(joint) for joint in config.joints]
@@ -132,13 +102,12 @@ class RunningEpisode:
         env.reset(seed=episode.seed, options={"target": episode.target})
         self.expert = ReachExpert(env.sim, active_joints=config.joints)
         self._hold = env.sim.setpoint()
-        self._chunks: list[tuple[int, np.ndarray]] = []  # (step of its observation, chunk), oldest first
+        self._chunk = (0, np.empty(0))  # since which step, and its actions
         self._images: dict[str, np.ndarray] = {}
         self._near = dict.fromkeys(TARGET_NAMES, 0)
         self._reached = dict.fromkeys(TARGET_NAMES, False)
         self._min_distance = env.sim.distance()
         self._errors: list[float] = []
-        self._recorded: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # see Recording.of
 
     def image(self, camera: str) -> np.ndarray:
         """(H, W, 3) uint8 RGB as the robot's camera publishes it now."""
@@ -160,28 +129,13 @@ class RunningEpisode:
         """Take (horizon, joints) actions [rad] for the steps from now on."""
         wanted = self.expert.chunk(len(chunk), target=self.episode.told, dt=self.env.dt)[:, self.columns]
         self._errors.append(float(np.abs(chunk - wanted).mean()))
-        self._chunks.append((self.step, chunk))
-
-    def change_body(self) -> None:
-        """Apply the episode's change of body if it is due."""
-        change = self.episode.change
-        if change is not None and change[0] == self.step:
-            self.env.apply_body(change[1])
-            # The arm stays where it is, so what holds it there has another number now.
-            self._hold = self.env.sim.setpoint()
+        self._chunk = self.step, chunk
 
     def advance(self) -> None:
         """One control step with the action that is due."""
-        env, config = self.env, self.config
-        while len(self._chunks) > 1 and self._chunks[1][0] + config.latency <= self.step:
-            self._chunks.pop(0)
+        env, (begin, chunk) = self.env, self._chunk
         action = self._hold.copy()
-        begin, chunk = self._chunks[0]
-        if self.step >= begin + config.latency:
-            action[self.columns] = chunk[self.step - begin]
-        if config.record is not None:
-            frames = [resize_with_pad(self.image(camera), *config.record) for camera in config.record_cameras]
-            self._recorded.append((np.stack(frames), self.state(), action[self.columns].astype(np.float32)))
+        action[self.columns] = chunk[self.step - begin]
         _, _, self.success, truncated, _ = env.step(action)
         self.step += 1
         self._images.clear()
@@ -201,7 +155,6 @@ class RunningEpisode:
             final_distances={name: sim.distance(name) for name in TARGET_NAMES},
             reached=dict(self._reached),
             action_error=float(np.mean(self._errors)),
-            recording=Recording.of(self._recorded) if self._recorded else None,
         )
 
 
@@ -250,23 +203,25 @@ class PolicyPlanner:
     def _tokens(self, running: Sequence[RunningEpisode]) -> torch.Tensor | None:
         own = self.policy.e_token
         if own is None:
-            if any(one.token is not None for one in running):
-                raise InputError("Episode.token: found one, expected None (the model has use_peft_prefix_token=False)")
+            if any(one.episode.token is not None for one in running):
+                raise InputError(
+                    "EpisodeSpec.token: found one, expected None (the model has use_peft_prefix_token=False)"
+                )
             return None
-        tokens = [own.data if one.token is None else np.asarray(one.token, np.float32) for one in running]
+        given = (one.episode.token for one in running)
+        tokens = [own.data if token is None else np.asarray(token, np.float32) for token in given]
         for token in tokens:
             if token.shape != own.data.shape:
-                raise InputError(f"Episode.token: found shape {token.shape}, expected {own.data.shape}")
+                raise InputError(f"EpisodeSpec.token: found shape {token.shape}, expected {own.data.shape}")
         return torch.from_numpy(np.stack(tokens)).to(self.policy.dim_mask.device)
 
 
 def rollout(
     planner: Planner,
-    episodes: Sequence[Episode],
+    episodes: Sequence[EpisodeSpec],
     config: RolloutConfig | None = None,
     *,
     environments: list[ReachEnv] | None = None,
-    before_planning: Callable[[Sequence[RunningEpisode]], None] | None = None,
     before_step: Callable[[RunningEpisode], None] | None = None,
 ) -> list[EpisodeResult]:
     """Run all ``episodes`` side by side.
@@ -277,11 +232,10 @@ def rollout(
         config: the defaults are those of the shipped policy.
         environments: arms of earlier calls to use again, which saves opening a drawing context for each; grows as
             needed, and the caller closes them. Changes no result.
-        before_planning: called with the running episodes at each replanning instant, before the planner.
         before_step: called with each running episode before each control step.
 
     Raises:
-        ConfigError: the chunks are too short for ``replan_steps + latency``.
+        ConfigError: the chunks are too short for ``replan_steps``.
         InputError: chunks of a wrong shape.
     """
     config = config or RolloutConfig()
@@ -292,11 +246,7 @@ def rollout(
         everyone = [RunningEpisode(episode, env, config) for episode, env in zip(episodes, pool, strict=False)]
         running = everyone
         while running := [one for one in running if not one.done]:
-            for one in running:
-                one.change_body()
             if running[0].step % config.replan_steps == 0:
-                if before_planning is not None:
-                    before_planning(running)
                 _plan(planner, running, config)
             for one in running:
                 if before_step is not None:
@@ -314,8 +264,7 @@ def _plan(planner: Planner, running: Sequence[RunningEpisode], config: RolloutCo
     if chunks.ndim != 3 or chunks.shape[::2] != (len(running), len(config.joints)):
         expected = f"({len(running)}, horizon, {len(config.joints)}): joints {', '.join(config.joints)}"
         raise InputError(f"chunks: found shape {chunks.shape}, expected {expected}")
-    needed = config.replan_steps + config.latency
-    if chunks.shape[1] < needed:
-        raise ConfigError(f"chunks: found {chunks.shape[1]} actions, expected replan_steps + latency = {needed}")
+    if chunks.shape[1] < config.replan_steps:
+        raise ConfigError(f"chunks: found {chunks.shape[1]} actions, expected replan_steps = {config.replan_steps}")
     for one, chunk in zip(running, chunks, strict=True):
         one.add_chunk(chunk)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from selfalign_core.study.run_summary import LOSSES
+from selfalign_core.study.run_record import LOSSES
 
 _EVENTS = {
     "body changed": {"color": "black", "lw": 1.6, "ls": "-"},
@@ -21,15 +21,13 @@ _EVENTS = {
 
 def draw(report: Mapping[str, Any], path: Path) -> None:
     """Draw a run report: five panels over one time axis, written to ``path`` (PNG)."""
-    import matplotlib  # late: it takes a second to import, and a robot's run may need no picture
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure  # late: it takes a second to import, and a robot's run may need no picture
 
     series = {name: columns_of(table) for name, table in report["series"].items()}
-    figure, axes = plt.subplots(5, 1, figsize=(11, 13), sharex=True, layout="constrained")
+    figure = Figure(figsize=(11, 13), layout="constrained")
+    axes = figure.subplots(5, 1, sharex=True)
     figure.suptitle(_headline(report), fontsize=11)
-    attempts = _where(series["align"], series["align"]["attempted"])
+    attempts = where(series["align"], series["align"]["attempted"])
     _draw_distance(axes[0], series)
     _draw_losses(axes[1], attempts)
     _draw_verdicts(axes[2], attempts, series["align"])
@@ -41,7 +39,6 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     for axis in axes:
         finish_panel(axis)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def _draw_distance(axis: Any, series: Mapping[str, Any]) -> None:
@@ -169,7 +166,8 @@ def columns_of(table: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
     return {name: [row[index] for row in rows] for index, name in enumerate(table["columns"])}
 
 
-def _where(columns: Mapping[str, list[Any]], mask: Sequence[bool]) -> dict[str, list[Any]]:
+def where(columns: Mapping[str, list[Any]], mask: Sequence[bool]) -> dict[str, list[Any]]:
+    """The columns in the rows that ``mask`` keeps."""
     return {name: [v for v, keep in zip(values, mask, strict=True) if keep] for name, values in columns.items()}
 
 

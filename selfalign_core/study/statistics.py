@@ -1,15 +1,16 @@
-"""Confidence intervals of what is counted and measured over episodes. Knows nothing of policies and simulators.
+"""Confidence intervals of what is counted and measured over episodes; percentiles; JSON's numbers.
 
-Both take the observations as independent. Episodes on a few bodies say how a policy does on these bodies; for other
-bodies the spread between bodies counts as well, and the interval is too narrow unless there are about as many bodies as
-episodes.
+Both intervals take the observations as independent. Episodes on a few bodies say how a policy does on these bodies; for
+other bodies the spread between bodies counts as well, and the interval is too narrow unless there are about as many
+bodies as episodes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
@@ -47,3 +48,22 @@ def mean_interval(values: Sequence[float] | np.ndarray, confidence: float = 0.95
     means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(_RESAMPLES)]
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
+
+
+def statistics(values: Sequence[float]) -> dict[str, float | int | None]:
+    """Count, mean, percentiles (linear between samples) and maximum; null where there are no values."""
+    if not values:
+        return {"count": 0, "mean": None, "p50": None, "p95": None, "p99": None, "max": None}
+    array = np.asarray(values, np.float64)
+    p50, p95, p99 = np.percentile(array, (50, 95, 99))
+    numbers = {"mean": array.mean(), "p50": p50, "p95": p95, "p99": p99, "max": array.max()}
+    return {"count": len(values)} | {name: float(value) for name, value in numbers.items()}
+
+
+def finite(value: Any) -> Any:
+    """``value`` with every number that is not finite replaced by None: JSON knows no NaN."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -7,38 +7,27 @@ not know the command line.
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from selfalign_core.data.dataset import TransitionDataset
 from selfalign_core.data.sim_demos import DemoConfig, sample_bodies
 from selfalign_core.errors import CheckpointError, ConfigError
 from selfalign_core.policy import Policy
-from selfalign_core.sim import TARGET_NAMES, BodyConfig, ReachEnv
-from selfalign_core.study.rollout import (
-    CONTROL_HZ,
-    Episode,
-    EpisodeResult,
-    PolicyPlanner,
-    RolloutConfig,
-    rollout,
-)
+from selfalign_core.sim import TARGET_NAMES, BodyConfig
+from selfalign_core.study.processes import BATCH, in_batches, policy_of, run_tasks
+from selfalign_core.study.rollout import EpisodeResult, EpisodeSpec, PolicyPlanner, RolloutConfig
 from selfalign_core.study.statistics import mean_interval, share_interval
 from selfalign_core.text_table import align_columns
 
 OWN, OTHER, MEAN, WRONG_PROMPT = "own", "other", "mean", "wrong-prompt"
 ROWS = (OWN, OTHER, MEAN, WRONG_PROMPT)
-DEPLOYED = "deployed"
-"""In place of a bank key: the checkpoint's ``peft_prefix_token``."""
-
-BATCH = 20  # episodes that share one inference
+NOMINAL, DEPLOYED = "nominal", "deployed"
+"""The body that a robot is taken for; and, in place of a bank key, the checkpoint's ``peft_prefix_token``."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +44,7 @@ class TableEpisode:
 
     row: str
     token: str
-    episode: Episode
+    episode: EpisodeSpec
 
 
 # ---------------------------------------------------------------------------------------------------------- bodies
@@ -67,8 +56,8 @@ def find_bodies(spec: str) -> list[EvaluatedBody]:
     Raises:
         ConfigError: no such file, dataset or embodiment, or a dataset that was not simulated.
     """
-    nominal = EvaluatedBody("nominal", BodyConfig())
-    if spec == "nominal":
+    nominal = EvaluatedBody(NOMINAL, BodyConfig())
+    if spec == NOMINAL:
         return [nominal]
     if spec.startswith("dataset:"):
         return _bodies_of_dataset(spec.removeprefix("dataset:"))
@@ -134,7 +123,7 @@ def plan_row(row: str, policy: Policy, bodies: Sequence[EvaluatedBody], count: i
         if row == WRONG_PROMPT:
             prompt = TARGET_NAMES[(target + 1 + (i // len(TARGET_NAMES)) % 2) % len(TARGET_NAMES)]
         name, token = bank.token_for(row, body.key, np.roll(order, -i))
-        episode = Episode(body.body, _episode_seed(seed, i), TARGET_NAMES[target], prompt, token)
+        episode = EpisodeSpec(body.body, _episode_seed(seed, i), TARGET_NAMES[target], prompt, token)
         planned.append(TableEpisode(row, name, episode))
     return planned
 
@@ -177,59 +166,17 @@ def _episode_seed(seed: int, index: int) -> int:
 
 
 def run_episodes(
-    checkpoint: str, episodes: Sequence[Episode], config: RolloutConfig, jobs: int
+    checkpoint: str, episodes: Sequence[EpisodeSpec], config: RolloutConfig, jobs: int
 ) -> Iterator[list[EpisodeResult]]:
-    """The results of one batch after the other, in order; one thread per process, also if there is one process."""
+    """The results of one batch after the other, in order."""
     if jobs < 1:
         raise ConfigError(f"jobs: found {jobs}, expected >= 1")
     batches = [episodes[i : i + BATCH] for i in range(0, len(episodes), BATCH)]
-    if jobs == 1:
-        threads = torch.get_num_threads()
-        worker = _Worker(checkpoint, config)
-        try:
-            yield from map(worker.run, batches)
-        finally:
-            worker.close()
-            torch.set_num_threads(threads)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start, initargs=(checkpoint, config)) as pool:
-        yield from pool.map(_run_batch, batches)
+    yield from run_tasks(_run_batch, [(checkpoint, batch, config) for batch in batches], jobs)
 
 
-class _Worker:
-    def __init__(self, checkpoint: str, config: RolloutConfig) -> None:
-        torch.set_num_threads(1)
-        self.planner = PolicyPlanner(load_policy(checkpoint))
-        self.config = config
-        self.environments: list[ReachEnv] = []
-
-    def run(self, batch: Sequence[Episode]) -> list[EpisodeResult]:
-        return rollout(self.planner, batch, self.config, environments=self.environments)
-
-    def close(self) -> None:
-        for env in self.environments:
-            env.close()
-
-
-_worker: _Worker | None = None
-
-
-def _start(checkpoint: str, config: RolloutConfig) -> None:
-    global _worker
-    _worker = _Worker(checkpoint, config)
-
-
-def _run_batch(batch: Sequence[Episode]) -> list[EpisodeResult]:
-    assert _worker is not None
-    return _worker.run(batch)
-
-
-def load_policy(checkpoint: str) -> Policy:
-    """The policy of a checkpoint directory; ``CheckpointError`` if it is none."""
-    if not Path(checkpoint).is_dir():
-        raise CheckpointError(f"checkpoint: found no directory {checkpoint}, expected a checkpoint directory")
-    return Policy.from_checkpoint(checkpoint, dt=1.0 / CONTROL_HZ)
+def _run_batch(checkpoint: str, batch: Sequence[EpisodeSpec], config: RolloutConfig) -> list[EpisodeResult]:
+    return in_batches(PolicyPlanner(policy_of(checkpoint)), batch, config)
 
 
 # --------------------------------------------------------------------------------------------------------- figures
@@ -256,8 +203,6 @@ def _share(name: str, successes: int, n: int) -> dict[str, Any]:
 def episode_record(planned: TableEpisode, result: EpisodeResult) -> dict[str, Any]:
     """One episode as plain data."""
     episode = planned.episode
-    values = dataclasses.asdict(result)
-    values.pop("recording")
     return {
         "row": planned.row,
         "body": episode.body.name,
@@ -265,7 +210,7 @@ def episode_record(planned: TableEpisode, result: EpisodeResult) -> dict[str, An
         "target": episode.target,
         "prompt": episode.told,
         "token": planned.token,
-        **values,
+        **dataclasses.asdict(result),
     }
 
 

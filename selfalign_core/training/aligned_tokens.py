@@ -11,11 +11,11 @@ recordings. No guard: it would only keep the worse half of the tokens from being
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from selfalign_core.alignment.identify import identify
 from selfalign_core.alignment.refine import refine
 from selfalign_core.alignment.scoring import Scorer
 from selfalign_core.alignment.trusted import Trusted
-from selfalign_core.data.command_line import run_command
+from selfalign_core.command_line import More, command
 from selfalign_core.data.dataset import TransitionDataset
 from selfalign_core.errors import DatasetError
 from selfalign_core.policy import Policy
@@ -81,28 +81,25 @@ def _work(task: tuple[str, str, str]) -> Tensor:
     return aligned_token(*_opened(*paths), embodiment, AlignConfig().without_budgets())
 
 
-def _run(options: argparse.Namespace) -> None:
-    policy, dataset = _opened(options.checkpoint, options.dataset)
+def run(
+    checkpoint: Annotated[str, "directory of the policy"],
+    data: Annotated[str, "dataset directory", More(metavar="dataset")],
+    *,
+    output: Annotated[str, "safetensors file to write"],
+    jobs: Annotated[int, "processes"] = 1,
+) -> None:
+    """Find a token by alignment for every body of a dataset that a policy does not know."""
+    policy, dataset = _opened(checkpoint, data)
     names = unknown_bodies(policy, dataset)
     if not names:
-        raise DatasetError(f"{dataset.path}: found only bodies that {options.checkpoint} knows, expected others")
-    tasks = [(options.checkpoint, options.dataset, name) for name in names]
-    with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        raise DatasetError(f"{dataset.path}: found only bodies that {checkpoint} knows, expected others")
+    tasks = [(checkpoint, data, name) for name in names]
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         found = list(tqdm(pool.map(_work, tasks), total=len(tasks), unit="body", mininterval=1.0))
-    save_tokens(options.output, {name: token.numpy() for name, token in zip(names, found, strict=True)}, policy.digest)
+    save_tokens(output, {name: token.numpy() for name, token in zip(names, found, strict=True)}, policy.digest)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m selfalign_core.training.aligned_tokens",
-        description="Find a token by alignment for every body of a dataset that a policy does not know.",
-    )
-    parser.add_argument("checkpoint", help="directory of the policy")
-    parser.add_argument("dataset", help="dataset directory")
-    parser.add_argument("--output", required=True, help="safetensors file to write")
-    parser.add_argument("--jobs", type=int, default=1, help="processes")
-    return run_command(lambda: _run(parser.parse_args(arguments)))
-
+main = command("selfalign_core.training.aligned_tokens", run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -13,18 +13,19 @@ Writes a policy directory with an untrained action and alignment expert, for ``m
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from selfalign_core.command_line import command
 from selfalign_core.data.sim_demos import REACH_JOINTS
 from selfalign_core.data.sim_frames import POINTS, Frames, random_frames
 from selfalign_core.errors import ConfigError, SelfAlignError
@@ -191,16 +192,24 @@ def _optimise(
 
 
 def pretrain(
-    output: str | Path, *, frames: int, vision_steps: int, grounding_steps: int, seed: int, jobs: int = 1
+    *,
+    output: Annotated[Path, "policy directory to make"],
+    frames: int = 30_000,
+    vision_steps: int = 6000,
+    grounding_steps: int = 2000,
+    seed: int = 0,
+    jobs: Annotated[int, "processes that draw frames"] = 1,
 ) -> None:
-    """Run both stages and write the policy directory ``output`` with ``pretrain.jsonl`` in it.
+    """Pre-train the vision tower and language model of a tiny policy.
+
+    Runs both stages and writes the policy directory ``output`` with ``pretrain.jsonl`` in it.
 
     Raises:
         DatasetError: ``output`` exists. ConfigError: too few frames to hold some out.
     """
     if frames < 2 * HELD_OUT:
         raise ConfigError(f"frames: found {frames}, expected at least {2 * HELD_OUT}")
-    directory = PartialDirectory(Path(output))
+    directory = PartialDirectory(output)
     directory.open()
     try:
         data = random_frames(frames, seed, jobs=jobs, progress=True)
@@ -226,29 +235,7 @@ def pretrain(
         directory.remove()  # nothing is left to remove once it has been published
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Pre-train the vision tower and language model of a tiny policy.")
-    parser.add_argument("--output", required=True, help="policy directory to make")
-    parser.add_argument("--frames", type=int, default=30_000)
-    parser.add_argument("--vision-steps", type=int, default=6000)
-    parser.add_argument("--grounding-steps", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=1, help="processes that draw frames")
-    options = parser.parse_args(argv)
-    try:
-        pretrain(
-            options.output,
-            frames=options.frames,
-            vision_steps=options.vision_steps,
-            grounding_steps=options.grounding_steps,
-            seed=options.seed,
-            jobs=options.jobs,
-        )
-    except (SelfAlignError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    return 0
-
+main = command("selfalign_core.training.pretrain", pretrain)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -229,7 +229,7 @@ class Trainer:
             RankError: another rank died.
         """
         config = self.config
-        batches = self.loader.batches(self.step, as_torch=False)
+        batches = self.loader.batches(self.step)
         log = self._open_log() if self.ranks.first else None
         self._clock, self._clock_step, self._waited = time.perf_counter(), self.step, 0.0
         checkpoint = self._checkpoint

@@ -25,7 +25,7 @@ from selfalign.msg import EToken as ETokenMsg
 from selfalign_core.errors import InputError
 from selfalign_core.robot.commands import CommandPath
 from selfalign_core.robot.contract import Camera, RobotContract
-from selfalign_core.robot.images import decode_compressed, decode_resized, resize_with_pad
+from selfalign_core.robot.images import picture
 from selfalign_core.robot.motion import Halt, Position, Trajectory
 from selfalign_core.robot.types import ActionChunk, EToken, TransitionBatch, token_norm
 
@@ -58,30 +58,14 @@ def fill(typecode: str, values: np.ndarray) -> array.array:
 
 
 def decode(camera: Camera, message: Image | CompressedImage, size: tuple[int, int]) -> np.ndarray:
-    """The image of one camera at the model's ``size`` (height, width): (height, width, 3) uint8 RGB, the aspect ratio
-    kept, padded with black. Raises ``InputError`` naming camera and topic.
+    """The image of one camera at the model's ``size`` (height, width), see ``selfalign_core.robot.images.picture``.
+
+    Raises ``InputError`` naming camera and topic.
     """
     try:
-        if isinstance(message, CompressedImage):
-            image = decode_compressed(message.data)
-            _check_size(camera, *image.shape[:2])
-            return resize_with_pad(image, *size)
-        _check_size(camera, message.height, message.width)
-        return decode_resized(
-            message.data,
-            height=message.height,
-            width=message.width,
-            step=message.step,
-            encoding=message.encoding,
-            size=size,
-        )
+        return picture(message, camera, size)
     except InputError as error:
         raise InputError(f"camera {camera.name} ({camera.topic}): {error}") from None
-
-
-def _check_size(camera: Camera, height: int, width: int) -> None:
-    if (height, width) != (camera.height, camera.width):
-        raise InputError(f"size: found {width}x{height}; expected {camera.width}x{camera.height}")
 
 
 def image_message(rgb: np.ndarray, stamp: Time, frame_id: str) -> Image:

@@ -21,6 +21,7 @@ from rclpy.node import Node
 
 from selfalign_core.errors import ConfigError, SelfAlignError
 from selfalign_core.robot.contract import RobotContract
+from selfalign_core.study.statistics import finite
 from selfalign_ros.life.exit_codes import CONFIGURATION
 from selfalign_ros.life.parameters import Parameters
 from selfalign_ros.life.process import say_fatal, start_ros
@@ -74,6 +75,13 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
     with writing_report(path):
         _partial(path).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         _partial(path).replace(path)
+
+
+def write_pictured(path: Path, report: dict[str, Any], draw: Callable[[dict[str, Any], Path], None]) -> None:
+    """Write ``report``, numbers that are not finite as null, and what ``draw`` makes of it, a PNG of the same name."""
+    write_report(path, finite(report))
+    with writing_report(path.with_suffix(".png")):
+        draw(report, path.with_suffix(".png"))
 
 
 @contextlib.contextmanager

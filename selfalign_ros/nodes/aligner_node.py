@@ -7,6 +7,7 @@ never run backwards.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 import traceback

@@ -58,7 +58,7 @@ _STALL_S = 0.5  # lag after which a trajectory is not followed any further: what
 
 
 @dataclass(frozen=True)
-class Command:
+class ReceivedCommand:
     """``path``: of the commanded position and the time [ns] from which it is followed. ``said``: as it was received."""
 
     path: Callable[[np.ndarray, int], CommandPath]
@@ -123,7 +123,7 @@ class RobotSimNode(SelfAlignNode):
 
         # Written by callbacks, read by the simulation; each a single reference, replaced as a whole.
         self._settings: dict[str, Any] = dict(self.parameters.values)
-        self._new_command: Command | None = None
+        self._new_command: ReceivedCommand | None = None
         self._new_body: BodyConfig | None = None
         self._reset_target = False
         self._task = Task()
@@ -188,7 +188,7 @@ class RobotSimNode(SelfAlignNode):
                 np.concatenate([[now_ns], due[ahead]]), np.concatenate([commanded[None], positions[ahead]])
             )
 
-        self._accept(Command(follow, message))
+        self._accept(ReceivedCommand(follow, message))
 
     def _on_positions(self, message: Float64MultiArray) -> None:
         try:
@@ -198,9 +198,9 @@ class RobotSimNode(SelfAlignNode):
             return
         point = JointTrajectoryPoint(positions=position.tolist())
         said = JointTrajectory(joint_names=list(self.contract.joint_names), points=[point])
-        self._accept(Command(lambda commanded, now_ns: CommandPath(np.array([now_ns]), position[None]), said))
+        self._accept(ReceivedCommand(lambda commanded, now_ns: CommandPath(np.array([now_ns]), position[None]), said))
 
-    def _accept(self, command: Command) -> None:
+    def _accept(self, command: ReceivedCommand) -> None:
         self._commands += 1
         self._new_command = command
         self._problem = ""
@@ -330,7 +330,7 @@ class RobotSimNode(SelfAlignNode):
                 sim.reset_targets(rng)
             self._prompt.publish(String(data=sim.prompt))
 
-    def _start(self, command: Command, path: CommandPath, now_ns: int) -> CommandPath:
+    def _start(self, command: ReceivedCommand, path: CommandPath, now_ns: int) -> CommandPath:
         try:
             path = command.path(path.at(now_ns), now_ns)
         except InputError as error:

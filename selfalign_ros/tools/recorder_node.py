@@ -6,19 +6,17 @@ It only listens. Exit code: 0 when the robot's inputs were recorded, 1 when one 
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 from rclpy.qos import DurabilityPolicy, HistoryPolicy, LivelinessPolicy, QoSProfile, ReliabilityPolicy
 from rosbags.interfaces import Qos, QosDurability, QosHistory, QosLiveliness, QosReliability, QosTime
 
+from selfalign_core.data.rosbag_file import ABOUT_CONTRACT, ABOUT_NAMESPACE
 from selfalign_core.errors import ConfigError
 from selfalign_ros.bridge.topics import Topic, graph_topics
 from selfalign_ros.life.tool_node import ToolNode, run_tool
 from selfalign_ros.tools.bag import BagWriter
-
-# In the bag's custom data: what a replay has to know of the recorded graph.
-ABOUT_CONTRACT = "selfalign contract"
-ABOUT_NAMESPACE = "selfalign namespace"
 
 
 class Recorder(ToolNode):
@@ -37,9 +35,7 @@ class Recorder(ToolNode):
         self._topics = graph_topics(self.contract)
         for topic in self._topics:
             self._counts[topic.name] = 0
-            self.create_subscription(
-                topic.type, topic.name, lambda data, topic=topic: self._on_message(topic, data), topic.qos, raw=True
-            )
+            self.create_subscription(topic.type, topic.name, partial(self._on_message, topic), topic.qos, raw=True)
         self.get_logger().info(f"recording {len(self._topics)} topics to {self._path}")
 
     def finish(self) -> int:

@@ -12,10 +12,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from selfalign_core.data.rosbag_file import BagFile
 from selfalign_core.errors import SelfAlignError
 from selfalign_ros.graph.declaration import REPLAY, GraphError
 from selfalign_ros.graph.supervisor import Supervisor, free_domain
-from selfalign_ros.tools.bag import Bag
 from selfalign_ros.tools.bringup import given_arguments, graph_parser
 from selfalign_ros.tools.replay_pair import run_pair
 
@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         against = {"params_file": options.against, "checkpoint": options.against_checkpoint}
         different = {name: value for name, value in against.items() if value}
         graph = REPLAY({"domain": str(free_domain())} | given)
-        with Bag(Path(str(graph.node("replay").parameters["bag"]))):
-            pass  # a bag that is none is found before any process is started
+        # A bag that is none is found before any process is started.
+        BagFile.completed(Path(str(graph.node("replay").parameters["bag"])))
         if different:
             return run_pair(given, different, Path(given.get("report") or COMPARISON))
         return Supervisor(graph).run()

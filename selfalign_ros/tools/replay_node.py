@@ -9,15 +9,13 @@ code: 0; 1 when a step failed or the comparison found a difference; 2 when the b
 from __future__ import annotations
 
 import array
-import hashlib
-import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rcl_interfaces.srv import GetParameters
 from rclpy.client import Client
 from rclpy.parameter import parameter_value_to_python
@@ -26,20 +24,19 @@ from rosgraph_msgs.msg import Clock
 
 from selfalign.msg import ActionChunk, AlignReport, EToken
 from selfalign.srv import Step
+from selfalign_core.data.rosbag_file import ABOUT_NAMESPACE, BagError, BagFile
 from selfalign_core.errors import ConfigError
-from selfalign_core.study import run_summary
+from selfalign_core.study.replay_report import first_difference, read_report, replay_report
+from selfalign_core.study.run_record import RunRecord
+from selfalign_core.study.run_summary import SEPARATOR, align_words
+from selfalign_core.study.statistics import finite
 from selfalign_ros.bridge import qos
-from selfalign_ros.bridge.conversions import NS_PER_S, to_ns, to_stamp
-from selfalign_ros.bridge.topics import Topic, camera_topics, graph_topics, header_stamp_ns
+from selfalign_ros.bridge.conversions import NS_PER_S, to_stamp
+from selfalign_ros.bridge.topics import Topic, camera_topics, graph_topics
 from selfalign_ros.life.parameters import load_specs
 from selfalign_ros.life.tool_node import ToolNode, check_report_path, run_tool, write_report
-from selfalign_ros.tools.bag import Bag, BagError, BagMessage
-from selfalign_ros.tools.recorder_node import ABOUT_NAMESPACE
 
-SCHEMA = "selfalign/replay"
-SCHEMA_VERSION = 4
 NODES = ("buffer", "policy", "aligner")  # the order of their steps
-COMPARED = ("chunks", "e_tokens", "aligns")
 # What must be in a bag; the prompt need not, it has a parameter that stands in for it.
 _OPTIONAL = ("prompt",)
 # Stamps and times of recording further apart than this are not of the same clock.
@@ -53,25 +50,21 @@ class ReplayError(RuntimeError):
 
 
 class Replay(ToolNode):
-    """See the module. ``chunks``, ``e_tokens`` and ``aligns`` are what the nodes produced, in order."""
+    """See the module. ``record`` is what the nodes said."""
 
     def __init__(self, cli_args: list[str] | None = None) -> None:
         super().__init__("replay", cli_args)
         if not self.parameters["bag"]:
             raise ConfigError("parameter bag: found nothing; expected the folder of a bag")
-        self._bag = Bag(Path(self.parameters["bag"]))
+        self._bag = BagFile.completed(Path(self.parameters["bag"]))
         if self.parameters["report"]:
             check_report_path(Path(self.parameters["report"]))
         self._earlier = read_report(Path(self.parameters["compare"])) if self.parameters["compare"] else None
         self._inputs = self._recorded_inputs()
-        self._first_ns, self._last_ns = self._bag.check(list(self._inputs))
+        self._types = {recorded: topic.type_name for recorded, topic in self._inputs.items()}
+        self._first_ns, self._last_ns = self._bag.span(self._types)
         self._check_clock()
-        self.chunks: list[dict[str, Any]] = []
-        self.e_tokens: list[dict[str, Any]] = []
-        self.aligns: list[dict[str, Any]] = []
-        # Measured, not computed: of no account when two replays are compared bit for bit.
-        self._inference_s: list[float] = []
-        self._align_s: list[float] = []
+        self.record = RunRecord(self.contract.name, self._first_ns, self._last_ns)
         self._node_parameters: dict[str, dict[str, Any]] = {}
         self._ticks = 0
         self._error = ""
@@ -84,9 +77,12 @@ class Replay(ToolNode):
         }
         self._published = dict.fromkeys(self._inputs, 0)
         self._clock_publisher = self.create_publisher(Clock, "/clock", 10)
-        self.create_subscription(ActionChunk, "action_chunk", self._on_chunk, qos.LOCKSTEP)
-        self.create_subscription(EToken, "e_token", self._on_e_token, qos.LOCKSTEP_LATCHED)
-        self.create_subscription(AlignReport, "align_report", self._on_align_report, qos.LOCKSTEP)
+        for kind, topic, profile in (
+            (ActionChunk, "action_chunk", qos.LOCKSTEP),
+            (EToken, "e_token", qos.LOCKSTEP_LATCHED),
+            (AlignReport, "align_report", qos.LOCKSTEP),
+        ):
+            self.create_subscription(kind, topic, partial(self.record.hear, topic, now_ns=0), profile)
         # After the subscriptions: discovery keeps this order, so a node that answers a call knows those too.
         self._steps = {name: self.create_client(Step, f"{name}/step") for name in NODES}
         self._handshakes = {name: self.create_client(GetParameters, f"{name}/get_parameters") for name in NODES}
@@ -96,7 +92,7 @@ class Replay(ToolNode):
     def _recorded_inputs(self) -> dict[str, Topic]:
         """The bag's name of every topic to publish. Raises ``BagError`` for one that is missing or of another type."""
         namespace = self._bag.about.get(ABOUT_NAMESPACE, "/").rstrip("/")
-        types, counts = self._bag.types, self._bag.counts
+        types, counts = self._bag.types, self._bag.message_counts()
         inputs: dict[str, Topic] = {}
         for topic in (topic for topic in graph_topics(self.contract) if topic.is_input):
             recorded = topic.name if topic.name.startswith("/") else f"{namespace}/{topic.name}"
@@ -119,16 +115,13 @@ class Replay(ToolNode):
     def _check_clock(self) -> None:
         cameras = [topic.name for topic in camera_topics(self.contract)]
         for recorded in (name for name, topic in self._inputs.items() if topic.name in cameras):
-            message = next(self._bag.messages([recorded]))
-            try:
-                stamp_ns = header_stamp_ns(message.data)
-            except ValueError as error:
-                raise BagError(f"bag {self._bag.path}, topic {recorded}: {error}") from None
-            if abs(message.time_ns - stamp_ns) > _CLOCK_TOLERANCE_NS:
+            _, received_ns, raw = next(self._bag.messages({recorded: self._types[recorded]}))
+            late_ns = received_ns - self._bag.header_stamp(recorded, raw)
+            if abs(late_ns) > _CLOCK_TOLERANCE_NS:
                 raise BagError(
-                    f"bag {self._bag.path}, topic {recorded}: found a header stamp "
-                    f"{(message.time_ns - stamp_ns) / NS_PER_S:.1f} s before its time of recording; expected one clock "
-                    "for both (record with use_sim_time if the robot was simulated)"
+                    f"bag {self._bag.path}, topic {recorded}: found a header stamp {late_ns / NS_PER_S:.1f} s before "
+                    "its time of recording; expected one clock for both (record with use_sim_time if the robot was "
+                    "simulated)"
                 )
 
     # --- playing ---
@@ -171,17 +164,19 @@ class Replay(ToolNode):
                     "(is a robot running in this domain?)"
                 )
         # The aligner's own token, said once when its model is loaded, belongs to the outputs.
-        self._wait(lambda: bool(self.e_tokens), deadline, lambda: "e_token: found none; expected the aligner's first")
+        self._wait(
+            lambda: bool(self.record.tokens), deadline, lambda: "e_token: found none; expected the aligner's first"
+        )
         self.get_logger().info(f"playing {self._bag.path}")
 
     def _play(self) -> None:
-        messages = self._bag.messages(list(self._inputs))
+        messages = self._bag.messages(self._types)
         pending = next(messages, None)
         now_ns, shown = self._first_ns, time.monotonic()
         while pending is not None:
             now_ns += self.contract.dt_ns
-            while pending is not None and pending.time_ns <= now_ns:
-                self._publish(pending)
+            while pending is not None and pending[1] <= now_ns:
+                self._publish(*pending)
                 pending = next(messages, None)
             self._step_all(now_ns)
             self._ticks += 1
@@ -191,9 +186,9 @@ class Replay(ToolNode):
                 shown = time.monotonic()
                 print(self._progress(now_ns), flush=True)
 
-    def _publish(self, message: BagMessage) -> None:
-        self._input_publishers[message.topic].publish(message.data)
-        self._published[message.topic] += 1
+    def _publish(self, recorded: str, _: int, raw: bytes) -> None:
+        self._input_publishers[recorded].publish(bytes(raw))
+        self._published[recorded] += 1
 
     def _step_all(self, now_ns: int) -> None:
         stamp = to_stamp(now_ns)
@@ -204,22 +199,26 @@ class Replay(ToolNode):
             counts=array.array("Q", self._published.values()),
         )
         for name in NODES:
-            request.e_token_version = self.aligns[-1]["version_after"] if self.aligns else 0
-            deadline = time.monotonic() + self.parameters["step_timeout"]
-            outputs = {"policy": self.chunks, "aligner": self.aligns}.get(name, [])
-            before = len(outputs)
-            response = self._call(self._steps[name], request, deadline, f"{name}/step at {now_ns} ns")
-            if not response.success:
-                raise ReplayError(f"{name}/step at {now_ns} ns: {response.message}")
-            if response.acted:
-                self._wait(
-                    lambda outputs=outputs, before=before: len(outputs) > before and self._has_last_token(),
-                    deadline,
-                    lambda name=name: f"{name}/step at {now_ns} ns: found no output; expected what it says it made",
-                )
+            self._step(name, request, f"{name}/step at {now_ns} ns")
+
+    def _step(self, name: str, request: Any, what: str) -> None:
+        outputs: dict[str, Sequence[object]] = {"policy": self.record.chunks, "aligner": self.record.rounds}
+        made, deadline = outputs.get(name, ()), time.monotonic() + self.parameters["step_timeout"]
+        before = len(made)
+        request.e_token_version = self._last_version
+        response = self._call(self._steps[name], request, deadline, what)
+        if not response.success:
+            raise ReplayError(f"{what}: {response.message}")
+        if response.acted:
+            lacking = f"{what}: found no output; expected what it says it made"
+            self._wait(lambda: len(made) > before and self._has_last_token(), deadline, lambda: lacking)
+
+    @property
+    def _last_version(self) -> int:
+        return self.record.rounds[-1].version_after if self.record.rounds else 0
 
     def _has_last_token(self) -> bool:
-        return not self.aligns or self.e_tokens[-1]["version"] >= self.aligns[-1]["version_after"]
+        return self.record.tokens[-1].version >= self._last_version
 
     def _wait(self, condition: Callable[[], bool], deadline: float, problem: Callable[[], str]) -> None:
         while not condition():
@@ -234,85 +233,21 @@ class Replay(ToolNode):
         self._wait(future.done, deadline, lambda: f"{what}: found no answer")
         return future.result()
 
-    # --- what the nodes produce ---
-
-    def _on_chunk(self, message: ActionChunk) -> None:
-        self.chunks.append(
-            {
-                "stamp_ns": to_ns(message.header.stamp),
-                "e_token_version": message.e_token_version,
-                "shape": [message.horizon, message.dim],
-                "sha256": _digest(message.data),
-                "actions": np.reshape(message.data, (message.horizon, message.dim)).tolist(),
-            }
-        )
-        self._inference_s.append(message.inference_duration)
-
-    def _on_e_token(self, message: EToken) -> None:
-        self.e_tokens.append(
-            {
-                "version": message.version,
-                "sha256": _digest(message.data),
-                "model_digest": message.model_digest,
-                "shape": list(map(int, message.shape)),
-                "data": message.data.tolist(),
-            }
-        )
-
-    def _on_align_report(self, message: AlignReport) -> None:
-        losses = {
-            name: {loss: getattr(getattr(message, name), loss) for loss in run_summary.LOSSES}
-            for name in run_summary.SETS
-        }
-        self.aligns.append(
-            {
-                "stamp_ns": to_ns(message.header.stamp),
-                "version_before": message.version_before,
-                "version_after": message.version_after,
-                "state": message.state,
-                "text": message.text,
-                "returned": message.returned,
-                "attempted": message.attempted,
-                "accepted": message.accepted,
-                "start": message.start,
-                "steps": message.steps,
-                "difference_mean": message.difference_mean,
-                "difference_stderr": message.difference_stderr,
-                "drift": message.drift,
-                "e_token_norm": message.e_token_norm,
-                "losses": losses,
-            }
-        )
-        self._align_s.append(message.attempt_duration if message.attempted else message.duration)
-
     # --- the outcome ---
 
     def finish(self) -> int:
         if self._error:
             self.get_logger().error(f"replay stopped: {self._error}")
-        elif not self.chunks:
+        elif not self.record.chunks:
             self._error = "no action chunk was made"
             self.get_logger().error(f"replay: {self._error} in {self._ticks} steps")
-        report = run_summary.finite(
-            {
-                "schema": SCHEMA,
-                "version": SCHEMA_VERSION,
-                "ok": not self._error,
-                "reason": self._error,
-                "bag": str(self._bag.path),
-                "contract": self.contract.name,
-                "joints": [{"name": joint.name, "unit": joint.unit} for joint in self.contract.joints],
-                "dt_ns": self.contract.dt_ns,
-                "start_ns": self._first_ns,
-                "end_ns": self._last_ns,
-                "parameters": self._node_parameters,
-                "ticks": self._ticks,
-                "chunks": self.chunks,
-                "e_tokens": self.e_tokens,
-                "aligns": self.aligns,
-                "measured": {"inference_s": self._inference_s, "align_s": self._align_s},
-            }
-        )
+        joints = [{"name": joint.name, "unit": joint.unit} for joint in self.contract.joints]
+        report = finite(
+            replay_report(
+                self.record, self._error, bag=str(self._bag.path), joints=joints, dt_ns=self.contract.dt_ns,
+                parameters=self._node_parameters, ticks=self._ticks,
+            )
+        )  # fmt: skip
         if self.parameters["report"]:
             write_report(Path(self.parameters["report"]), report)
         print(self._progress(self._last_ns), flush=True)
@@ -327,40 +262,8 @@ class Replay(ToolNode):
 
     def _progress(self, now_ns: int) -> str:
         played, length = ((ns - self._first_ns) / NS_PER_S for ns in (min(now_ns, self._last_ns), self._last_ns))
-        accepted, attempts = (sum(call[name] for call in self.aligns) for name in ("accepted", "attempted"))
-        version = self.e_tokens[-1]["version"] if self.e_tokens else "none"
-        return (
-            f"{played:.0f}/{length:.0f} s of the bag  ·  {len(self.chunks)} chunks  ·  {attempts} align attempts "
-            f"({accepted} accepted)  ·  E-Token v{version}"
-        )
-
-
-def first_difference(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> str:
-    """Where two replay reports first differ in what the nodes produced; "" if they do not."""
-    for name in COMPARED:
-        for index, (one, other) in enumerate(zip(earlier[name], later[name], strict=False)):
-            if one != other:
-                keys = [key for key in one if one[key] != other.get(key)]
-                return f"{name}[{index}].{keys[0]}: found {other.get(keys[0])}; expected {one[keys[0]]}"
-        if len(earlier[name]) != len(later[name]):
-            return f"{name}: found {len(later[name])} of them; expected {len(earlier[name])}"
-    return ""
-
-
-def read_report(path: Path) -> dict[str, Any]:
-    """The report of an earlier replay. Raises ``ConfigError`` if the file holds none of this version."""
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"replay report {path}: found {error}; expected a report to compare with") from None
-    kind = (report.get("schema"), report.get("version")) if isinstance(report, dict) else None
-    if kind != (SCHEMA, SCHEMA_VERSION):
-        raise ConfigError(f"replay report {path}: found {kind}; expected {(SCHEMA, SCHEMA_VERSION)}")
-    return report
-
-
-def _digest(values: array.array) -> str:
-    return hashlib.sha256(values.tobytes()).hexdigest()
+        words = f"{played:.0f}/{length:.0f} s of the bag", f"{len(self.record.chunks)} chunks", align_words(self.record)
+        return SEPARATOR.join(words)
 
 
 def main(args: list[str] | None = None) -> int:

@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from selfalign_core.data.rosbag_file import ABOUT_NAMESPACE, BagFile
 from selfalign_core.errors import SelfAlignError
 from selfalign_core.robot.contract import RobotContract
 from selfalign_core.robot.types import EToken
-from selfalign_core.study.run_summary import finite
 from selfalign_ros.graph.declaration import REPLAY, Graph, GraphError
 from selfalign_ros.graph.supervisor import Supervisor, free_domain
 from selfalign_ros.life.resources import checkpoint_folder, config_file
-from selfalign_ros.tools.bag import Bag
 
 RUNS = ("first", "second")
 
@@ -62,17 +61,15 @@ def _labels(given: Mapping[str, str], different: Mapping[str, str]) -> list[str]
 def _compare(paths: list[Path], labels: list[str], path: Path) -> None:
     # Late: torch takes seconds to import, and the replays need the processors before.
     from selfalign_core.study import replay_comparison, replay_picture
-    from selfalign_ros.life.tool_node import write_report, writing_report
-    from selfalign_ros.tools.replay_node import read_report
+    from selfalign_core.study.replay_report import read_report
+    from selfalign_ros.life.tool_node import write_pictured
 
     reports = [read_report(each) for each in paths]
     scores = [_scores(report) for report in reports]
-    comparison = finite(replay_comparison.compare(reports, scores, labels))
-    write_report(path, comparison)
-    picture = path.with_suffix(".png")
-    with writing_report(picture):
-        replay_picture.draw(comparison, picture)
-    print(f"\n{replay_comparison.table(comparison)}\n\nwritten to {path} and {picture.name}", flush=True)
+    comparison = replay_comparison.compare(reports, scores, labels)
+    write_pictured(path, comparison, replay_picture.draw)
+    words = f"written to {path} and {path.with_suffix('.png').name}"
+    print(f"\n{replay_comparison.table(comparison)}\n\n{words}", flush=True)
 
 
 def _scores(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,7 +77,6 @@ def _scores(report: Mapping[str, Any]) -> dict[str, Any]:
     from selfalign_core.alignment.trusted import Trusted
     from selfalign_core.policy import Policy
     from selfalign_core.study.bag_losses import score_change, transitions_of_bag
-    from selfalign_ros.tools.recorder_node import ABOUT_NAMESPACE
 
     parameters, bag = report["parameters"]["aligner"], Path(report["bag"])
     contract = RobotContract.from_yaml(config_file(parameters["contract"]))
@@ -91,8 +87,7 @@ def _scores(report: Mapping[str, Any]) -> dict[str, Any]:
     scores: dict[str, Any] = {"spread": Trusted.of(policy).spread}
     before, after = (_token(report["e_tokens"][index], contract.embodiment) for index in (0, -1))
     try:
-        with Bag(bag) as opened:
-            namespace = opened.about.get(ABOUT_NAMESPACE, "/")
+        namespace = BagFile(bag).about.get(ABOUT_NAMESPACE, "/")
         batch = transitions_of_bag(bag, contract, policy, namespace=namespace)
         scores |= score_change(policy, batch, before, after, prompt=parameters["prompt"])
     except SelfAlignError as error:

@@ -84,23 +84,6 @@ def _add_profile(profiles: ET.Element, node: NodeProcess, interface: NodeInterfa
                 ET.SubElement(allowed, group.removesuffix("s")).text = entry
 
 
-def from_xml(text: str) -> dict[str, NodeInterface]:
-    """The interfaces that ``to_xml`` wrote, by the nodes' full names."""
-
-    def names(profile: ET.Element, group: str, access: str) -> tuple[str, ...]:
-        return tuple(entry.text or "" for entry in profile.findall(f"{group}[@{access}='ALLOW']/*"))
-
-    return {
-        f"{profile.get('ns', '').rstrip('/')}/{profile.get('node')}": NodeInterface(
-            names(profile, "topics", "publish"),
-            names(profile, "topics", "subscribe"),
-            names(profile, "services", "reply"),
-            names(profile, "services", "request"),
-        )
-        for profile in ET.fromstring(text).iter("profile")
-    }
-
-
 class Observer(Node):
     """Sees what nodes there are, and which of them are active."""
 

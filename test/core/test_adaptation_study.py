@@ -12,15 +12,15 @@ import torch
 import yaml
 from small_models import small_model
 
+from benchmarks.harness import Cache, share_over_bodies
 from benchmarks.studies.adaptation import long_run, own_policy, right, seeds, shifts, study, summary
 from benchmarks.studies.adaptation.__main__ import main
 from benchmarks.studies.adaptation.arms import ARMS, EXPERT, FULL, MEAN, NEAREST, OURS, UNALIGNED, Found, find_token
 from benchmarks.studies.adaptation.expert_fit import ExpertFit, fit_token
 from benchmarks.studies.adaptation.lab import DT_NS, Lab, transitions
 from benchmarks.studies.adaptation.long_run import LongRun
-from benchmarks.studies.adaptation.measure import Measure, close_environments
+from benchmarks.studies.adaptation.measure import Measure
 from benchmarks.studies.adaptation.settings import FAMILIES, Settings, contract_for, draw_body
-from benchmarks.studies.adaptation.work import Cache, policy_of
 from selfalign_core.alignment import SelfAligner, StageReport
 from selfalign_core.alignment.config import AlignConfig, Collect, Guard, Identify, Refine
 from selfalign_core.alignment.motion_wanted import Belief, MotionWanted
@@ -31,6 +31,7 @@ from selfalign_core.policy.tokenizer import word_tokenizer
 from selfalign_core.policy.transforms import NormStats
 from selfalign_core.robot.calibration import CalibrationConfig
 from selfalign_core.sim import JOINTS, TARGET_NAMES, BodyConfig, BodyRanges, prompt_for
+from selfalign_core.study.processes import close_environments, policy_of, run_tasks
 
 QUICK = AlignConfig(
     collect=Collect(fit_count=4, guard_count=4, min_command=0.0, min_motion=0.0),
@@ -174,7 +175,7 @@ def test_a_policy_of_a_bodys_own_is_trained_once_and_measured_as_it_is(checkpoin
     assert list(own_policy.train_all([task], 1)) == [(name, path)]
     assert (tmp_path / "own" / name / "run" / "log.jsonl").read_text() == written
     [with_own] = study.with_trained(
-        [study.BodyTask(checkpoint, str(tmp_path), body, (UNALIGNED,), SETTINGS)], (), {name: path}
+        [study.BodyTask(checkpoint, str(tmp_path), SETTINGS, body, (UNALIGNED,))], (), {name: path}
     )
     arms = study.run_body(with_own)["arms"]
     assert arms["own_policy"]["action_error"] != arms[UNALIGNED]["action_error"]
@@ -187,7 +188,7 @@ def test_a_policy_of_a_bodys_own_is_trained_once_and_measured_as_it_is(checkpoin
 
 def test_an_interrupted_study_goes_on_where_it_was(checkpoint, tmp_path, monkeypatch) -> None:
     body = SETTINGS.unseen("all", "inside")[0]
-    task = study.BodyTask(checkpoint, str(tmp_path), body, (UNALIGNED, MEAN), SETTINGS)
+    task = study.BodyTask(checkpoint, str(tmp_path), SETTINGS, body, (UNALIGNED, MEAN))
     first, asked = study.run_body(task), []
 
     def counted(arm, lab):
@@ -252,7 +253,7 @@ def test_a_long_run_forgets_what_a_lost_policy_did_before_the_motion(lab, monkey
 
 def test_a_robot_that_is_right_meets_every_opportunity(checkpoint, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(right, "EPISODES", 2)
-    [run] = right.results(right.plan(checkpoint, str(tmp_path), 1, 2, SETTINGS), 1)
+    [run] = run_tasks(right.run_right, right.plan(checkpoint, str(tmp_path), SETTINGS, 1, 2), 1)
     assert len(run["attempts"]) == 2
     figures = summary.right_figures([run])
     assert figures["opportunities"] == 2
@@ -282,7 +283,7 @@ def test_worse_means_by_more_than_a_standard_error() -> None:
 
 
 def test_bodies_that_all_succeed_still_leave_doubt() -> None:
-    found = summary.success_interval([[True, True]] * 8)
+    found = share_over_bodies([[True, True]] * 8)
     assert found["mean"] == found["high"] == 1.0
     assert 0.7 < found["low"] < 0.9
 

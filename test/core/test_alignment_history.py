@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from selfalign_core.alignment.history import Accepted, History
 from selfalign_core.errors import CheckpointError, InputError
-from selfalign_core.policy.token_files import E_TOKEN_PARAMETER, load_e_token, load_e_token_losses, save_e_token
+from selfalign_core.policy.token_files import E_TOKEN_PARAMETER, load_e_token, save_e_token
 from selfalign_core.robot.types import EToken
 
 FIRST = EToken(np.full((2, 4), 0.5, np.float32), 3, "arm", "a" * 64)
@@ -81,7 +82,8 @@ def test_the_file_is_an_e_token_file(tmp_path: Path) -> None:
     token = load_e_token(path, model_digest=FIRST.model_digest, shape=(2, 4))
     assert (token.version, token.embodiment) == (5, "arm")
     assert token.data.tobytes() == made.token.data.tobytes()
-    assert load_e_token_losses(path) == {"total": 1.5}
+    with safe_open(path, framework="pt") as file:
+        assert json.loads(file.metadata()["losses"]) == {"total": 1.5}
 
 
 @pytest.mark.parametrize(

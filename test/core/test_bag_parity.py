@@ -214,7 +214,7 @@ class Nodes:
         self.seen.frames[-1][selection.stamp_ns] = (state.tobytes(), stacked.tobytes())
 
     def keep(self) -> None:
-        _, every = self.buffer.sample(0, self.buffer.num_transitions, seed=0)
+        every = self.buffer.newest(self.buffer.num_transitions, since_ns=0, stride=0)
         self.seen.transitions.extend(told(every))
 
 

@@ -14,10 +14,10 @@ import pytest
 import yaml
 from training_runs import SMALL_MODEL, train, trainer, values, write_dataset
 
-from benchmarks.report import interval, print_table, write_json
+from benchmarks.harness import interval, print_table, share_over_bodies, write_json
 from benchmarks.speed import train_step
 from benchmarks.studies import ablations, handover, held_out
-from benchmarks.studies.scores import Scorer, draw, halves
+from benchmarks.studies.scores import RecordedLosses, draw, halves
 from selfalign_core.data.dataset import TransitionDataset
 from selfalign_core.data.loader import Batch, Loader
 from selfalign_core.errors import ConfigError, InputError
@@ -127,7 +127,7 @@ def told_apart(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_token_picked_for_a_known_body_is_its_own(told_apart: Path) -> None:
     dataset = TransitionDataset(told_apart / "set")
     policy = Policy.from_checkpoint(told_apart / "run/policy", dt=0.05)
-    scorer = Scorer(policy, dataset)
+    scorer = RecordedLosses(policy, dataset)
     for place, body in enumerate(dataset.meta.embodiments):
         pick, scored = halves(dataset, body)
         assert not set(pick) & set(scored)
@@ -142,7 +142,7 @@ def test_the_token_picked_for_a_known_body_is_its_own(told_apart: Path) -> None:
 def test_a_policy_that_does_not_fit_the_recordings_is_refused(told_apart: Path, unseen: Path) -> None:
     policy = Policy.from_checkpoint(told_apart / "run/policy", dt=0.05)
     with pytest.raises(ConfigError, match="expected the policy's"):
-        Scorer(policy, TransitionDataset(unseen))
+        RecordedLosses(policy, TransitionDataset(unseen))
     with pytest.raises(InputError, match="expected at least two"):
         halves(TransitionDataset(write_dataset(told_apart / "short", episodes=1)), "arm a")
 
@@ -305,15 +305,15 @@ def test_training_that_was_killed_goes_on(
 
 def test_success_is_counted_in_closed_loop_with_the_token_given(study: tuple[Path, list[str]], unseen: Path) -> None:
     policy = Policy.from_checkpoint(study[0] / "out/bank/policy", dt=0.05)
-    scorer = Scorer(policy, TransitionDataset(unseen))
+    scorer = RecordedLosses(policy, TransitionDataset(unseen))
     found = ablations.success(scorer, ablations.BodyConfig(), scorer.row("nominal"), 2)
     assert found == [False, False]  # four steps of training do not reach anything
 
 
 def test_shares_of_bodies_that_are_all_alike_keep_an_interval() -> None:
-    found = ablations._share_of_bodies([[False] * 5] * 4)
+    found = share_over_bodies([[False] * 5] * 4)
     assert found["mean"] == 0.0 and found["low"] == 0.0 and 0.05 < found["high"] < 0.3
-    spread = ablations._share_of_bodies([[True] * 5, [False] * 5, [True] * 5, [False] * 5])
+    spread = share_over_bodies([[True] * 5, [False] * 5, [True] * 5, [False] * 5])
     assert spread["low"] == 0.0 and spread["high"] == 1.0  # four bodies, not twenty episodes
 
 

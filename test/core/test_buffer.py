@@ -55,8 +55,7 @@ def filled(frames: int = 20, **options) -> TransitionBuffer:
 
 def everything(buffer: TransitionBuffer) -> TransitionBatch:
     """All transitions, oldest first."""
-    _, holdout = buffer.sample(0, buffer.num_transitions, seed=0)
-    return holdout
+    return buffer.newest(buffer.num_transitions, since_ns=-(10**18), stride=0)
 
 
 # ---------------------------------------------------------------- against the reference
@@ -148,45 +147,32 @@ def test_random_messages_give_the_reference_transitions(
         np.testing.assert_array_equal(batch.actions[row, :, 0], actions)
 
 
-@given(messages, st.integers(0, 5), st.integers(0, 5), st.integers(0, 3))
-def test_samples_are_reproducible_disjoint_in_time_and_hold_each_frame_once(
-    sequence: list[tuple[str, int]], fit_size: int, holdout_size: int, seed: int
+@given(messages, st.integers(1, 5), st.integers(0, 3))
+def test_a_batch_follows_from_the_content_alone_and_holds_each_frame_once(
+    sequence: list[tuple[str, int]], count: int, seed: int
 ) -> None:
     buffer, shuffled = make(capacity=20), make(capacity=20)
-    for i in range(8):  # enough to sample from
+    for i in range(8):  # enough to choose from
         sequence = [*sequence, ("frame", 16 * DT + i * DT), ("action", 16 * DT + i * DT)]
     for kind, stamp in sequence:
         (put_frame if kind == "frame" else put_action)(buffer, stamp)
-    assume(buffer.num_transitions > holdout_size + 2)
-    fit, holdout = buffer.sample(fit_size, holdout_size, seed=seed)
-    assert len(holdout) == holdout_size
-    assert len(fit) <= fit_size
-    assert len(fit) > 0 or fit_size == 0
-    for batch in (fit, holdout):
-        assert len(np.unique(batch.frame_stamps)) == len(batch.frame_stamps)
-        used = np.unique(np.concatenate([batch.obs_index, batch.next_index]))
-        np.testing.assert_array_equal(used, np.arange(len(batch.frames)))
-        starts = batch.frame_stamps[batch.obs_index]
-        assert len(np.unique(starts)) == len(batch)  # without replacement
-        assert (batch.frame_stamps[batch.next_index] > starts).all()
-    if len(fit) and len(holdout):
-        assert fit.frame_stamps.max() <= holdout.frame_stamps[holdout.obs_index].min()
-    if holdout_size:
-        newest = everything(buffer)
-        np.testing.assert_array_equal(
-            holdout.frame_stamps[holdout.obs_index], newest.frame_stamps[newest.obs_index][-holdout_size:]
-        )
-    again = buffer.sample(fit_size, holdout_size, seed=seed)
+    assume(buffer.num_transitions > count)
+    batch = buffer.newest(count, since_ns=-(10**18), stride=0)
+    assert len(batch) == count
+    assert len(np.unique(batch.frame_stamps)) == len(batch.frame_stamps)
+    used = np.unique(np.concatenate([batch.obs_index, batch.next_index]))
+    np.testing.assert_array_equal(used, np.arange(len(batch.frames)))
+    starts = batch.frame_stamps[batch.obs_index]
+    assert (np.diff(starts) > 0).all() and (batch.frame_stamps[batch.next_index] > starts).all()
+    np.testing.assert_array_equal(starts, begins(everything(buffer))[-count:])
     # The same content, filled in another order.
-    order = np.random.default_rng(seed).permutation(len(buffer._stamps))
-    for i in order:
+    for i in np.random.default_rng(seed).permutation(len(buffer._stamps)):
         put_frame(shuffled, buffer._stamps[i])
     for stamp, action in zip(buffer._action_stamps, buffer._actions, strict=True):
         shuffled.add_action(stamp, action)
-    for other in (again, shuffled.sample(fit_size, holdout_size, seed=seed)):
-        for a, b in zip((fit, holdout), other, strict=True):
-            for field in dataclasses.fields(a):
-                np.testing.assert_array_equal(getattr(a, field.name), getattr(b, field.name))
+    other = shuffled.newest(count, since_ns=-(10**18), stride=0)
+    for field in dataclasses.fields(batch):
+        np.testing.assert_array_equal(getattr(batch, field.name), getattr(other, field.name))
 
 
 # ---------------------------------------------------------------- case by case
@@ -306,25 +292,6 @@ def test_clear_forgets_everything() -> None:
     assert (buffer.num_frames, buffer.num_transitions) == (0, 0)
     put_frame(buffer, 0)  # earlier stamps are welcome again
     assert buffer.num_frames == 1
-
-
-def test_samples_differ_by_seed_and_follow_time() -> None:
-    buffer = filled(40)
-    draws = [buffer.sample(8, 4, seed=seed)[0] for seed in range(5)]
-    assert len({tuple(d.frame_stamps) for d in draws}) > 1
-    for fit in draws:
-        starts = fit.frame_stamps[fit.obs_index]
-        assert (np.diff(starts) > 0).all()
-
-
-def test_too_few_transitions_are_counted_in_the_error() -> None:
-    buffer = filled(6)
-    with pytest.raises(InputError, match=r"found 4 transitions over 6 frames \(0 end before the newest 4\)"):
-        buffer.sample(1, 4, seed=0)
-    with pytest.raises(InputError, match="found 0 transitions over 0 frames"):
-        make().sample(0, 1, seed=0)
-    fit, holdout = filled(20).sample(100, 4, seed=0)  # fewer than asked for is fine
-    assert (len(fit), len(holdout)) == (20 - 2 - 4 - 1, 4)
 
 
 def begins(batch: TransitionBatch) -> list[int]:

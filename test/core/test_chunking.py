@@ -183,7 +183,7 @@ def test_the_correction_is_the_jacobian_of_the_whole_denoised_chunk() -> None:
     model = small_model()
     dim = model.config.action_dim
     matrix = torch.randn(dim, dim, generator=torch.Generator().manual_seed(0)) / 4
-    model.denoise_step = lambda prefix, state, x_t, times, token=None: x_t @ matrix
+    model.predict_velocity = lambda prefix, state, x_t, times, token=None: x_t @ matrix
     inputs, (target, noise, _) = random_inputs(model.config), random_actions(model.config)
     guided = model.sample_actions(inputs, noise, num_steps=1, guidance=Guidance(target, torch.ones(1)))
     jacobian = torch.eye(dim) - matrix

@@ -31,7 +31,7 @@ def codec_of(pi05: bool, mode: str = "quantile", mask: tuple[bool, ...] = (True,
     rng = np.random.default_rng(0)
     low = rng.uniform(-3, 0, 3)
     stats = {
-        name: NormStats(low + shift, np.array([0.5, 2.0, 1e-9]), low, low + [1.0, 0.1, 3.0])
+        name: NormStats(low + shift, np.array([0.5, 2.0, 1e-9]), low, low + np.array([1.0, 0.1, 3.0]))
         for name, shift in (("state", 0.3), ("actions", 0.1))
     }
     bins = (*map(str, range(-1, 257)), *(f"{i};\naction:" for i in range(-1, 257)), "task:", "state:")

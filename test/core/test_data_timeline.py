@@ -91,7 +91,6 @@ def test_transitions_go_over_no_hole(tmp_path: Path) -> None:
     found = write(tmp_path / "set", episode())
     assert found.starts(1).tolist() == [0, 1, 3]
     assert found.starts(2).tolist() == [0]
-    assert found.starts(2, tails=True).tolist() == [0, 1, 2, 3, 4]
     batch = found.transitions(found.starts(2), 2)
     assert batch.frame_stamps.tolist() == [1003, 1104]
     np.testing.assert_array_equal(batch.actions[0, :, 0], [990, 1041])
@@ -104,12 +103,9 @@ def test_a_transition_may_go_over_a_frame_that_is_missing(tmp_path: Path) -> Non
     np.testing.assert_array_equal(batch.actions[0, :, 0], [1000, 1050])
 
 
-@pytest.mark.parametrize("tails", [False, True])
-def test_a_sample_has_the_actions_that_were_in_force_and_masks_where_there_was_none(
-    tmp_path: Path, tails: bool
-) -> None:
+def test_a_sample_has_the_actions_that_were_in_force_and_masks_where_there_was_none(tmp_path: Path) -> None:
     found = write(tmp_path / "set", episode(), episode([2000, 2051, 2103], [1999, 2050, 2101], prompt=None))
-    loader = Loader(found, batch_size=len(found.starts(1, tails=tails)), chunk=6, transition=1, tails=tails)
+    loader = Loader(found, batch_size=len(found.starts(1)), chunk=6, transition=1)
     batch = loader.batch(0)
     row = {int(index): place for place, index in enumerate(batch.index)}
     first, fourth = row[0], row[3]
@@ -122,9 +118,6 @@ def test_a_sample_has_the_actions_that_were_in_force_and_masks_where_there_was_n
     assert not batch.action_masks[row[5]].any() and batch.executed_masks[row[5]].all()  # play
     np.testing.assert_array_equal(batch.next_index[[first, fourth]], [1, 4])
     assert (found.episode_of[batch.index] == found.episode_of[batch.next_index]).all()
-    if tails:
-        assert batch.next_index[row[2]] == 2  # 1104 is nearer to 1154 than 1301
-        assert batch.executed_masks[:, 0].all()
 
 
 def test_statistics_are_of_the_actions_that_were_in_force(tmp_path: Path) -> None:

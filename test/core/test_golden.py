@@ -120,7 +120,7 @@ def computed(case: str, file: str) -> dict[str, Tensor]:
         hook = model.paligemma_with_expert.gemma_expert.model.register_forward_pre_hook(
             lambda _, args, kwargs: seen.update(position_ids=args[1], mask=args[2]), with_kwargs=True
         )
-        out["denoise_v_t"] = model.denoise_step(model.prefix(inputs), inputs.state, x_t, time)
+        out["denoise_v_t"] = model.predict_velocity(model.prefix(inputs), inputs.state, x_t, time)
         hook.remove()
         out["denoise_position_ids"], out["suffix_rows"] = seen["position_ids"], seen["mask"]
 
@@ -141,15 +141,15 @@ def computed(case: str, file: str) -> dict[str, Tensor]:
         xs, vs, times = [], [], []
 
         def recording(prefix, state, x, t, xs=xs, vs=vs, times=times, **options):
-            v = Pi0.denoise_step(model, prefix, state, x, t, **options)
+            v = Pi0.predict_velocity(model, prefix, state, x, t, **options)
             xs.append(x), vs.append(v), times.append(t[0])
             return v
 
-        model.denoise_step = recording
+        model.predict_velocity = recording
         try:
             out[f"sample_actions_{steps}"] = model.sample_actions(inputs, noise, num_steps=steps)
         finally:
-            del model.denoise_step
+            del model.predict_velocity
         out[f"sample_x_{steps}"], out[f"sample_v_{steps}"] = torch.stack(xs), torch.stack(vs)
         out[f"sample_times_{steps}"] = torch.stack(times)
     return out

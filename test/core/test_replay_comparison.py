@@ -14,8 +14,9 @@ from small_models import random_batch, small_policy
 from selfalign_core.alignment.scoring import Scorer
 from selfalign_core.errors import InputError
 from selfalign_core.robot.types import EToken
-from selfalign_core.study.bag_losses import LOSSES, score_change
+from selfalign_core.study.bag_losses import score_change
 from selfalign_core.study.replay_comparison import compare, table
+from selfalign_core.study.run_record import TASKS
 
 NS = 10**9
 DT_NS = NS // 10
@@ -25,7 +26,7 @@ LABELS = ("a.yaml", "b.yaml")
 
 def losses(value: float) -> dict[str, dict[str, float]]:
     sets = ("fit_before", "fit_after", "guard_before", "guard_after")
-    return {name: dict.fromkeys((*LOSSES, "total"), value) for name in sets}
+    return {name: dict.fromkeys((*TASKS, "total"), value) for name in sets}
 
 
 def call(t: float, **values: Any) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def aligned() -> dict[str, Any]:
 
 def scores(spread: float = 0.5) -> dict[str, Any]:
     measured = {"before": 0.4, "after": 0.3, "difference": -0.1, "stderr": 0.01}
-    return {"spread": spread, "transitions": 12, "losses": dict.fromkeys(LOSSES, measured)}
+    return {"spread": spread, "transitions": 12, "losses": dict.fromkeys(TASKS, measured)}
 
 
 def test_a_comparison_says_how_chunks_attempts_and_tokens_differ() -> None:
@@ -168,7 +169,7 @@ def test_losses_before_and_after_are_those_of_the_scorer_under_common_noise() ->
     assert found["transitions"] == 6 and json.dumps(found)
     scorer = Scorer(policy, (1.0, 1.0, 1.0))
     summary = scorer.summary(scorer.prepare(batch), torch.from_numpy(moved.data), 16, 0)
-    for loss in LOSSES:
+    for loss in TASKS:
         values = found["losses"][loss]
         assert values["after"] == pytest.approx(getattr(summary, loss), rel=1e-5)
         assert values["difference"] == pytest.approx(values["after"] - values["before"])

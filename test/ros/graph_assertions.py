@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import yaml
 from graph_fixtures import GraphRun
 from node_testing import ROOT, Probe, wait_for
+
+from selfalign_ros.tools.security_policy import NodeInterface
 
 QUICK_ALIGNER = {
     "niceness": 0,
@@ -133,3 +136,20 @@ def assert_aligner_may_die(probe: Probe, kill: Callable[[], Any], wait_for_resta
     reports = len(probe.messages["align_report"])
     wait_for(lambda: len(probe.messages["align_report"]) > reports, "a round of the new aligner")
     assert probe.messages["align_report"][-1].version_before >= version  # it continued from the token in use
+
+
+def from_xml(text: str) -> dict[str, NodeInterface]:
+    """The interfaces that a security policy of ``to_xml`` holds, by the nodes' full names."""
+
+    def names(profile: ET.Element, group: str, access: str) -> tuple[str, ...]:
+        return tuple(entry.text or "" for entry in profile.findall(f"{group}[@{access}='ALLOW']/*"))
+
+    return {
+        f"{profile.get('ns', '').rstrip('/')}/{profile.get('node')}": NodeInterface(
+            names(profile, "topics", "publish"),
+            names(profile, "topics", "subscribe"),
+            names(profile, "services", "reply"),
+            names(profile, "services", "request"),
+        )
+        for profile in ET.fromstring(text).iter("profile")
+    }

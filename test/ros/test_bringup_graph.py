@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from graph_assertions import from_xml
 
 from selfalign_ros.graph.declaration import BRINGUP, RECORD, REPLAY, Graph, GraphDeclaration, GraphError, NodeProcess
 from selfalign_ros.graph.supervisor import default_command
 from selfalign_ros.life.resources import config_file
 from selfalign_ros.tools.bringup import given_arguments, graph_parser
-from selfalign_ros.tools.security_policy import NodeInterface, from_xml, to_xml
+from selfalign_ros.tools.security_policy import NodeInterface, to_xml
 
 ROOT = Path(__file__).parents[2]
 # Enough to assemble each graph with everything in it.

@@ -5,63 +5,62 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from selfalign_core.study.run_picture import draw
-from selfalign_core.study.run_summary import (
-    LOSSES,
-    SETS,
-    AlignRecord,
-    ChunkRecord,
-    RunRecords,
-    StatusRecord,
-    TokenRecord,
-    finite,
-    frame_counts,
-    progress_line,
-    split_by_align,
-    statistics,
-    summarise,
-)
+from selfalign_core.study.run_record import LOSSES, SETS, AlignRound, Chunk, RunRecord, Status, Token
+from selfalign_core.study.run_summary import frame_counts, progress_line, split_by_align, summarise
+from selfalign_core.study.statistics import finite, statistics
 
 
-def chunk(stamp: float, latency: float = 0.02, age: float = 0.01, version: int = 0) -> ChunkRecord:
-    return ChunkRecord(stamp, age, latency, version, horizon=16, dim=7)
+def ns(seconds: float) -> int:
+    return round(seconds * 1e9)
+
+
+def chunk(stamp: float, latency: float = 0.02, age: float = 0.01, version: int = 0) -> Chunk:
+    return Chunk(ns(stamp), version, np.zeros((16, 7), np.float32), latency, age)
 
 
 def align(
-    end: float, duration: float = 0.5, version: int = 0, accepted: bool = True, loss: float = 1.0, **options
-) -> AlignRecord:
+    end: float, duration: float = 0.5, version: int = 0, accepted: bool = True, loss: float = 1.0, **options: Any
+) -> AlignRound:
     losses = {name: dict.fromkeys(LOSSES, loss) for name in SETS}
-    values = {
-        "attempted": True, "steps": 8, "attempt_s": 2 * duration, "difference_mean": -0.1, "difference_stderr": 0.02,
-        "losses": losses,
+    values: dict[str, Any] = {
+        "attempted": True, "steps": 8, "attempt_duration": 2 * duration, "difference_mean": -0.1,
+        "difference_stderr": 0.02, "losses": losses,
     }  # fmt: skip
-    return AlignRecord(
-        end, duration, "collect", "because", version, version + accepted, 1.5, 40, accepted=accepted,
+    return AlignRound(
+        ns(end), "collect", "because", version, version + accepted, 1.5, 40, duration, accepted=accepted,
         **(values | options),
     )  # fmt: skip
 
 
-def watching(end: float, **options) -> AlignRecord:
-    return AlignRecord(end, 0.01, "watch", "watching", 1, 1, 1.5, 12, **options)
+def watching(end: float, **options: Any) -> AlignRound:
+    return AlignRound(ns(end), "watch", "watching", 1, 1, 1.5, 12, 0.01, **options)
 
 
-def records() -> RunRecords:
-    run = RunRecords("sim_arm", start=100.0, duration=4.0)
+def record(start: float = 0.0, duration: float = 10.0, contract: str = "arm") -> RunRecord:
+    return RunRecord(contract, ns(start), ns(start + duration))
+
+
+def records() -> RunRecord:
+    run = record(100.0, 4.0, "sim_arm")
     run.chunks = [chunk(100.0 + 0.4 * i, latency=0.02 + 0.001 * i) for i in range(10)]
-    run.aligns = [
-        align(102.0), align(103.0, version=1, accepted=False), watching(103.2, drift_factor=1.1),
-        watching(103.5, drift=True, drift_factor=2.0),
+    run.rounds = [
+        align(102.0), align(103.0, version=1, accepted=False),
+        watching(103.2, drift_tested=True, drift_factor=1.1),
+        watching(103.5, drift_tested=True, drift=True, drift_factor=2.0),
     ]  # fmt: skip
-    run.bodies = [(100.1, "nominal"), (103.3, "bent")]
-    run.tokens = [TokenRecord(100.5, 0, 1.0), TokenRecord(102.0, 1, 1.5)]
-    run.frames = {"camera/overhead": [100.0 + i / 30 for i in range(60) if i not in (7, 8, 20)]}
-    run.distances = [(100.0, 0.4), (101.0, 0.3), (102.0, 0.35)]
-    run.targets = [(100.8, True), (102.0, True), (103.5, False)]
-    run.statuses = {"policy: chunks": StatusRecord(0, "moving", {"chunks": "10"})}
+    run.bodies = [(ns(100.1), "nominal"), (ns(103.3), "bent")]
+    run.tokens = [Token(ns(100.5), 0, "d", np.ones(1)), Token(ns(102.0), 1, "d", np.full(1, 1.5))]
+    run.frames = {"camera/overhead": [ns(100.0 + i / 30) for i in range(60) if i not in (7, 8, 20)]}
+    run.distances = [(ns(100.0), 0.4), (ns(101.0), 0.3), (ns(102.0), 0.35)]
+    run.targets = [(ns(100.8), True), (ns(102.0), True), (ns(103.5), False)]
+    run.statuses = {"policy: chunks": Status(0, "moving", {"chunks": "10"})}
     return run
 
 
@@ -83,27 +82,27 @@ def test_a_chunk_counts_as_made_while_aligning_if_its_inference_overlaps(stamp: 
 
 
 def test_latency_ratio_compares_with_and_without_align_calls() -> None:
-    run = RunRecords("arm", start=0.0, duration=10.0)
+    run = record()
     run.chunks = [chunk(0.1 * i, latency=0.03 if 20 <= i < 25 else 0.02) for i in range(50)]
-    run.aligns = [align(2.5, duration=0.505)]
+    run.rounds = [align(2.5, duration=0.505)]
     latency = summarise(run)["latency_s"]
     assert latency["while_aligning"]["count"] == 5 and latency["while_not_aligning"]["count"] == 45
     assert latency["ratio"]["p99"] == pytest.approx(1.5)
-    run.aligns = []
+    run.rounds = []
     assert summarise(run)["latency_s"]["ratio"]["p99"] is None
 
 
 def test_gaps_in_the_stamps_are_dropped_frames() -> None:
-    counts = frame_counts([i / 30 for i in range(90) if i not in (7, 8, 20)])
+    counts = frame_counts([ns(i / 30) for i in range(90) if i not in (7, 8, 20)])
     assert counts["received"] == 87 and counts["dropped"] == 3
     assert counts["rate_hz"] == pytest.approx(30.0)
     assert frame_counts([]) == {"received": 0, "dropped": 0, "rate_hz": None}
-    assert frame_counts([5.0]) == {"received": 1, "dropped": 0, "rate_hz": None}
+    assert frame_counts([ns(5.0)]) == {"received": 1, "dropped": 0, "rate_hz": None}
 
 
 def test_jitter_of_the_stamps_is_no_dropped_frame() -> None:
     jitter = [0.004, -0.005, 0.001, 0.005, -0.002]
-    assert frame_counts([i / 30 + jitter[i % 5] for i in range(90)])["dropped"] == 0
+    assert frame_counts([ns(i / 30 + jitter[i % 5]) for i in range(90)])["dropped"] == 0
 
 
 def test_report_holds_what_happened() -> None:
@@ -135,11 +134,11 @@ def test_report_holds_what_happened() -> None:
 
 
 def test_a_run_without_chunks_says_what_the_nodes_complain_about() -> None:
-    run = RunRecords("arm", start=0.0, duration=3.0)
+    run = record(duration=3.0)
     assert summarise(run)["reason"] == "no action chunk was made in 3.0 s (no node published diagnostics)"
     run.statuses = {
-        "policy: inputs": StatusRecord(2, "camera wrist: no message received on /camera/wrist", {}),
-        "buffer: transitions": StatusRecord(0, "0 transitions", {}),
+        "policy: inputs": Status(2, "camera wrist: no message received on /camera/wrist", {}),
+        "buffer: transitions": Status(0, "0 transitions", {}),
     }
     report = summarise(run)
     assert not report["ok"]
@@ -151,7 +150,7 @@ def test_a_run_without_chunks_says_what_the_nodes_complain_about() -> None:
 
 def test_numbers_that_are_not_finite_are_null_in_json() -> None:
     run = records()
-    run.aligns.append(align(103.5, version=1, loss=math.nan))
+    run.rounds.append(align(103.5, version=1, loss=math.nan))
     text = json.dumps(finite(summarise(run)), allow_nan=False)
     assert json.loads(text)["series"]["align"]["rows"][4][-1] is None
 
@@ -165,8 +164,8 @@ def test_progress_line_tells_the_state_of_the_run() -> None:
         assert part in line
 
 
-@pytest.mark.parametrize("run", [records(), RunRecords("arm", start=0.0, duration=3.0)], ids=["full", "empty"])
-def test_picture_is_drawn(run: RunRecords, tmp_path: Path) -> None:
+@pytest.mark.parametrize("run", [records(), record(duration=3.0)], ids=["full", "empty"])
+def test_picture_is_drawn(run: RunRecord, tmp_path: Path) -> None:
     draw(summarise(run), tmp_path / "run.png")
     with Image.open(tmp_path / "run.png") as image:
         assert image.format == "PNG" and image.width >= 1000 and image.height >= 1000

@@ -13,7 +13,7 @@ from graph_assertions import QUICK_ALIGNER
 from node_testing import wait_for
 from std_srvs.srv import Trigger
 
-from benchmarks.studies.faults import STILL_RAD_S, Command, Judge, Listener
+from benchmarks.studies.faults import STILL_RAD_S, Judge, Listener, SeenCommand
 
 pytestmark = [pytest.mark.ros, pytest.mark.long]
 
@@ -116,9 +116,9 @@ def test_an_align_call_of_ten_seconds_holds_nobody_up(probe, listener) -> None:
 
 def test_what_the_judge_calls_stale_and_unasked() -> None:
     second = 1_000_000_000
-    fresh = Command(sent_ns=10 * second, observed_ns=10 * second - 200_000_000, end_ns=11 * second)
-    late = Command(sent_ns=20 * second, observed_ns=17 * second, end_ns=21 * second)
-    hold = Command(sent_ns=30 * second, observed_ns=0, end_ns=40 * second)
+    fresh = SeenCommand(sent_ns=10 * second, observed_ns=10 * second - 200_000_000, end_ns=11 * second)
+    late = SeenCommand(sent_ns=20 * second, observed_ns=17 * second, end_ns=21 * second)
+    hold = SeenCommand(sent_ns=30 * second, observed_ns=0, end_ns=40 * second)
     still = [(int(at * second / 10), 0.1) for at in range(90, 360)]  # ten reports per second, and motion in some
     motion = {10.5: 1.0, 13.0: 1.0, 35.0: 1.0}
     sent = [fresh, late, hold]
@@ -126,7 +126,7 @@ def test_what_the_judge_calls_stale_and_unasked() -> None:
     assert judge.stale_commands(1.0) == [late]
     assert judge.unasked_motion() == [(13 * second, 1.0), (35 * second, 1.0)]
     # A hold ends what was commanded before it.
-    cut = Command(sent_ns=10 * second + 100_000_000, observed_ns=0, end_ns=11 * second)
+    cut = SeenCommand(sent_ns=10 * second + 100_000_000, observed_ns=0, end_ns=11 * second)
     on = [(int(at * second / 10), 1.0 if at >= 100 else 0.1) for at in range(98, 110)]
     assert Judge(followed=[fresh], motion=on).unasked_motion() == []
     assert Judge(followed=[fresh, cut], motion=on).unasked_motion() == on[10:]

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from graph_assertions import QUICK_ALIGNER, wait_for_accepted_token
+from graph_assertions import QUICK_ALIGNER, from_xml, wait_for_accepted_token
 from node_testing import ROOT, wait_for
 from rclpy.context import Context
 from rclpy.node import Node
 from std_srvs.srv import Trigger
 
-from selfalign_ros.tools.security_policy import from_xml, interface_of
+from selfalign_ros.tools.security_policy import interface_of
 
 pytestmark = pytest.mark.ros
 

@@ -26,9 +26,12 @@ from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 
 from selfalign_core.data.dataset import TransitionDataset
 from selfalign_core.data.rosbag import convert
+from selfalign_core.data.rosbag_file import BagError, BagFile
 from selfalign_core.data.rosbag_options import Options
 from selfalign_core.robot.contract import RobotContract
-from selfalign_ros.tools.bag import Bag, BagError, BagWriter
+from selfalign_core.study.recording import main as report_recording
+from selfalign_ros.life.resources import config_file
+from selfalign_ros.tools.bag import BagWriter
 
 CAMERAS = ("/camera/overhead/image_raw", "/camera/wrist/image_raw")
 LATCHED = ("/e_token", "/prompt", "/body", "/followed_command")
@@ -92,6 +95,24 @@ def test_recorded_messages_are_readable_with_the_definitions_in_the_bag(recordin
                 stamp_ns = message.header.stamp.sec * 10**9 + message.header.stamp.nanosec
                 assert message.data.size == message.height * message.step and 0 <= time_ns - stamp_ns < 60 * 10**9
     assert counts["/action_chunk"] >= 3 and counts["/align_report"] >= 3
+
+
+def test_a_recording_has_the_report_of_its_run(recording: Path, tmp_path: Path) -> None:
+    """Read from the bag alone, by what reads the live topics."""
+    contract, file = config_file("contracts/sim_arm.yaml"), tmp_path / "run.json"
+    assert report_recording([str(recording), "--contract", str(contract), "--report", str(file)]) == 0
+    report = json.loads(file.read_text())
+    with Reader(recording) as reader:
+        counts = {connection.topic: connection.msgcount for connection in reader.connections}
+    assert report["chunks"]["count"] == counts["/action_chunk"] and report["align"]["rounds"] == counts["/align_report"]
+    assert {f"/{name}": found["received"] for name, found in report["frames"].items()} == {
+        c: counts[c] for c in CAMERAS
+    }
+    assert report["latency_s"]["all"]["p50"] > 0 and report["e_token"]["norm"] > 0
+    assert report["bodies"] and len(report["series"]["distance_to_target"]["rows"]) == counts["/distance_to_target"]
+    assert report["diagnostics"]["policy: chunks"]["level"] in ("ok", "warn")
+    with Image.open(file.with_suffix(".png")) as picture:
+        assert picture.size[0] > 800
 
 
 def test_type_hashes_are_those_of_ros(recording: Path) -> None:
@@ -221,7 +242,7 @@ def test_a_comparison_that_cannot_be_made_is_refused_before_anything_starts(tmp_
 
 
 def test_differences_are_named() -> None:
-    from selfalign_ros.tools.replay_node import first_difference
+    from selfalign_core.study.replay_report import first_difference
 
     one: dict[str, Any] = {
         "chunks": [{"stamp_ns": 1, "sha256": "aa"}, {"stamp_ns": 2, "sha256": "bb"}],
@@ -245,17 +266,18 @@ BUFFERED = (*CAMERAS, "/joint_states", "/executed_action")
 def disturb(bag: Path, path: Path) -> None:
     """Write the bag anew, with messages lost, late by up to three frames, doubled, and thereby out of order."""
     rng = np.random.default_rng(0)
-    with Bag(bag) as source, BagWriter(path, source.about) as writer:
+    source = BagFile(bag)
+    with BagWriter(path, source.about) as writer:
         messages = []
         for topic in ("/prompt", *BUFFERED):
-            writer.add_topic(topic, source.types[topic], source.offered_qos[topic])
-            for message in source.messages([topic]):
+            writer.add_topic(topic, source.types[topic], [])
+            for _, received_ns, data in source.messages({topic: source.types[topic]}):
                 fate = rng.random() if topic != "/prompt" else 1.0
                 if fate > 0.05:
                     late_ns = int(rng.integers(1, 10**8)) if fate < 0.3 else 0
-                    messages.append((message.time_ns + late_ns, topic, message.data))
+                    messages.append((received_ns + late_ns, topic, data))
                 if 0.3 <= fate < 0.35:
-                    messages.append((message.time_ns + 10**7, topic, message.data))
+                    messages.append((received_ns + 10**7, topic, data))
         for time_ns, topic, data in sorted(messages):
             writer.write(topic, time_ns, data)
 
@@ -273,15 +295,15 @@ def play(probe: Probe, bag: Path, contract: RobotContract) -> None:
     wait_for(client.service_is_ready, "the buffer works in lock-step")
     wait_for(lambda: all(p.get_subscription_count() for p in publishers.values()), "the buffer listens")
     published = dict.fromkeys(publishers, 0)
-    with Bag(bag) as opened:
-        now_ns, _ = opened.check(["/prompt", *BUFFERED])
-        messages = list(opened.messages(BUFFERED))
+    opened = BagFile(bag)
+    now_ns, _ = opened.span({topic: opened.types[topic] for topic in ("/prompt", *BUFFERED)})
+    messages = list(opened.messages({topic: opened.types[topic] for topic in BUFFERED}))
     while messages:
         now_ns += contract.dt_ns
-        while messages and messages[0].time_ns <= now_ns:
-            message = messages.pop(0)
-            publishers[message.topic].publish(message.data)
-            published[message.topic] += 1
+        while messages and messages[0][1] <= now_ns:
+            topic, _, data = messages.pop(0)
+            publishers[topic].publish(data)
+            published[topic] += 1
         topics, counts = [name.strip("/") for name in published], array.array("Q", published.values())
         future = client.call_async(Step.Request(stamp=to_stamp(now_ns), topics=topics, counts=counts))
         wait_for(future.done, "the buffer answers")
@@ -353,12 +375,12 @@ def write_bag(path: Path, *, leave_out: str = "", types: dict[str, str] | None =
 
 
 def test_bag_module_writes_what_it_reads(tmp_path: Path) -> None:
-    with Bag(write_bag(tmp_path / "bag")) as bag:
-        assert bag.counts == {**dict.fromkeys(CAMERAS, 3), "/joint_states": 3, "/executed_action": 3}
-        first, last = bag.check(list(bag.types))
-        assert (first, last) == (10**18, 10**18 + 2 * 10**8)
-        messages = list(bag.messages(["/joint_states"]))
-        assert [message.time_ns - first for message in messages] == [0, 10**8, 2 * 10**8]
+    bag = BagFile.completed(write_bag(tmp_path / "bag"))
+    assert bag.message_counts() == {**dict.fromkeys(CAMERAS, 3), "/joint_states": 3, "/executed_action": 3}
+    first, last = bag.span(bag.types)
+    assert (first, last) == (10**18, 10**18 + 2 * 10**8)
+    messages = list(bag.messages({"/joint_states": "sensor_msgs/msg/JointState"}))
+    assert [received_ns - first for _, received_ns, _ in messages] == [0, 10**8, 2 * 10**8]
 
 
 def _truncate(bag: Path) -> None:
@@ -389,10 +411,10 @@ def _lost_file(bag: Path) -> None:
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (_truncate, "damaged or cut off"),
+        (_truncate, "damaged or cut short"),
         (_unfinished, "found no metadata.yaml; expected a bag whose recording was completed"),
         (_no_bag, "found nothing; expected a bag's folder"),
-        (_lost_file, "damaged or cut off"),
+        (_lost_file, "damaged or cut short"),
     ],
 )
 def test_a_bag_that_is_not_whole_is_refused_before_anything_starts(
@@ -409,8 +431,9 @@ def test_a_bag_that_is_not_whole_is_refused_before_anything_starts(
 def test_an_altered_message_is_found(tmp_path: Path) -> None:
     bag = write_bag(tmp_path / "bag")
     _damage(bag)
-    with Bag(bag) as opened, pytest.raises(BagError, match=r"topic /camera/.*found checksum .*altered or damaged"):
-        opened.check(list(opened.types))
+    opened = BagFile.completed(bag)
+    with pytest.raises(BagError, match=r"topic /camera/.*found checksum .*damaged or changed"):
+        opened.span(opened.types)
 
 
 def _refusing_replay(bag: Path, *arguments: str) -> str:

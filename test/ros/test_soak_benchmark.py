@@ -10,7 +10,7 @@ import rclpy
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from node_testing import wait_for
 
-from benchmarks.report import MIB
+from benchmarks.harness import MIB
 from benchmarks.studies.soak import GROWTH_LIMIT_MIB, WARM_UP_S, Listener, growth, series
 
 BEGIN, END = 1000.0, 1000.0 + 3600.0

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.studies.adaptation.expert_fit import fit_token
-from benchmarks.studies.adaptation.lab import DT_NS, AlignerLoop, Lab, transitions
+from benchmarks.studies.adaptation.lab import DT_NS, AlignerLoop, Lab, own_token, transitions
 from selfalign_core.alignment import AlignConfig, SelfAligner
 from selfalign_core.alignment.budget import Budget
 from selfalign_core.alignment.guard import judge
@@ -76,13 +76,13 @@ def find_token(arm: str, lab: Lab) -> Found:
 
 
 def _unaligned(lab: Lab) -> Found:
-    return Found(lab.policy.e_token.data)
+    return Found(own_token(lab.policy))
 
 
 def _mean(lab: Lab) -> Found:
     policy = lab.policy
     if policy.bank is None:
-        return Found(policy.e_token.data)
+        return Found(own_token(policy))
     return Found(policy.bank[: len(policy.config.bank_keys)].float().mean(0).cpu().numpy())
 
 
@@ -103,7 +103,8 @@ def _ours(lab: Lab) -> Found:
         if report is not None and report.attempt is not None:
             attempts.append(report)
             robot_s = (step + 1) * DT_NS / 1e9
-    used = max((report.attempt.fit_count + report.attempt.guard_count for report in attempts), default=0)
+    counts = [report.attempt.fit_count + report.attempt.guard_count for report in attempts if report.attempt]
+    used = max(counts, default=0)
     text = " | ".join(report.text for report in attempts) or "no attempt"
     return Found(aligner.token.data, used, robot_s, seconds, any(report.accepted for report in attempts), text)
 
@@ -116,7 +117,7 @@ def _full(lab: Lab) -> Found:
     times = spans(batch)
     newer = times[len(batch) - align.collect.guard_count :]
     fit = batch.select(np.flatnonzero(times[:, 1] <= newer[0, 0]))
-    deployed = torch.from_numpy(lab.policy.e_token.data)
+    deployed = torch.from_numpy(own_token(lab.policy))
     shadow = stage.refine(fit, deployed)
     guard = batch.select(np.arange(len(batch) - len(newer), len(batch)))
     verdict = judge(
@@ -131,7 +132,7 @@ def _full(lab: Lab) -> Found:
 def _expert(lab: Lab) -> Found:
     """From the nearest entry and from the deployed token, whichever ends better."""
     nearest = _nearest(lab).token
-    starts = torch.from_numpy(np.stack([nearest, lab.policy.e_token.data]))
+    starts = torch.from_numpy(np.stack([nearest, own_token(lab.policy)]))
     fit, validation = lab.labelled
     begin = time.process_time()
     token, scores = fit_token(lab.policy, fit, validation, starts, lab.settings.expert_fit, seed=lab.index)
@@ -161,7 +162,7 @@ class _Stages:
         policy = lab.policy
         self.scorer = Scorer(policy, align.weights)
         self.trusted, self._align, self._seed = Trusted.of(policy), align, lab.index
-        self._deployed = torch.from_numpy(policy.e_token.data)
+        self._deployed = torch.from_numpy(own_token(policy))
 
     def identify(self, batch: TransitionBatch) -> Identification:
         return identify(

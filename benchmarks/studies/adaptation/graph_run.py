@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,13 +15,15 @@ import yaml
 from rclpy.node import Node
 from std_msgs.msg import Bool
 
+from benchmarks.graph import Graph
+from benchmarks.harness import Cache
 from benchmarks.studies.adaptation.settings import Settings, draw_body
 from benchmarks.studies.adaptation.shifts import BACK_S, BEFORE_S, SHIFTED_S, SHIFTS
-from benchmarks.studies.adaptation.work import Cache, policy_of
 from selfalign.srv import SetBody
 from selfalign_core.errors import ConfigError
 from selfalign_core.policy import Policy
 from selfalign_core.sim import BodyConfig
+from selfalign_core.study.processes import policy_of
 from selfalign_ros.life.parameters import load_specs
 from selfalign_ros.life.resources import checkpoint_folder
 
@@ -124,38 +124,28 @@ def run_once(
     seeded = {"robot_sim": {"seed": seed}, **settings}
     parameters.write_text(yaml.safe_dump({name: {"ros__parameters": values} for name, values in seeded.items()}))
     body.write_text(yaml.safe_dump(course.bodies[0].to_dict()))
-    command = [sys.executable, "-m", "selfalign_ros.tools.bringup"]
-    command += [f"report:={report}", f"params_file:={parameters}", f"body:={body.resolve()}"]
-    if checkpoint is not None:
-        command.append(f"checkpoint:={checkpoint}")
-    log = report.with_suffix(".log")
-    with log.open("w") as output:
-        graph = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    arguments = [f"report:={report}", f"params_file:={parameters}", f"body:={body.resolve()}"]
+    arguments += [] if checkpoint is None else [f"checkpoint:={checkpoint}"]
     shifter = Shifter()
+    with Graph(report.with_suffix(".log"), arguments) as graph:
 
-    def spin(until: Callable[[], bool]) -> None:
-        while not until():
-            if graph.poll() is not None:
-                raise ConfigError(f"the graph ended with exit code {graph.returncode}; see {log}")
-            rclpy.spin_once(shifter, timeout_sec=0.1)
+        def spin(until: Callable[[], bool]) -> None:
+            while not until():
+                graph.check()
+                rclpy.spin_once(shifter, timeout_sec=0.1)
 
-    def wait(seconds: float) -> None:
-        end = time.monotonic() + seconds
-        spin(lambda: time.monotonic() >= end)
+        def wait(seconds: float) -> None:
+            end = time.monotonic() + seconds
+            spin(lambda: time.monotonic() >= end)
 
-    try:
         limit = time.monotonic() + STARTUP_S
         spin(lambda: shifter.targets > 0 or time.monotonic() > limit)
-        wait(course.seconds[0])
-        for now, seconds in zip(course.bodies[1:], course.seconds[1:], strict=True):
-            shifter.set_body(now)
+        for number, (body_now, seconds) in enumerate(zip(course.bodies, course.seconds, strict=True)):
+            if number:
+                shifter.set_body(body_now)
             wait(seconds)
-        graph.terminate()
-        graph.wait(60.0)
-    finally:
-        graph.kill()
-        graph.wait()
-        shifter.destroy_node()
+        graph.stop()
+    shifter.destroy_node()
     if not report.is_file():
-        raise ConfigError(f"{report}: found no report, expected one; see {log}")
+        raise ConfigError(f"{report}: found no report, expected one; see {graph.log}")
     return json.loads(report.read_text(encoding="utf-8"))

@@ -14,25 +14,20 @@ Exit status: 0 if the limits are kept, 1 if not, 2 on bad arguments.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-import rclpy
 
-from benchmarks.report import print_table, record, run_command, write_json
+from benchmarks import graph
+from benchmarks.harness import print_table, save, say
 from benchmarks.studies.adaptation.graph_run import CASES, PARAMETERS, UNSEEN, model_of, report_of
 from benchmarks.studies.adaptation.shifts import RECOVERY_S, SHIFTS, reached_share, recovery_s
-from benchmarks.studies.adaptation.work import say
-from selfalign_core.errors import ConfigError
-from selfalign_ros.graph.declaration import BRINGUP
-from selfalign_ros.graph.supervisor import free_domain
+from selfalign_core.command_line import More, command, expect_at_least
 
 RECOVERED_SHARE = 0.9
 
@@ -68,26 +63,28 @@ def figures_of(report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _run(options: argparse.Namespace) -> int:
-    if options.runs < 1 or options.control < 0:
-        raise ConfigError(
-            f"--runs, --control: found {options.runs}, {options.control}, expected at least 1 and at least 0"
-        )
-    output, runs = Path(options.output), []
-    os.environ.setdefault("ROS_DOMAIN_ID", str(free_domain()))
-    os.environ.update(BRINGUP({}).environment)
-    rclpy.init(args=[])
-    try:
-        for case, aligned in itertools.product(options.shifts, (True, False)):
-            for seed in range(options.seed, options.seed + (options.runs if aligned else options.control)):
-                report = report_of(case, seed, output, options.checkpoint, aligned=aligned)
-                runs.append({"shift": case, "seed": seed, "aligned": aligned, **figures_of(report)})
-                say(f"{_name(case, aligned)}, seed {seed}: recovered in {_times(runs[-1])}")
-    finally:
-        rclpy.try_shutdown()
+def run(
+    *,
+    output: Annotated[Path, "folder for the run reports, their pictures and in_graph.json"],
+    shifts: Annotated[tuple[str, ...], "and unseen bodies", More(choices=CASES)] = CASES,
+    runs: Annotated[int, "of each shift, and unseen bodies"] = 10,
+    control: Annotated[int, "runs of each with a disabled aligner"] = 0,
+    seed: Annotated[int, "of the first run's targets; number of the unseen body"] = 0,
+    checkpoint: Annotated[str | None, "checkpoint directory, by default that of the parameter"] = None,
+) -> int:
+    """Shifts of the body, and unseen bodies, in the running graph."""
+    expect_at_least(1, runs=runs)
+    expect_at_least(0, control=control)
+    made = []
+    with graph.ros():
+        for case, aligned in itertools.product(shifts, (True, False)):
+            for number in range(seed, seed + (runs if aligned else control)):
+                report = report_of(case, number, output, checkpoint, aligned=aligned)
+                made.append({"shift": case, "seed": number, "aligned": aligned, **figures_of(report)})
+                say(f"{_name(case, aligned)}, seed {number}: recovered in {_times(made[-1])}")
     groups = {
-        (case, aligned): [run for run in runs if (run["shift"], run["aligned"]) == (case, aligned)]
-        for case, aligned in itertools.product(options.shifts, (True, False))
+        (case, aligned): [run for run in made if (run["shift"], run["aligned"]) == (case, aligned)]
+        for case, aligned in itertools.product(shifts, (True, False))
     }
     _print_shifts({key: group for key, group in groups.items() if group and key[0] in SHIFTS})
     _print_unseen({key: group for key, group in groups.items() if group and key[0] == UNSEEN})
@@ -97,8 +94,8 @@ def _run(options: argparse.Namespace) -> int:
         for name in ("shift", "back")
         if aligned and case in SHIFTS
     )
-    model = model_of(options.checkpoint).digest
-    write_json(output / "in_graph.json", record("in_graph", model=model, parameters=PARAMETERS, kept=kept, runs=runs))
+    model = model_of(checkpoint).digest
+    save(output / "in_graph.json", "in_graph", model=model, parameters=PARAMETERS, kept=kept, runs=made)
     return 0 if kept else 1
 
 
@@ -181,19 +178,7 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:.0f} s" if math.isfinite(seconds) else "never"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.studies.adaptation.in_graph",
-        description="Shifts of the body, and unseen bodies, in the running graph.",
-    )
-    parser.add_argument("--output", required=True, help="folder for the run reports, their pictures and in_graph.json")
-    parser.add_argument("--shifts", nargs="+", choices=CASES, default=list(CASES), help="and unseen bodies")
-    parser.add_argument("--runs", type=int, default=10, help="of each shift, and unseen bodies")
-    parser.add_argument("--control", type=int, default=0, help="runs of each with a disabled aligner")
-    parser.add_argument("--seed", type=int, default=0, help="of the first run's targets; number of the unseen body")
-    parser.add_argument("--checkpoint", help="checkpoint directory, by default that of the parameter")
-    return run_command(lambda: _run(parser.parse_args(arguments)))
-
+main = command("benchmarks.studies.adaptation.in_graph", run, interrupted="the runs that were made are kept")
 
 if __name__ == "__main__":
     sys.exit(main())

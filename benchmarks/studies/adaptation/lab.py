@@ -6,7 +6,8 @@ when it is first asked for, and follows from the body, the seed and the index al
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -15,13 +16,14 @@ from benchmarks.studies.adaptation.expert_fit import Labelled
 from benchmarks.studies.adaptation.settings import Settings, contract_for
 from selfalign_core.alignment import SelfAligner, StageReport
 from selfalign_core.data.sim_demos import DemoConfig, record_episode
+from selfalign_core.errors import ConfigError
 from selfalign_core.policy import Policy
 from selfalign_core.robot.buffer import TransitionBuffer
 from selfalign_core.robot.calibration import CalibrationConfig, calibration_motion
 from selfalign_core.robot.images import resize_with_pad
 from selfalign_core.robot.types import TransitionBatch
 from selfalign_core.sim import JOINTS, ArmSim, BodyConfig
-from selfalign_core.study.rollout import CONTROL_HZ, Recording
+from selfalign_core.study.rollout import CONTROL_HZ
 
 CAMERA_SIZE = (224, 224)
 DT_NS = round(1e9 / CONTROL_HZ)
@@ -48,6 +50,25 @@ class AlignerLoop:
         wanted = self.aligner.request(stamp_ns)
         batch = self.buffer.newest(wanted.count, since_ns=wanted.since_ns, stride=wanted.stride)
         return self.aligner.advance(batch, stamp_ns)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What was seen and done, a row per control step, as in a dataset's episode.
+
+    ``images``: (n, cameras, H, W, 3) uint8 RGB. ``states``, ``actions``: (n, joints) float32 motor frame [rad]; the
+    action is the one in force from that row to the next.
+    """
+
+    images: np.ndarray
+    states: np.ndarray
+    actions: np.ndarray
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Recording:
+        """From image, state and action of each control step; at least one."""
+        images, states, actions = (np.array(column) for column in zip(*rows, strict=True))
+        return cls(images, states, actions)
 
 
 class Lab:
@@ -122,6 +143,13 @@ class Lab:
 
     def _rng(self, purpose: int) -> np.random.Generator:
         return np.random.default_rng([self.settings.seed, self.index, purpose])
+
+
+def own_token(policy: Policy) -> np.ndarray:
+    """(T, W) the one that the policy is deployed with."""
+    if policy.e_token is None:
+        raise ConfigError("found no E-Token, expected a policy with one")
+    return policy.e_token.data
 
 
 def cameras_of(policy: Policy) -> tuple[str, ...]:

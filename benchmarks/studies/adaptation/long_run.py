@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.studies.adaptation.lab import DT_NS, AlignerLoop, cameras_of, see
+from benchmarks.studies.adaptation.lab import DT_NS, AlignerLoop, cameras_of, own_token, see
 from benchmarks.studies.adaptation.settings import contract_for
 from selfalign_core.alignment import SelfAligner, StageReport
 from selfalign_core.alignment.motion_wanted import MotionWanted
@@ -106,7 +106,8 @@ class LongRun:
             self._hold = sim.setpoint()
         state = sim.joint_state().position[self._columns].astype(np.float32)
         place = step % _REPLAN_STEPS
-        images = see(sim, policy) if place == 0 or self._loop is not None else None
+        if place == 0 or self._loop is not None:
+            images = see(sim, policy)
         if place == 0:
             named = dict(zip(cameras_of(policy), images, strict=True))
             observation = Observation(named, state, sim.prompt, step * DT_NS)
@@ -123,7 +124,7 @@ class LongRun:
         self._near = self._near + 1 if sim.distance() < _NEAR_M else 0
         if step % _LOG_STEPS == 0:
             self.log.distance.append(round(sim.distance(), 4))
-            self.log.norm.append(round(float(np.sqrt(np.mean(np.square(policy.e_token.data)))), 4))
+            self.log.norm.append(round(float(np.sqrt(np.mean(np.square(own_token(policy))))), 4))
 
     def _on_report(self, step: int, report: StageReport, setpoint: np.ndarray) -> None:
         if report.accepted:
@@ -145,7 +146,7 @@ class LongRun:
         motion = calibration_motion(contract, start, config, around=contract.home, seed=step)
         self._motion.extend(motion.astype(np.float32))
         self._approach_end = step + len(motion) - config.steps(contract.rate_hz)
-        if self._wanted.anew:
+        if self._wanted.anew and self._loop is not None:
             self._loop.aligner.forget(step * DT_NS)
         self.log.events.append({"time": step / CONTROL_HZ, "kind": "calibration", "text": ""})
 

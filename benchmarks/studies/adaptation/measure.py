@@ -12,15 +12,11 @@ from benchmarks.studies.adaptation.expert_fit import model_inputs
 from benchmarks.studies.adaptation.lab import Lab
 from selfalign_core.alignment.scoring import Scorer
 from selfalign_core.policy import Policy
-from selfalign_core.sim import TARGET_NAMES, ReachEnv
-from selfalign_core.study.rollout import Episode, PolicyPlanner, RolloutConfig, rollout
+from selfalign_core.sim import TARGET_NAMES
+from selfalign_core.study.processes import in_batches
+from selfalign_core.study.rollout import EpisodeSpec, PolicyPlanner, RolloutConfig
 
 _LOSS_DRAWS = 4
-_SIDE_BY_SIDE = 20
-"""Episodes that share one inference. Sums depend on it in the last bits, so it is one number for all."""
-
-_environments: list[ReachEnv] = []
-"""Of this process; opening a drawing context is slow."""
 
 
 class Measure:
@@ -46,12 +42,10 @@ class Measure:
         lab, policy = self.lab, policy or self.lab.policy
         first = (lab.settings.seed * 1000 + lab.index) * 1000
         episodes = [
-            Episode(lab.body, first + i, TARGET_NAMES[(lab.index + i) % len(TARGET_NAMES)], token=token)
+            EpisodeSpec(lab.body, first + i, TARGET_NAMES[(lab.index + i) % len(TARGET_NAMES)], token=token)
             for i in range(count)
         ]
-        planner, config, results = PolicyPlanner(policy), RolloutConfig(joints=lab.joints), []
-        for begin in range(0, count, _SIDE_BY_SIDE):
-            results += rollout(planner, episodes[begin : begin + _SIDE_BY_SIDE], config, environments=_environments)
+        results = in_batches(PolicyPlanner(policy), episodes, RolloutConfig(joints=lab.joints))
         return {
             "success": [result.success for result in results],
             "final_distance": [round(result.final_distance, 5) for result in results],
@@ -86,9 +80,3 @@ class Measure:
     @cached_property
     def _prepared(self) -> Any:
         return self._scorer.prepare(self.lab.held_out_transitions)
-
-
-def close_environments() -> None:
-    """Free this process's drawing contexts."""
-    while _environments:
-        _environments.pop().close()

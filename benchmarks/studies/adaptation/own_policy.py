@@ -5,16 +5,14 @@ A reduced setting of the shipped policy's training: fewer steps, and demonstrati
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.studies.adaptation.settings import UnseenBody
-from benchmarks.studies.adaptation.work import run_tasks
-from benchmarks.studies.training import trained
+from benchmarks.studies.training import configured, trained
 from selfalign_core.data import sim_demos
-from selfalign_core.training.config import TrainConfig
+from selfalign_core.study.processes import run_tasks
 
 EPISODES = 40
 
@@ -34,24 +32,6 @@ class OwnTask:
     image_size: tuple[int, int]
     overrides: tuple[str, ...] = ()
 
-    def train_config(self, data: Path, run: Path) -> TrainConfig:
-        reference = TrainConfig.load(self.config)
-        return TrainConfig.load(
-            self.config,
-            [
-                *self.overrides,
-                f"output={json.dumps(str(run))}",
-                f"data.path={json.dumps(str(data))}",
-                f"steps={self.steps}",
-                f"optim.warmup_steps={min(reference.optim.warmup_steps, self.steps // 10)}",
-                "bank.mode=shared",
-                "bank.deploy=null",
-                "log.progress=false",
-                "log.tensorboard=false",
-                "checkpoint.keep=1",
-            ],
-        )
-
 
 def train_all(tasks: Sequence[OwnTask], jobs: int) -> Iterator[tuple[str, str]]:
     """(body's name, policy directory) of each, in order; what is there is not trained again."""
@@ -70,4 +50,5 @@ def train(task: OwnTask) -> str:
         demos = sim_demos.DemoConfig(episodes=EPISODES, image_size=task.image_size)
         directory.mkdir(parents=True, exist_ok=True)
         sim_demos.record(str(data), {task.body.name: task.body.config}, task.seed, demos)
-    return str(trained(task.train_config(data, run)))
+    overrides = (*task.overrides, "bank.mode=shared", "bank.deploy=null")
+    return str(trained(configured(task.config, run, data, overrides, steps=task.steps)))

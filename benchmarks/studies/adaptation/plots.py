@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from benchmarks.studies.adaptation.arms import LABELS, NEAREST, OURS
 from benchmarks.studies.adaptation.shifts import BEFORE_S, SHIFTED_S
@@ -18,11 +20,6 @@ _SMOOTH = 12  # quarter seconds
 
 def save_plots(directory: str | Path, figures: dict[str, Any], runs: Sequence[dict[str, Any]]) -> list[Path]:
     """Write a PNG per part that was measured; ``runs`` are the logs of the shifts."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     made = []
     for name, draw, data in (
         ("arms", _draw_arms, figures.get("arms")),
@@ -31,18 +28,18 @@ def save_plots(directory: str | Path, figures: dict[str, Any], runs: Sequence[di
     ):
         if not data:
             continue
-        figure = draw(plt, data)
+        figure = draw(data)
         path = Path(directory) / f"{name}.png"
-        write_atomically(path, lambda temporary, f=figure: f.savefig(temporary, dpi=110, format="png"))
-        plt.close(figure)
+        write_atomically(path, partial(figure.savefig, dpi=110, format="png"))
         made.append(path)
     return made
 
 
-def _draw_arms(plt: Any, rows: Sequence[dict[str, Any]]) -> Any:
+def _draw_arms(rows: Sequence[dict[str, Any]]) -> Figure:
     """Success and action error per family, a bar per arm."""
     ranges = list(dict.fromkeys(row["range"] for row in rows))
-    figure, axes = plt.subplots(2, len(ranges), figsize=(7.5 * len(ranges), 7), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(7.5 * len(ranges), 7), layout="constrained")
+    axes = figure.subplots(2, len(ranges), squeeze=False)
     for column, range_ in enumerate(ranges):
         group = [row for row in rows if row["range"] == range_]
         families = list(dict.fromkeys(row["family"] for row in group))
@@ -67,9 +64,10 @@ def _draw_arms(plt: Any, rows: Sequence[dict[str, Any]]) -> Any:
     return figure
 
 
-def _draw_curves(plt: Any, rows: Sequence[dict[str, Any]]) -> Any:
+def _draw_curves(rows: Sequence[dict[str, Any]]) -> Figure:
     """Success and action error over the number of transitions."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
     for axis, key, unit in ((axes[0], "success", "success"), (axes[1], "action_error", "action error [rad]")):
         for arm, colour in ((NEAREST, _COLOURS[2]), (OURS, _COLOURS[4])):
             group = [row for row in rows if row["arm"] == arm]
@@ -85,10 +83,11 @@ def _draw_curves(plt: Any, rows: Sequence[dict[str, Any]]) -> Any:
     return figure
 
 
-def _draw_shifts(plt: Any, runs: Sequence[dict[str, Any]]) -> Any:
+def _draw_shifts(runs: Sequence[dict[str, Any]]) -> Figure:
     """Distance to the target over time, mean over runs; commits and refusals below."""
     shifts = list(dict.fromkeys(run["shift"] for run in runs))
-    figure, axes = plt.subplots(len(shifts), 1, figsize=(9, 2.8 * len(shifts)), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(9, 2.8 * len(shifts)), layout="constrained")
+    axes = figure.subplots(len(shifts), 1, squeeze=False)
     for axis, shift in zip(axes[:, 0], shifts, strict=True):
         for aligned, label, colour, width in (
             (False, "unaligned", _COLOURS[0], 4.0),  # wider, so that it shows below one that never differs
@@ -109,9 +108,9 @@ def _draw_shifts(plt: Any, runs: Sequence[dict[str, Any]]) -> Any:
         axis.set_ylabel("distance [cm]")
         axis.set_title(f"{shift}: shift at {BEFORE_S:.0f} s, back at {BEFORE_S + SHIFTED_S:.0f} s")
     axes[-1, 0].set_xlabel("time [s]")
-    drawn = {}
+    drawn: dict[str, Any] = {}
     for axis in axes[:, 0]:
         lines, labels = axis.get_legend_handles_labels()
         drawn.update(zip(labels, lines, strict=True))
-    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", fontsize=8, ncols=5)
+    figure.legend(list(drawn.values()), list(drawn), loc="outside lower center", fontsize=8, ncols=5)
     return figure

@@ -14,30 +14,30 @@ made again, an interrupted training goes on. On one core the defaults take two t
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 
-from benchmarks.report import print_table, record, run_command, write_json
+from benchmarks.harness import Jobs, percent, print_table, save, say
 from benchmarks.studies.ablations import VARIANTS
 from benchmarks.studies.adaptation import study, summary
 from benchmarks.studies.adaptation.arms import LABELS, NO_TOKEN, OURS, SHARED_TOKEN
 from benchmarks.studies.adaptation.own_policy import OwnTask, train_all
 from benchmarks.studies.adaptation.settings import Settings
-from benchmarks.studies.adaptation.tables import percent, radians
-from benchmarks.studies.adaptation.work import policy_of, run_tasks, say
-from benchmarks.studies.training import trained
+from benchmarks.studies.adaptation.tables import radians
+from benchmarks.studies.training import configured, trained
+from selfalign_core.command_line import More, command
 from selfalign_core.data import sim_demos
 from selfalign_core.model.pi0 import Pi0
 from selfalign_core.policy import Policy
+from selfalign_core.study.processes import policy_of, run_tasks
 from selfalign_core.training.config import TrainConfig
 
 BANK = "bank"
@@ -79,15 +79,8 @@ class Grid:
 
     def train_config(self, seed: int, name: str) -> TrainConfig:
         """The configuration of variant ``name``."""
-        return TrainConfig.load(
-            self.config,
-            [
-                *self.overrides(seed),
-                f"output={json.dumps(str(self.folder(seed) / name))}",
-                f"data.path={json.dumps(str(self.demos))}",
-                *VARIANTS[name].overrides,
-            ],
-        )
+        overrides = *self.overrides(seed), *VARIANTS[name].overrides
+        return configured(self.config, self.folder(seed) / name, self.demos, overrides)
 
 
 def make_demos(grid: Grid, jobs: int) -> None:
@@ -141,8 +134,8 @@ def measure_seed(grid: Grid, seed: int, settings: Settings, jobs: int) -> list[d
     """The arms per unseen body with this seed's policies."""
     policies, own = train_seed(grid, seed, jobs), train_own(grid, seed, settings, jobs)
     say(f"seed {seed}: measuring")
-    tasks = study.plan(policies.pop(BANK), str(grid.folder(seed) / "measured"), ["all"], ["inside"], settings)
-    return list(study.results(study.with_trained(tasks, list(policies.items()), own), jobs))
+    tasks = study.plan(policies.pop(BANK), str(grid.folder(seed) / "measured"), settings, ["all"], ["inside"])
+    return list(run_tasks(study.run_body, study.with_trained(tasks, list(policies.items()), own), jobs))
 
 
 def over_seeds(measured: Sequence[summary.Bodies], arm: str) -> list[dict[str, Any]]:
@@ -166,14 +159,14 @@ def _joined(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return lists | {name: float(np.mean([one[name] for one in found])) for name in took}
 
 
-def arms_table(measured: dict[str, summary.Bodies]) -> list[dict[str, Any]]:
+def arms_table(measured: Mapping[str, summary.Bodies]) -> list[dict[str, Any]]:
     """A row per arm: its figures over all seeds, intervals over bodies, and the same of each seed in ``seeds``."""
     return [
         {"arm": arm, **by_seed.pop("all"), "seeds": by_seed} for arm, by_seed in _by_arm(measured, summary.arm_figures)
     ]
 
 
-def differences(measured: dict[str, summary.Bodies]) -> dict[str, dict[str, Any]]:
+def differences(measured: Mapping[str, summary.Bodies]) -> dict[str, dict[str, Any]]:
     """The self-aligner minus each other arm, paired by body: over all seeds (``all``) and per seed, by arm."""
 
     def figures(bodies: summary.Bodies, other: str) -> dict[str, Any]:
@@ -183,7 +176,7 @@ def differences(measured: dict[str, summary.Bodies]) -> dict[str, dict[str, Any]
 
 
 def _by_arm(
-    measured: dict[str, summary.Bodies], figures: Callable[[summary.Bodies, str], dict[str, Any]]
+    measured: Mapping[str, summary.Bodies], figures: Callable[[summary.Bodies, str], dict[str, Any]]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(arm, ``figures`` of it over all seeds and per seed)."""
     groups = {"all": list(measured.values()), **{seed: [bodies] for seed, bodies in measured.items()}}
@@ -229,51 +222,42 @@ def print_differences(found: dict[str, dict[str, Any]]) -> None:
     print_table(("minus", "bodies", "success, points", "action error [rad]"), lines)
 
 
-def _parser() -> argparse.ArgumentParser:
-    study_defaults = Settings()
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.studies.adaptation.seeds", description="The study's arms over seeds of the training."
-    )
-    parser.add_argument("--output", required=True, help="directory for data, runs and figures (adaptation_seeds.json)")
-    parser.add_argument("--config", default="config/training/tiny_policy_reduced.yaml", help="training configuration")
-    parser.add_argument("--vlm", default="policies/tiny_reach", metavar="DIR", help="policy whose VLM is started from")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the training")
-    parser.add_argument("--train-bodies", type=int, default=160)
-    parser.add_argument("--train-episodes", type=int, default=6, help="per body; of the nominal one 8 times as many")
-    parser.add_argument("--train-frames", type=int, default=36, help="per episode")
-    parser.add_argument("--own-bodies", type=int, default=2, help="per seed, to train a policy on that body alone")
-    parser.add_argument("--own-steps", type=int, default=1000)
-    parser.add_argument("--bodies", type=int, default=study_defaults.bodies, help="to measure on")
-    parser.add_argument("--episodes", type=int, default=study_defaults.episodes, help="per body and arm")
-    parser.add_argument("--jobs", type=int, default=1, help="processes; changes no result")
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0 when measured, 2 on anything a user can act on."""
-    return run_command(lambda: _run(_parser().parse_args(arguments)))
-
-
-def _run(options: argparse.Namespace) -> int:
-    begin, values = time.perf_counter(), {**vars(options), "seeds": tuple(options.seeds)}
-    grid = Grid(**{field.name: values[field.name] for field in dataclasses.fields(Grid)})
-    settings = Settings(bodies=options.bodies, episodes=options.episodes)
+def run(
+    *,
+    output: Annotated[str, "directory for data, runs and figures (adaptation_seeds.json)"],
+    config: Annotated[str, "training configuration"] = "config/training/tiny_policy_reduced.yaml",
+    vlm: Annotated[str, "policy whose VLM is started from", More(metavar="DIR")] = "policies/tiny_reach",
+    seeds: Annotated[tuple[int, ...], "of the training"] = (0, 1, 2),
+    train_bodies: int = 160,
+    train_episodes: Annotated[int, "per body; of the nominal one 8 times as many"] = 6,
+    train_frames: Annotated[int, "per episode"] = 36,
+    own_bodies: Annotated[int, "per seed, to train a policy on that body alone"] = 2,
+    own_steps: int = 1000,
+    bodies: Annotated[int, "to measure on"] = Settings.bodies,
+    episodes: Annotated[int, "per body and arm"] = Settings.episodes,
+    jobs: Jobs = 1,
+) -> None:
+    """The study's arms over seeds of the training."""
+    begin = time.perf_counter()
+    demos = train_bodies, train_episodes, train_frames
+    grid = Grid(output, config, vlm, tuple(seeds), *demos, own_bodies, own_steps)
+    settings = Settings(bodies=bodies, episodes=episodes)
     reference = grid.train_config(grid.seeds[0], BANK)  # what is wrong with it is said at once
-    make_demos(grid, options.jobs)
-    measured = {str(seed): measure_seed(grid, seed, settings, options.jobs) for seed in grid.seeds}
+    make_demos(grid, jobs)
+    measured = {str(seed): measure_seed(grid, seed, settings, jobs) for seed in grid.seeds}
     rows, found = arms_table(measured), differences(measured)
     print_arms(rows)
     print_differences(found)
-    path = Path(grid.output) / "adaptation_seeds.json"
-    document = record(
-        "adaptation_seeds", grid=dataclasses.asdict(grid), training=reference.to_dict(),
+    path = Path(output) / "adaptation_seeds.json"
+    save(
+        path, "adaptation_seeds", grid=dataclasses.asdict(grid), training=reference.to_dict(),
         settings=dataclasses.asdict(settings), seconds=round(time.perf_counter() - begin, 1), arms=rows,
         differences=found, measured=measured,
     )  # fmt: skip
-    write_json(path, document)
-    print(f"\nMean over {len(grid.seeds)} training seeds with 95 % interval over bodies. Written to {path}.")
-    return 0
+    print(f"\nMean over {len(seeds)} training seeds with 95 % interval over bodies. Written to {path}.")
 
+
+main = command("benchmarks.studies.adaptation.seeds", run, interrupted="what is done is kept")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -106,4 +106,4 @@ def contract_for(joints: tuple[str, ...]) -> RobotContract:
 
 
 def _plain(value: Any) -> Any:
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+    return dataclasses.asdict(value) if isinstance(value, AlignConfig | ExpertFit) else value

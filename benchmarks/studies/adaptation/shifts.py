@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from benchmarks.harness import Cache
 from benchmarks.studies.adaptation.long_run import LongRun
 from benchmarks.studies.adaptation.settings import Settings
-from benchmarks.studies.adaptation.work import Cache, policy_of, run_tasks
 from selfalign_core.alignment import SelfAligner
 from selfalign_core.robot.calibration import CalibrationConfig
 from selfalign_core.sim import JOINTS, BodyConfig, CameraBody
+from selfalign_core.study.processes import policy_of
 
 BEFORE_S, SHIFTED_S, BACK_S = 30.0, 60.0, 60.0
 RECOVERY_S = 30.0
@@ -39,53 +40,31 @@ SHIFTS: dict[str, BodyConfig] = {name: dataclasses.replace(body, name=name) for 
 replaced by one that turns the other way, which is the one that stops a policy from reaching at all."""
 
 
-@dataclass(frozen=True)
-class ShiftTask:
-    """One run; ``aligned``: with the aligner."""
-
-    checkpoint: str
-    cache: str
-    shift: str
-    run: int
-    aligned: bool
-    settings: Settings
+def plan(checkpoint: str, kept: str, settings: Settings, runs: int) -> list[tuple[Any, ...]]:
+    """Arguments of :func:`run_shift`: each shift ``runs`` times, with and without the aligner."""
+    cases = itertools.product(SHIFTS, range(runs), (True, False))
+    return [(checkpoint, kept, settings, *case) for case in cases]
 
 
-def plan(checkpoint: str, cache: str, runs: int, settings: Settings) -> list[ShiftTask]:
-    """Each shift ``runs`` times, with and without the aligner."""
-    return [
-        ShiftTask(checkpoint, cache, shift, run, aligned, settings)
-        for shift in SHIFTS
-        for run in range(runs)
-        for aligned in (True, False)
-    ]
-
-
-def results(tasks: Sequence[ShiftTask], jobs: int) -> Iterator[dict[str, Any]]:
-    """Per run: its log."""
-    yield from run_tasks(run_shift, tasks, jobs)
-
-
-def run_shift(task: ShiftTask) -> dict[str, Any]:
-    """Work on the nominal body, shifted, and on the nominal body again."""
-    policy, settings = policy_of(task.checkpoint), task.settings
-    shifted = SHIFTS[task.shift]
+def run_shift(checkpoint: str, kept: str, settings: Settings, shift: str, run: int, aligned: bool) -> dict[str, Any]:
+    """The log of a run on the nominal body, shifted, and on the nominal body again; ``aligned``: with the aligner."""
+    policy, shifted = policy_of(checkpoint), SHIFTS[shift]
 
     def make() -> dict[str, Any]:
         joints = JOINTS[: policy.action_dim]
-        aligner = SelfAligner(policy, settings.align, joints=joints, seed=task.run) if task.aligned else None
+        aligner = SelfAligner(policy, settings.align, joints=joints, seed=run) if aligned else None
         changes = [(BEFORE_S, shifted), (BEFORE_S + SHIFTED_S, _NOMINAL)]
-        run = LongRun(
-            policy, _NOMINAL, settings.seed * 1000 + task.run, aligner=aligner, changes=changes, calibration=CALIBRATION
+        work = LongRun(
+            policy, _NOMINAL, settings.seed * 1000 + run, aligner=aligner, changes=changes, calibration=CALIBRATION
         )
-        return run.run(BEFORE_S + SHIFTED_S + BACK_S).to_dict()
+        return work.run(BEFORE_S + SHIFTED_S + BACK_S).to_dict()
 
-    names = ("seed", "align") if task.aligned else ("seed",)
-    motion = dataclasses.asdict(CALIBRATION) if task.aligned else None
+    names = ("seed", "align") if aligned else ("seed",)
+    motion = dataclasses.asdict(CALIBRATION) if aligned else None
     inputs = {"model": policy.digest, "body": shifted.to_dict(), "calibration": motion, **settings.of(*names)}
-    name = f"shifts/{task.shift}-{task.run:02d}-{'aligned' if task.aligned else 'unaligned'}"
-    log = Cache(task.cache).get(name, inputs, make)
-    return {"shift": task.shift, "run": task.run, "aligned": task.aligned, **log}
+    name = f"shifts/{shift}-{run:02d}-{'aligned' if aligned else 'unaligned'}"
+    log = Cache(kept).get(name, inputs, make)
+    return {"shift": shift, "run": run, "aligned": aligned, **log}
 
 
 def recovery_s(targets: Sequence[dict[str, Any]], begin: float, end: float) -> float:

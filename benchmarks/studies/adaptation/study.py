@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.harness import Cache
 from benchmarks.studies.adaptation.arms import (
     ARMS,
     EXPERT,
@@ -22,8 +23,8 @@ from benchmarks.studies.adaptation.arms import (
 from benchmarks.studies.adaptation.lab import Lab
 from benchmarks.studies.adaptation.measure import Measure
 from benchmarks.studies.adaptation.settings import COUNTS, RANGES, Settings, UnseenBody
-from benchmarks.studies.adaptation.work import Cache, policy_of, run_tasks
 from selfalign_core.policy import Policy
+from selfalign_core.study.processes import policy_of
 
 _TOKEN_INPUTS = {
     UNALIGNED: (), MEAN: (), EXPERT: ("seed", "motion_s", "motion_amplitude", "align", "expert_fit"),
@@ -39,28 +40,23 @@ class BodyTask:
     """The ``arms`` of one body; ``trained``: (arm, checkpoint) of policies measured as they are."""
 
     checkpoint: str
-    cache: str
+    kept: str
+    settings: Settings
     body: UnseenBody
     arms: tuple[str, ...]
-    settings: Settings
     trained: tuple[tuple[str, str], ...] = ()
 
 
 def plan(
-    checkpoint: str,
-    cache: str,
-    families: Sequence[str],
-    ranges: Sequence[str],
-    settings: Settings,
+    checkpoint: str, kept: str, settings: Settings, families: Sequence[str], ranges: Sequence[str]
 ) -> list[BodyTask]:
     """The main part. The upper bound is for the training range, whose targets are about it."""
-    tasks = []
-    for range_ in ranges:
-        arms = tuple(arm for arm in ARMS if arm != EXPERT or RANGES[range_] <= 1)
-        for family in families:
-            for body in settings.unseen(family, range_):
-                tasks.append(BodyTask(checkpoint, cache, body, arms, settings))
-    return tasks
+    return [
+        BodyTask(checkpoint, kept, settings, body, tuple(arm for arm in ARMS if arm != EXPERT or RANGES[range_] <= 1))
+        for range_ in ranges
+        for family in families
+        for body in settings.unseen(family, range_)
+    ]
 
 
 def with_trained(
@@ -75,21 +71,16 @@ def with_trained(
     ]
 
 
-def plan_curves(checkpoint: str, cache: str, bodies: int, settings: Settings) -> list[BodyTask]:
+def plan_curves(checkpoint: str, kept: str, settings: Settings, bodies: int) -> list[BodyTask]:
     """Tokens of bodies like training's from few transitions to many."""
     arms = (UNALIGNED, *(f"{arm}@{count}" for count in COUNTS for arm in (NEAREST, OURS)))
     unseen = settings.unseen("all", "inside", bodies)
-    return [BodyTask(checkpoint, cache, body, arms, settings) for body in unseen]
-
-
-def results(tasks: Sequence[BodyTask], jobs: int) -> Iterator[dict[str, Any]]:
-    """Per body: what it is, and the figures of each arm."""
-    yield from run_tasks(run_body, tasks, jobs)
+    return [BodyTask(checkpoint, kept, settings, body, arms) for body in unseen]
 
 
 def run_body(task: BodyTask) -> dict[str, Any]:
-    """Find and measure what is not kept yet."""
-    body, settings, cache = task.body, task.settings, Cache(task.cache)
+    """What the body is, and the figures of each arm; finds and measures what is not kept yet."""
+    body, settings, cache = task.body, task.settings, Cache(task.kept)
     policy = policy_of(task.checkpoint)
     lab = Lab(policy, body.config, body.index, settings)
     measure, arms = Measure(lab), {}

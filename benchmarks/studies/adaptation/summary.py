@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.report import interval
+from benchmarks.harness import interval, share, share_over_bodies
 from benchmarks.studies.adaptation.arms import EXPERT, NEAREST, OURS, UNALIGNED
 from benchmarks.studies.adaptation.settings import COUNTS
 from benchmarks.studies.adaptation.shifts import (
@@ -19,7 +19,6 @@ from benchmarks.studies.adaptation.shifts import (
     reached_share,
     recovery_s,
 )
-from selfalign_core.study.statistics import share_interval
 
 POOLED = "every family"
 Bodies = Sequence[dict[str, Any]]
@@ -49,7 +48,7 @@ def arm_figures(bodies: Bodies, arm: str) -> dict[str, Any]:
     than one standard error. ``over_nearest``: of the aligner, the same against the nearest entry's arm.
     """
     measured = [body["arms"][arm] for body in bodies]
-    figures: dict[str, Any] = {"bodies": len(bodies), "success": success_interval([m["success"] for m in measured])}
+    figures: dict[str, Any] = {"bodies": len(bodies), "success": share_over_bodies([m["success"] for m in measured])}
     for name in ("final_distance", "action_error"):
         figures[name] = interval([float(np.mean(m[name])) for m in measured])
     if "losses" in measured[0]:
@@ -88,21 +87,6 @@ def is_worse(lower: Sequence[float], higher: Sequence[float]) -> bool:
     rise = np.asarray(higher, np.float64) - np.asarray(lower, np.float64)
     stderr = rise.std(ddof=1) / math.sqrt(len(rise)) if len(rise) > 1 else 0.0
     return bool(rise.mean() > stderr)
-
-
-def share(found: Sequence[bool]) -> dict[str, float]:
-    """Share and Wilson's interval."""
-    low, high = share_interval(sum(found), len(found))
-    return {"mean": float(np.mean(found)), "low": low, "high": high, "count": len(found)}
-
-
-def success_interval(successes: Sequence[Sequence[bool]]) -> dict[str, float]:
-    """Over bodies, but no narrower than if all episodes were independent (bodies that are all alike: 0 or 1)."""
-    over_bodies = interval([float(np.mean(found)) for found in successes])
-    over_episodes = share([s for found in successes for s in found])
-    low = np.nanmin([over_bodies["low"], over_episodes["low"]])
-    high = np.nanmax([over_bodies["high"], over_episodes["high"]])
-    return {**over_bodies, "low": max(float(low), 0.0), "high": min(float(high), 1.0)}
 
 
 def curves_table(bodies: Bodies) -> list[dict[str, Any]]:
@@ -185,7 +169,7 @@ def _arm_targets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for (range_, family, arm), ours in by_place.items():
         if arm != OURS:
             continue
-        others = {name: by_place.get((range_, family, name)) for name in (UNALIGNED, NEAREST, EXPERT)}
+        expert, nearest = (by_place.get((range_, family, name)) for name in (EXPERT, NEAREST))
         where = f"{family}, {range_} the training range"
         success = ours["success"]["mean"]
         if range_ == "inside" and family in ("all", POOLED):
@@ -193,14 +177,12 @@ def _arm_targets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 _target(f"{where}: transitions, at most", ours["transitions"], 32, _below),
                 _target(f"{where}: seconds of robot time, at most", ours["robot_s"], 30, _below),
             ]
-            if others[EXPERT]:
-                least = 0.9 * others[EXPERT]["success"]["mean"]
+            if expert:
+                least = 0.9 * expert["success"]["mean"]
                 found.append(_target(f"{where}: success, 0.9 of the upper bound", success, least, _above))
-            if others[NEAREST]:
+            if nearest:
                 text = f"{where}: action error's upper end, below the nearest entry's lower end"
-                found.append(
-                    _target(text, ours["action_error"]["high"], others[NEAREST]["action_error"]["low"], _below)
-                )
+                found.append(_target(text, ours["action_error"]["high"], nearest["action_error"]["low"], _below))
             found.append(_target(f"{where}: success gained on unaligned", ours["success_gain"]["mean"], 0.3, _above))
         if range_ == "beyond":
             least = -ours["success_gain"]["stderr"]

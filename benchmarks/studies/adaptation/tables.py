@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.report import print_table
+from benchmarks.harness import percent, print_table
 from benchmarks.studies.adaptation.arms import LABELS, NEAREST
 
 
@@ -91,13 +91,6 @@ def print_targets(found: Sequence[dict[str, Any]]) -> None:
         [one["target"], f"{one['found']:.3f}", f"{one['expected']:.3f}", "yes" if one["met"] else "NO"] for one in found
     ]
     print_table(("target", "found", "expected", "met"), lines)
-
-
-def percent(value: dict[str, float] | None) -> str:
-    if value is None or math.isnan(value["mean"]):
-        return "–"
-    low, high = max(value["low"], 0.0), min(value["high"], 1.0)
-    return f"{100 * value['mean']:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
 
 
 def points(change: dict[str, float]) -> str:
