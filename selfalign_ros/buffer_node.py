@@ -18,10 +18,11 @@ from selfalign.srv import SampleTransitions, Step
 from selfalign_core.buffer import TransitionBuffer
 from selfalign_core.errors import InputError
 from selfalign_core.policy_config import image_size_of, transition_horizon_of
+from selfalign_core.robot.frames import Order, Selection, order_of
 from selfalign_ros import qos
 from selfalign_ros.conversions import fill_transitions, positions_in_order, to_ns
 from selfalign_ros.diagnostics import OK, WARN, Complaint, Latency, Rate, Status
-from selfalign_ros.inputs import Selection, SensorInputs
+from selfalign_ros.inputs import SensorInputs, decoded
 from selfalign_ros.managed_node import ManagedNode
 from selfalign_ros.node import run
 from selfalign_ros.resources import checkpoint_folder
@@ -35,7 +36,8 @@ class BufferNode(ManagedNode):
         super().__init__("buffer", cli_args)
         self._buffer: TransitionBuffer | None = None  # used in the worker only
         self._image_size = (0, 0)
-        self._last_stamp_ns = -1
+        self._last_now_ns: int | None = None
+        self._last_stamp_ns: int | None = None
         self._contents: dict[str, object] = {}
         self._problem = ""
         self._frame_rate, self._action_rate = Rate(), Rate()
@@ -71,7 +73,7 @@ class BufferNode(ManagedNode):
             self.create_timer(1.0 / self.contract.rate_hz, lambda: self._ingest(self.now_ns()))
 
     def cleanup(self) -> None:
-        self._buffer, self._last_stamp_ns, self._contents = None, -1, {}
+        self._buffer, self._last_now_ns, self._last_stamp_ns, self._contents = None, None, None, {}
 
     # --- what goes in ---
 
@@ -86,6 +88,7 @@ class BufferNode(ManagedNode):
 
     def _ingest(self, now_ns: int) -> None:
         """Store the newest frame, if it is newer than the last and the inputs are sound."""
+        self._look_at_the_clock(now_ns)
         try:
             selection = self.inputs.select(now_ns)
         except InputError as error:
@@ -94,18 +97,25 @@ class BufferNode(ManagedNode):
             return
         self._problem = ""
         self._complaint.say("")
-        if selection.stamp_ns < self._last_stamp_ns - self.contract.dt_ns:
+        order = order_of(selection.stamp_ns, self._last_stamp_ns, self.contract.dt_ns)
+        if order is Order.RESTARTED:
             # Time jumped back (a bag was restarted, a simulation reset): old and new frames do not belong
             # together.
             self.get_logger().warning("time jumped back: forgetting all transitions")
             self.worker.submit(self._buffer.clear, self._on_added)
-        elif selection.stamp_ns <= self._last_stamp_ns:
+        elif order is not Order.NEWER:
             return
         self._last_stamp_ns = selection.stamp_ns
         self.worker.submit(lambda: self._add_frame(selection), self._on_added)
 
+    def _look_at_the_clock(self, now_ns: int) -> None:
+        """What was received before time jumped back says nothing of what the robot sees now."""
+        if self._last_now_ns is not None and now_ns < self._last_now_ns:
+            self.inputs.clear()
+        self._last_now_ns = now_ns
+
     def _add_frame(self, selection: Selection) -> None:
-        images = selection.decode(self.contract, self._image_size)
+        images = decoded(selection, self.contract, self._image_size)
         self._buffer.add_frame(selection.stamp_ns, images, selection.state.astype(np.float32))
         self._frame_rate.tick()
 

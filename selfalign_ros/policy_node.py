@@ -30,6 +30,7 @@ from selfalign_core.chunking import DelayEstimate, Handover, choose_method
 from selfalign_core.commands import CommandLimiter, CommandPath, plan_path, step_in_force
 from selfalign_core.errors import ConfigError, InputError
 from selfalign_core.frozen import FreezeLimits
+from selfalign_core.robot.frames import Selection
 from selfalign_core.types import ActionChunk, EToken, Observation
 from selfalign_ros import qos
 from selfalign_ros.calibration import Calibration
@@ -43,7 +44,7 @@ from selfalign_ros.conversions import (
     trajectory_message,
 )
 from selfalign_ros.diagnostics import ERROR, OK, WARN, Complaint, Latency, Rate, Status
-from selfalign_ros.inputs import Selection, SensorInputs
+from selfalign_ros.inputs import SensorInputs, decoded
 from selfalign_ros.kept import StopLatch
 from selfalign_ros.managed_node import ManagedNode
 from selfalign_ros.node import run
@@ -234,7 +235,7 @@ class PolicyNode(ManagedNode):
         started = time.perf_counter()
         assert self._policy is not None
         observation = Observation(
-            images=selection.decode(self.contract, self._policy.image_size),
+            images=decoded(selection, self.contract, self._policy.image_size),
             state=selection.state.astype(np.float32),
             prompt=prompt,
             stamp_ns=selection.stamp_ns,
