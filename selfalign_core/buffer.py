@@ -1,18 +1,35 @@
 """A bounded ring of frames and executed actions, read out as transitions ``(obs_t, actions t..t+k, obs_{t+k})``.
 
-Each frame is stored once; a transition is a pair of frame indices. It knows stamps, not clocks, and imports neither
-torch nor ROS.
+Each frame is stored once; a transition is a pair of frame indices. Which frames and actions belong together is decided
+in ``selfalign_core.robot.frames``. It knows stamps, not clocks, and imports neither torch nor ROS.
 """
 
 from __future__ import annotations
 
 import bisect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from selfalign_core.errors import InputError
+from selfalign_core.robot.frames import Pairing
 from selfalign_core.types import TransitionBatch
+
+
+@dataclass(frozen=True)
+class _Transitions:
+    """Complete ones in order of time: places of obs_t and obs_{t+k} (n,) and of the actions (n, horizon)."""
+
+    obs: np.ndarray
+    next: np.ndarray
+    actions: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.obs)
+
+    def __getitem__(self, rows: np.ndarray | slice) -> _Transitions:
+        return _Transitions(self.obs[rows], self.next[rows], self.actions[rows])
 
 
 class TransitionBuffer:
@@ -53,8 +70,8 @@ class TransitionBuffer:
         self.cameras = tuple(cameras)
         self.image_size = tuple(image_size)
         self.state_dim, self.action_dim = state_dim, action_dim
-        self.horizon, self.dt_ns, self.capacity = horizon, dt_ns, capacity
-        self.tolerance_ns = dt_ns // 2 if tolerance_ns is None else tolerance_ns
+        self.horizon, self.capacity = horizon, capacity
+        self._pairing = Pairing(dt_ns, tolerance_ns)
         self._images = np.zeros((capacity, len(self.cameras), *self.image_size, 3), np.uint8)
         self._states = np.zeros((capacity, state_dim), np.float32)
         self.clear()
@@ -66,7 +83,7 @@ class TransitionBuffer:
         self._free = list(range(self.capacity - 1, -1, -1))
         self._action_stamps: list[int] = []  # sorted
         self._actions: list[np.ndarray] = []
-        self._valid: list[tuple[int, int]] | None = None
+        self._valid: _Transitions | None = None
         self.counters = {"frames": 0, "actions": 0, "out_of_order": 0, "duplicate": 0, "too_old": 0}
 
     @property
@@ -148,10 +165,12 @@ class TransitionBuffer:
             InputError: not enough transitions, with how many there are.
         """
         transitions = self._transitions()
-        holdout = transitions[len(transitions) - holdout_size :] if holdout_size else []
-        begin = self._stamps[holdout[0][0]] if holdout else None
-        older = [t for t in transitions if begin is None or self._stamps[t[1]] <= begin]
-        if len(holdout) < holdout_size or (fit_size and not older):
+        holdout = transitions[max(len(transitions) - holdout_size, 0) :]
+        older = transitions
+        if len(holdout):
+            stamps = np.array(self._stamps, np.int64)
+            older = transitions[stamps[transitions.next] <= stamps[holdout.obs[0]]]
+        if len(holdout) < holdout_size or (fit_size and not len(older)):
             raise InputError(
                 f"buffer: found {len(transitions)} transitions over {self.num_frames} frames "
                 f"({len(older)} end before the newest {holdout_size}), expected at least 1 older and "
@@ -159,7 +178,7 @@ class TransitionBuffer:
             )
         rng = np.random.default_rng(seed)
         chosen = np.sort(rng.permutation(len(older))[:fit_size])
-        return self._batch([older[i] for i in chosen]), self._batch(holdout)
+        return self._batch(older[chosen]), self._batch(holdout)
 
     def newest(self, count: int, *, since_ns: int, stride: int = 1) -> TransitionBatch:
         """At most ``count`` of the newest transitions that begin at ``since_ns`` or later, oldest first.
@@ -167,16 +186,17 @@ class TransitionBuffer:
         From the newest back, each begins ``stride`` control steps or more (less the tolerance) before the one after it.
         May be empty.
         """
-        chosen: list[tuple[int, int]] = []
+        transitions = self._transitions()
+        chosen: list[int] = []
         due = None  # the latest begin of the next one
-        for pair in reversed(self._transitions()):
-            begin = self._stamps[pair[0]]
+        for row in reversed(range(len(transitions))):
+            begin = self._stamps[transitions.obs[row]]
             if len(chosen) == count or begin < since_ns:
                 break
-            if due is None or begin <= due + self.tolerance_ns:
-                chosen.append(pair)
-                due = begin - stride * self.dt_ns
-        return self._batch(chosen[::-1])
+            if due is None or begin <= due + self._pairing.tolerance_ns:
+                chosen.append(row)
+                due = begin - stride * self._pairing.dt_ns
+        return self._batch(transitions[np.array(chosen[::-1], np.int64)])
 
     def _checked(self, name: str, value: np.ndarray, size: int) -> np.ndarray:
         value = np.asarray(value, np.float32)
@@ -194,44 +214,26 @@ class TransitionBuffer:
             drop = max(drop, bisect.bisect_right(self._action_stamps, self._stamps[0]) - 1)
         del self._action_stamps[:drop], self._actions[:drop]
 
-    def _transitions(self) -> list[tuple[int, int]]:
-        """(place of obs_t, place of obs_{t+k}) of every complete transition, in order of time."""
+    def _transitions(self) -> _Transitions:
         if self._valid is None:
-            pairs = ((i, self._frame_near(stamp + self.horizon * self.dt_ns)) for i, stamp in enumerate(self._stamps))
-            self._valid = [
-                (i, j) for i, j in pairs if j is not None and self._action_places(self._stamps[i]) is not None
-            ]
+            frames, actions = np.array(self._stamps, np.int64), np.array(self._action_stamps, np.int64)
+            rows = np.arange(len(frames))
+            pairs = self._pairing.pair(
+                frames, actions, rows, self.horizon, frames_within=(0, len(frames)), actions_within=(0, len(actions))
+            )
+            self._valid = _Transitions(rows, pairs.next, pairs.actions)[pairs.complete]
         return self._valid
 
-    def _frame_near(self, stamp_ns: int) -> int | None:
-        place = bisect.bisect_left(self._stamps, stamp_ns)
-        near = [p for p in (place - 1, place) if 0 <= p < len(self._stamps)]
-        best = min(near, key=lambda p: abs(self._stamps[p] - stamp_ns), default=None)
-        return best if best is not None and abs(self._stamps[best] - stamp_ns) <= self.tolerance_ns else None
-
-    def _action_places(self, stamp_ns: int) -> list[int] | None:
-        """Places of the actions in force at each of the k due times from ``stamp_ns`` on; None if one is missing."""
-        places = []
-        for step in range(self.horizon):
-            due = stamp_ns + step * self.dt_ns
-            place = bisect.bisect_right(self._action_stamps, due + self.tolerance_ns) - 1
-            if place < 0 or due - self._action_stamps[place] > self.dt_ns + self.tolerance_ns:
-                return None
-            places.append(place)
-        return places
-
-    def _batch(self, pairs: list[tuple[int, int]]) -> TransitionBatch:
-        obs = np.array([i for i, _ in pairs], np.int64)
-        nxt = np.array([j for _, j in pairs], np.int64)
-        used, inverse = np.unique(np.concatenate([obs, nxt]), return_inverse=True)
+    def _batch(self, chosen: _Transitions) -> TransitionBatch:
+        used, inverse = np.unique(np.concatenate([chosen.obs, chosen.next]), return_inverse=True)
         slots = [self._slots[place] for place in used]
-        actions = [[self._actions[p] for p in self._action_places(self._stamps[i])] for i in obs]
+        actions = [self._actions[place] for place in chosen.actions.flat]
         return TransitionBatch(
             cameras=self.cameras,
             frames=self._images[slots],
             frame_states=self._states[slots],
             frame_stamps=np.array([self._stamps[place] for place in used], np.int64),
-            obs_index=inverse[: len(obs)].astype(np.int64),
-            next_index=inverse[len(obs) :].astype(np.int64),
-            actions=np.array(actions, np.float32).reshape(len(obs), self.horizon, self.action_dim),
+            obs_index=inverse[: len(chosen)].astype(np.int64),
+            next_index=inverse[len(chosen) :].astype(np.int64),
+            actions=np.array(actions, np.float32).reshape(len(chosen), self.horizon, self.action_dim),
         )
