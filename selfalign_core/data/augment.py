@@ -16,7 +16,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -109,15 +109,19 @@ def augment(source: TransitionDataset, output: str | Path, *, variants: int, see
 
 def _copy(source: TransitionDataset, writer: DatasetWriter, embodiment: int, key: str, variant: Variant) -> None:
     """The episodes of one embodiment as ``variant`` would have recorded them."""
-    for episode in source.meta.episodes:
+    for number, episode in enumerate(source.meta.episodes):
         if episode.embodiment != embodiment:
             continue
         rows = slice(episode.start, episode.stop)
         chunks = source.expert_chunks
+        recorded = source.recorded(number, track=source.meta.has_track)
+        recorded["states"] = variant.joints(recorded["states"])
+        if source.meta.has_track:
+            recorded["track"] = replace(recorded["track"], actions=variant.joints(recorded["track"].actions))
+        else:
+            recorded["actions"] = variant.joints(recorded["actions"])
         writer.add_episode(
-            states=variant.joints(source.states[rows]),
-            actions=variant.joints(source.actions[rows]),
-            stamps=source.stamps[rows],
+            **recorded,
             embodiment=key,
             prompt=None if episode.prompt == PLAY else source.meta.prompts[episode.prompt],
             images=variant.images(np.asarray(source.images[rows])),

@@ -1,9 +1,14 @@
-"""The dataset on disk: frames at the control rate with the actions executed between them, memory-mapped.
+"""The dataset on disk: frames with the actions executed from them on, memory-mapped.
 
 A directory holds ``meta.json``, ``images.npy`` (N, cameras, H, W, 3) uint8 RGB, ``states.npy`` (N, S) float32,
-``actions.npy`` (N, A) float32 (the action in force from frame i to i+1), ``stamps.npy`` (N,) int64 nanoseconds,
-``norm_stats.json`` and, where an expert was asked at every frame, ``expert_chunks.npy`` (N, prompts, horizon, A)
-float32, NaN where there is none. Rows of an episode are consecutive. A directory that exists is complete.
+``actions.npy`` (N, A) float32 (the action in force in the control step that begins at frame i), ``stamps.npy`` (N,)
+int64 nanoseconds, ``norm_stats.json`` and, where an expert was asked at every frame, ``expert_chunks.npy`` (N, prompts,
+horizon, A) float32, NaN where there is none. Rows of an episode are consecutive. A directory that exists is complete.
+
+The frames of an episode are one control step apart, and action i+1 follows action i. Those of a recorded robot are not.
+Such a dataset (format 2) has the *track* of what was executed, ``track.npy`` (M, A) float32 and ``track_stamps.npy``
+(M,) int64 nanoseconds, of which every episode has a slice. Frames and actions are paired by stamps, as the nodes pair
+them (``selfalign_core.data.timeline``); a row of ``actions.npy`` is NaN where no action was in force.
 
 Opening, splitting, merging; ``dataset_writer`` makes one. Must not know ROS, the model or torch, nor where the frames
 come from.
@@ -16,7 +21,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -24,6 +29,7 @@ from selfalign_core.data.command_line import run_command
 from selfalign_core.data.dataset_meta import PLAY, DatasetMeta
 from selfalign_core.data.dataset_writer import DatasetWriter
 from selfalign_core.data.partial import DatasetError
+from selfalign_core.data.timeline import Timeline, Track
 from selfalign_core.transforms import NormStats, load_norm_stats
 from selfalign_core.types import TransitionBatch
 
@@ -33,11 +39,13 @@ _ROWS_PER_CHECK = 2048
 class TransitionDataset:
     """A dataset directory, opened for reading; nothing is loaded until it is indexed.
 
-    ``images``, ``states``, ``actions``, ``stamps`` and ``expert_chunks`` (or None) are read-only memory maps with the
-    shapes of the module docstring; ``episode_of`` (N,) int64 is the episode of every frame.
+    ``images``, ``states``, ``actions``, ``stamps``, ``track`` (or None) and ``expert_chunks`` (or None) are read-only
+    memory maps with the shapes of the module docstring; ``episode_of`` (N,) int64 is the episode of every frame;
+    ``timeline`` pairs frames and actions.
 
     Raises:
-        DatasetError: not a dataset, another format, shapes that do not agree, or numbers that are not finite.
+        DatasetError: not a dataset, another format, shapes that do not agree, numbers that are not finite, or stamps of
+            a track or its frames that do not rise.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -59,10 +67,12 @@ class TransitionDataset:
         self.actions: np.ndarray = arrays["actions"]
         self.stamps: np.ndarray = arrays["stamps"]
         self.expert_chunks: np.ndarray | None = arrays.get("expert_chunks")
-        lengths = [episode.length for episode in self.meta.episodes]
-        self.episode_of = np.repeat(np.arange(len(lengths)), lengths)
-        for name in ("states", "actions"):
-            self._check_finite(name, arrays[name])
+        self.track = Track(arrays["track_stamps"], arrays["track"]) if self.meta.has_track else None
+        self.timeline = Timeline(
+            self.meta.episodes, self.meta.dt_ns, stamps=self.stamps, actions=self.actions, track=self.track
+        )
+        self.episode_of = self.timeline.episode_of
+        self._check_numbers()
         self.norm_stats: dict[str, NormStats] = load_norm_stats(self.path / "norm_stats.json")
 
     def __len__(self) -> int:
@@ -82,21 +92,19 @@ class TransitionDataset:
     def starts(
         self, horizon: int, *, episodes: Sequence[int] | np.ndarray | None = None, tails: bool = False
     ) -> np.ndarray:
-        """Rows i from which a transition of ``horizon`` actions fits into the episode (i + horizon < its end).
+        """Rows from which a transition of ``horizon`` actions fits into the episode: with all its actions and its end.
 
-        ``tails`` adds the rows after them. Returns rising int64 rows of ``episodes`` (all unless given).
+        ``tails`` adds the other rows. Returns rising int64 rows of ``episodes`` (all unless given).
         """
-        cut = 0 if tails else horizon
         chosen = range(len(self.meta.episodes)) if episodes is None else sorted(set(map(int, episodes)))
-        rows = [
-            np.arange(self.meta.episodes[i].start, max(self.meta.episodes[i].stop - cut, self.meta.episodes[i].start))
-            for i in chosen
-        ]
-        return np.concatenate([np.zeros(0, np.int64), *rows])
+        parts = [np.arange(self.meta.episodes[i].start, self.meta.episodes[i].stop) for i in chosen]
+        rows = np.concatenate([np.zeros(0, np.int64), *parts])
+        return rows if tails else self.timeline.complete(rows, horizon)
 
     def transitions(self, starts: np.ndarray, horizon: int) -> TransitionBatch:
         """Those of ``horizon`` actions from the rows ``starts`` (B,) on, which :meth:`starts` has given."""
-        rows, index = np.unique(np.concatenate([starts, starts + horizon]), return_inverse=True)
+        pairs = self.timeline.pair(starts, horizon)
+        rows, index = np.unique(np.concatenate([starts, pairs.next]), return_inverse=True)
         return TransitionBatch(
             cameras=self.meta.cameras,
             frames=self.images[rows],
@@ -104,8 +112,24 @@ class TransitionDataset:
             frame_stamps=self.stamps[rows],
             obs_index=index[: len(starts)],
             next_index=index[len(starts) :],
-            actions=self.actions[starts[:, None] + np.arange(horizon)],
+            actions=self.timeline.executed(pairs.actions),
         )
+
+    def recorded(self, episode: int, *, track: bool) -> dict[str, Any]:
+        """What :meth:`DatasetWriter.add_episode` takes of an episode's states, actions and stamps.
+
+        ``track``: actions as a track, also of a dataset without one; its rows get the stamps that they have by
+        definition.
+        """
+        rows = slice(self.meta.episodes[episode].start, self.meta.episodes[episode].stop)
+        states, stamps = self.states[rows], self.stamps[rows]
+        if not track:
+            return {"states": states, "stamps": stamps, "actions": self.actions[rows]}
+        recorded = self.timeline.track_of(episode)
+        if self.track is None:
+            stamps = stamps[0] + self.timeline.times[rows]
+            recorded = Track(stamps, recorded.actions)
+        return {"states": states, "stamps": stamps, "track": recorded}
 
     def split(
         self, holdout: float, *, by: Literal["episode", "embodiment"], seed: int = 0
@@ -138,17 +162,36 @@ class TransitionDataset:
             raise DatasetError(f"{file}: found {array.shape} {array.dtype}, expected {shape} {dtype} (meta.json)")
         return array
 
-    def _check_finite(self, name: str, array: np.ndarray) -> None:
+    def _check_numbers(self) -> None:
+        frames = self.meta.episodes
+        self._check_finite("states", self.states, "frame", [episode.start for episode in frames])
+        if self.track is None:
+            self._check_finite("actions", self.actions, "frame", [episode.start for episode in frames])
+            return
+        begins = [episode.track_start for episode in frames]
+        self._check_finite("track", self.track.actions, "action", begins)
+        self._check_rising("track_stamps", self.track.stamps, "action", begins)
+        self._check_rising("stamps", self.stamps, "frame", [episode.start for episode in frames])
+
+    def _check_finite(self, name: str, array: np.ndarray, kind: str, begins: Sequence[int]) -> None:
         for begin in range(0, len(array), _ROWS_PER_CHECK):
             bad = ~np.isfinite(array[begin : begin + _ROWS_PER_CHECK]).all(axis=1)
             if bad.any():
                 row = begin + int(np.argmax(bad))
-                episode = int(self.episode_of[row])
-                frame = row - self.meta.episodes[episode].start
-                raise DatasetError(
-                    f"{self.path / name}.npy: episode {episode}, frame {frame}: found {array[row].tolist()}, "
-                    "expected finite numbers"
-                )
+                where = self._place(name, row, kind, begins)
+                raise DatasetError(f"{where}: found {array[row].tolist()}, expected finite numbers")
+
+    def _check_rising(self, name: str, stamps: np.ndarray, kind: str, begins: Sequence[int]) -> None:
+        falls = np.diff(stamps) <= 0
+        falls[np.array(begins[1:], np.int64) - 1] = False  # from one episode to the next
+        if falls.any():
+            row = int(np.argmax(falls)) + 1
+            where = self._place(name, row, kind, begins)
+            raise DatasetError(f"{where}: found {stamps[row]} after {stamps[row - 1]}, expected later ones")
+
+    def _place(self, name: str, row: int, kind: str, begins: Sequence[int]) -> str:
+        episode = int(np.searchsorted(begins, row, side="right")) - 1
+        return f"{self.path / name}.npy: episode {episode}, {kind} {row - begins[episode]}"
 
 
 def merge(sources: Sequence[TransitionDataset], output: str | Path) -> None:
@@ -168,6 +211,7 @@ def merge(sources: Sequence[TransitionDataset], output: str | Path) -> None:
                     "only datasets that agree can be merged"
                 )
     prompts = list(dict.fromkeys(prompt for source in sources for prompt in source.meta.prompts))
+    has_track = any(source.meta.has_track for source in sources)
     with DatasetWriter(
         output,
         cameras=first.cameras,
@@ -186,7 +230,7 @@ def merge(sources: Sequence[TransitionDataset], output: str | Path) -> None:
                 writer.counters[name] = writer.counters.get(name, 0) + count
             writer.sources += [dict(entry) for entry in source.meta.sources]
             column_of = [prompts.index(prompt) for prompt in source.meta.prompts]
-            for episode in source.meta.episodes:
+            for index, episode in enumerate(source.meta.episodes):
                 rows = slice(episode.start, episode.stop)
                 chunks = None
                 if source.expert_chunks is not None:
@@ -194,9 +238,7 @@ def merge(sources: Sequence[TransitionDataset], output: str | Path) -> None:
                     chunks = np.full(shape, np.nan, np.float32)
                     chunks[:, column_of] = source.expert_chunks[rows]
                 writer.add_episode(
-                    states=source.states[rows],
-                    actions=source.actions[rows],
-                    stamps=source.stamps[rows],
+                    **source.recorded(index, track=has_track),
                     embodiment=source.meta.embodiments[episode.embodiment],
                     prompt=None if episode.prompt == PLAY else source.meta.prompts[episode.prompt],
                     images=source.images[rows],
@@ -210,7 +252,8 @@ def merge(sources: Sequence[TransitionDataset], output: str | Path) -> None:
 def describe(dataset: TransitionDataset) -> str:
     """A few lines on what a dataset holds."""
     meta = dataset.meta
-    seconds = len(dataset) * meta.dt_ns / 1e9
+    times = dataset.timeline.times
+    seconds = sum(int(times[e.stop - 1] - times[e.start]) + meta.dt_ns for e in meta.episodes) / 1e9
     play = sum(episode.length for episode in meta.episodes if episode.prompt == PLAY)
     lines = [
         f"{dataset.path}: {len(dataset)} frames ({seconds:.1f} s at {1e9 / meta.dt_ns:g} Hz) in "

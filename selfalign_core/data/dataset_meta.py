@@ -14,18 +14,25 @@ import numpy as np
 from selfalign_core.data.partial import DatasetError
 
 FORMAT = "selfalign-dataset-1"
+TRACK_FORMAT = "selfalign-dataset-2"  # of a dataset with a track of executed actions
 DEFAULT_STATISTICS_HORIZON = 16  # actions per chunk over which action statistics are taken unless said otherwise
 PLAY = -1  # prompt of an episode that pursued no goal
 
 
 @dataclass(frozen=True)
 class Episode:
-    """Consecutive rows recorded without a gap. ``prompt`` is an index into the prompts; ``PLAY`` (-1) is none."""
+    """Consecutive rows. ``prompt`` is an index into the prompts; ``PLAY`` (-1) is none.
+
+    Their executed actions are ``track_length`` rows of the track from ``track_start`` on; 0 in a dataset without one,
+    whose rows are one control step apart and have an action each.
+    """
 
     start: int
     length: int
     embodiment: int
     prompt: int
+    track_start: int = 0
+    track_length: int = 0
 
     @property
     def stop(self) -> int:
@@ -73,7 +80,7 @@ class DatasetMeta:
             f"delta_mask: found delta actions with state_dim={self.state_dim} and action_dim={self.action_dim}, "
             "expected them equal",
         )
-        stop = 0
+        stop = actions = 0
         for i, episode in enumerate(self.episodes):
             name = f"episodes[{i}]"
             expect(episode.start == stop, f"{name}.start: found {episode.start}, expected {stop} (no gaps)")
@@ -86,7 +93,21 @@ class DatasetMeta:
                 PLAY <= episode.prompt < len(self.prompts),
                 f"{name}.prompt: found {episode.prompt}, expected -1..{len(self.prompts) - 1}",
             )
-            stop = episode.stop
+            expect(
+                episode.track_start == actions and (episode.track_length >= 1) == self.has_track,
+                f"{name}: found track_start {episode.track_start}, track_length {episode.track_length}, expected "
+                f"{actions} and {'at least 1' if self.has_track else 0}",
+            )
+            stop, actions = episode.stop, actions + episode.track_length
+
+    @property
+    def has_track(self) -> bool:
+        """Whether there is a track of executed actions: in all episodes or in none."""
+        return bool(self.episodes) and self.episodes[0].track_length > 0
+
+    @property
+    def format(self) -> str:
+        return TRACK_FORMAT if self.has_track else FORMAT
 
     @property
     def num_frames(self) -> int:
@@ -101,23 +122,30 @@ class DatasetMeta:
             "actions": ((n, self.action_dim), f32),
             "stamps": ((n,), np.dtype(np.int64)),
         }
+        if self.has_track:
+            count = sum(episode.track_length for episode in self.episodes)
+            shapes |= {"track": ((count, self.action_dim), f32), "track_stamps": ((count,), np.dtype(np.int64))}
         if self.chunk_horizon is not None:
             shapes["expert_chunks"] = ((n, len(self.prompts), self.chunk_horizon, self.action_dim), f32)
         return shapes
 
     def to_dict(self) -> dict[str, Any]:
-        return {"format": FORMAT, **asdict(self)}
+        values = {"format": self.format, **asdict(self)}
+        if not self.has_track:
+            for episode in values["episodes"]:
+                del episode["track_start"], episode["track_length"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DatasetMeta:
         """Raises ``DatasetError`` naming the key."""
-        if values.get("format") != FORMAT:
-            raise DatasetError(f"format: found {values.get('format')!r}, expected {FORMAT!r}")
+        if values.get("format") not in (FORMAT, TRACK_FORMAT):
+            raise DatasetError(f"format: found {values.get('format')!r}, expected {FORMAT!r} or {TRACK_FORMAT!r}")
         required = ("cameras", "image_size", "state_dim", "action_dim", "dt_ns", "prompts", "embodiments", "episodes")
         if missing := [key for key in required if key not in values]:
             raise DatasetError(f"found no {', '.join(missing)}, expected all of {', '.join(required)}")
         try:
-            return cls(
+            meta = cls(
                 cameras=tuple(values["cameras"]),
                 image_size=tuple(values["image_size"]),
                 state_dim=values["state_dim"],
@@ -135,6 +163,9 @@ class DatasetMeta:
             )
         except TypeError as error:
             raise DatasetError(f"found values of the wrong type ({error})") from error
+        if meta.has_track != (values["format"] == TRACK_FORMAT):
+            raise DatasetError(f"format: found {values['format']!r}, expected {meta.format!r} (by its episodes)")
+        return meta
 
 
 def expect(condition: bool, message: str) -> None:

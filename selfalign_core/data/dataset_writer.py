@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from numpy.lib import format as npy
 from selfalign_core.data.dataset_meta import DEFAULT_STATISTICS_HORIZON, PLAY, DatasetMeta, Episode, expect
 from selfalign_core.data.partial import DatasetError, PartialDirectory
 from selfalign_core.data.statistics import norm_stats_of
+from selfalign_core.data.timeline import Timeline, Track
+from selfalign_core.robot.frames import Pairing
 from selfalign_core.transforms import save_norm_stats
 
 
@@ -91,7 +93,7 @@ class DatasetWriter:
     def __enter__(self) -> DatasetWriter:
         self._partial.open()
         for name, (shape, dtype) in self._meta.shapes().items():
-            self._arrays[name] = _GrowingArray(self._partial.path / f"{name}.npy", shape[1:], dtype)
+            self._open(name, shape[1:], dtype)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -107,9 +109,10 @@ class DatasetWriter:
         self,
         *,
         states: np.ndarray,
-        actions: np.ndarray,
         stamps: np.ndarray,
         embodiment: str,
+        actions: np.ndarray | None = None,
+        track: Track | None = None,
         prompt: str | None = None,
         images: np.ndarray | None = None,
         expert_chunks: np.ndarray | None = None,
@@ -117,7 +120,9 @@ class DatasetWriter:
         """Append an episode of n frames and return its first row.
 
         Args:
-            states: (n, state_dim). actions: (n, action_dim). stamps: (n,) rising nanoseconds.
+            states: (n, state_dim). stamps: (n,) rising nanoseconds.
+            actions: (n, action_dim), of frames that are one control step apart.
+            track: what was executed, in place of ``actions``, of frames that need not be; in all episodes or in none.
             embodiment: key of the body that moved. prompt: what it was told; None for play.
             images: (n, cameras, H, W, 3) uint8; None if they follow by :meth:`write_image`.
             expert_chunks: (n, prompts, chunk_horizon, action_dim), a NaN chunk where there is none; None: none at all.
@@ -125,22 +130,19 @@ class DatasetWriter:
         where = f"episode {len(self._episodes)}"
         states = _checked(f"{where}: states", states, np.float32, (None, self._meta.state_dim))
         n = len(states)
-        actions = _checked(f"{where}: actions", actions, np.float32, (n, self._meta.action_dim))
         stamps = _checked(f"{where}: stamps", stamps, np.int64, (n,))
         expect(n >= 1, f"{where}: found no frames, expected at least one")
-        for name, values in (("states", states), ("actions", actions)):
-            bad = ~np.isfinite(values).all(axis=1)
-            if bad.any():
-                frame = int(np.argmax(bad))
-                raise DatasetError(
-                    f"{where}, frame {frame}: {name}: found {values[frame].tolist()}, expected finite numbers"
-                )
-        falling = np.flatnonzero(np.diff(stamps) <= 0)
-        if len(falling):
-            frame = int(falling[0]) + 1
-            raise DatasetError(
-                f"{where}, frame {frame}: stamps: found {stamps[frame]} after {stamps[frame - 1]}, expected later ones"
-            )
+        _check_finite(f"{where}, frame", "states", states)
+        _check_rising(f"{where}, frame", "stamps", stamps)
+        if track is not None:
+            expect(actions is None, f"{where}: actions: found some beside a track, expected one of the two")
+            track = self._checked_track(where, track)
+            actions = _actions_at(stamps, track, self._meta.dt_ns)
+        else:
+            self._expect_track(where, False)
+            expect(actions is not None, f"{where}: found neither actions nor a track, expected one of the two")
+            actions = _checked(f"{where}: actions", actions, np.float32, (n, self._meta.action_dim))
+            _check_finite(f"{where}, frame", "actions", actions)
         images_shape = (n, len(self._meta.cameras), *self._meta.image_size, 3)
         if images is not None:
             images = _checked_exactly(f"{where}: images", images, np.uint8, images_shape)
@@ -160,6 +162,7 @@ class DatasetWriter:
         self._arrays["states"].append(states)
         self._arrays["actions"].append(actions)
         self._arrays["stamps"].append(stamps)
+        part = (0, 0) if track is None else self._append_track(track)
         if expert_chunks is not None:
             self._arrays["expert_chunks"].append(expert_chunks)
         if images is None:
@@ -167,7 +170,7 @@ class DatasetWriter:
         else:
             self._arrays["images"].append(images)
         self._written += bytes([images is not None]) * (n * len(self._meta.cameras))
-        self._episodes.append(Episode(start, n, self._embodiments.index(embodiment), prompt_index))
+        self._episodes.append(Episode(start, n, self._embodiments.index(embodiment), prompt_index, *part))
         return start
 
     def write_image(self, row: int, camera: int, image: np.ndarray) -> None:
@@ -178,6 +181,34 @@ class DatasetWriter:
         position = row * len(self._meta.cameras) + camera
         self._arrays["images"].write(position * image.nbytes, image)
         self._written[position] = 1
+
+    def _open(self, name: str, row_shape: tuple[int, ...], dtype: np.dtype) -> None:
+        self._arrays[name] = _GrowingArray(self._partial.path / f"{name}.npy", row_shape, dtype)
+
+    def _checked_track(self, where: str, track: Track) -> Track:
+        actions = _checked(f"{where}: track", track.actions, np.float32, (None, self._meta.action_dim))
+        stamps = _checked(f"{where}: track stamps", track.stamps, np.int64, (len(actions),))
+        expect(len(actions) >= 1, f"{where}: track: found no action, expected at least one")
+        _check_finite(f"{where}, action", "track", actions)
+        _check_rising(f"{where}, action", "track stamps", stamps)
+        self._expect_track(where, True)
+        return Track(stamps, actions)
+
+    def _expect_track(self, where: str, wanted: bool) -> None:
+        """The first episode decides."""
+        if self._episodes and ("track" in self._arrays) != wanted:
+            found, expected = ("a track", "none") if wanted else ("no track", "one")
+            raise DatasetError(f"{where}: found {found}, expected {expected} as in the episodes before")
+
+    def _append_track(self, track: Track) -> tuple[int, int]:
+        """(first row in the track, rows)."""
+        if "track" not in self._arrays:
+            self._open("track", track.actions.shape[1:], track.actions.dtype)
+            self._open("track_stamps", (), track.stamps.dtype)
+        start = self._arrays["track"].rows
+        self._arrays["track"].append(track.actions)
+        self._arrays["track_stamps"].append(track.stamps)
+        return start, len(track)
 
     def _index_of_prompt(self, where: str, prompt: str) -> int:
         expect(bool(prompt), f"{where}: prompt: found an empty one, expected text, or None for play")
@@ -196,18 +227,19 @@ class DatasetWriter:
             raise DatasetError(f"frame {row}, camera {self._meta.cameras[camera]!r}: found no image, expected one")
         for array in self._arrays.values():
             array.finish()
-        values = self._meta.to_dict() | {
-            "prompts": self._prompts,
-            "embodiments": self._embodiments,
-            "episodes": [asdict(episode) for episode in self._episodes],
-            "counters": self.counters,
-            "sources": self.sources,
-        }
-        meta = DatasetMeta.from_dict(values)
+        meta = replace(
+            self._meta,
+            prompts=tuple(self._prompts),
+            embodiments=tuple(self._embodiments),
+            episodes=tuple(self._episodes),
+            counters=self.counters,
+            sources=tuple(self.sources),
+        )
         arrays = {name: np.load(self._partial.path / f"{name}.npy", mmap_mode="r") for name in self._arrays}
+        track = Track(arrays["track_stamps"], arrays["track"]) if meta.has_track else None
         stats = norm_stats_of(
             arrays["states"],
-            arrays["actions"],
+            Timeline(meta.episodes, meta.dt_ns, stamps=arrays["stamps"], actions=arrays["actions"], track=track),
             arrays.get("expert_chunks"),
             meta.episodes,
             horizon=meta.statistics_horizon,
@@ -224,20 +256,20 @@ class _GrowingArray:
     def __init__(self, path: Path, row_shape: tuple[int, ...], dtype: np.dtype) -> None:
         self._row_shape, self._dtype = row_shape, dtype
         self._row_bytes = int(np.prod(row_shape, dtype=np.int64)) * dtype.itemsize
-        self._rows = 0
+        self.rows = 0
         self._file = path.open("w+b")
         self._write_header()
         self._data_start = self._file.tell()
 
     def append(self, values: np.ndarray) -> None:
-        self.write(self._rows * self._row_bytes, np.ascontiguousarray(values, self._dtype))
-        self._rows += len(values)
+        self.write(self.rows * self._row_bytes, np.ascontiguousarray(values, self._dtype))
+        self.rows += len(values)
 
     def extend(self, rows: int) -> None:
         """Rows that are zero until they are written."""
-        self._rows += rows
+        self.rows += rows
         with self._writing():
-            self._file.truncate(self._data_start + self._rows * self._row_bytes)
+            self._file.truncate(self._data_start + self.rows * self._row_bytes)
 
     def write(self, offset: int, values: np.ndarray) -> None:
         with self._writing():
@@ -268,7 +300,7 @@ class _GrowingArray:
 
     def _write_header(self) -> None:
         # numpy pads the header so that the first dimension may grow to any number of digits.
-        shape = (self._rows, *self._row_shape)
+        shape = (self.rows, *self._row_shape)
         header = {"descr": npy.dtype_to_descr(self._dtype), "fortran_order": False, "shape": shape}
         npy.write_array_header_1_0(self._file, header)
 
@@ -287,6 +319,26 @@ def _checked_exactly(name: str, values: np.ndarray, dtype: type, shape: tuple[in
     if array.shape != shape or array.dtype != dtype:
         raise DatasetError(f"{name}: found {array.shape} {array.dtype}, expected {shape} {np.dtype(dtype)}")
     return array
+
+
+def _check_finite(where: str, name: str, values: np.ndarray) -> None:
+    bad = ~np.isfinite(values).all(axis=1)
+    if bad.any():
+        row = int(np.argmax(bad))
+        raise DatasetError(f"{where} {row}: {name}: found {values[row].tolist()}, expected finite numbers")
+
+
+def _check_rising(where: str, name: str, stamps: np.ndarray) -> None:
+    falling = np.flatnonzero(np.diff(stamps) <= 0)
+    if len(falling):
+        row = int(falling[0]) + 1
+        raise DatasetError(f"{where} {row}: {name}: found {stamps[row]} after {stamps[row - 1]}, expected later ones")
+
+
+def _actions_at(stamps: np.ndarray, track: Track, dt_ns: int) -> np.ndarray:
+    """The action in force at each frame, (n, A) float32; NaN where there is none."""
+    places, known = Pairing(dt_ns).in_force(track.stamps, stamps, (0, len(track)))
+    return np.where(known[:, None], track.actions[np.maximum(places, 0)], np.float32(np.nan))
 
 
 def _check_chunks(where: str, chunks: np.ndarray) -> None:

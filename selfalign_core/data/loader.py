@@ -37,11 +37,11 @@ class Batch:
     With C cameras, S states, A actions, ``chunk`` actions per chunk and K per transition:
 
     - ``images`` (B, C, H, W, 3) uint8 at row ``index`` of the dataset, ``next_images`` the same at row ``next_index``,
-      K frames later; both None without images
+      K control steps later; both None without images
     - ``state`` (B, S) float32
     - ``actions`` (B, chunk, A) float32 with ``action_masks`` (B, chunk) bool: the expert's chunk for ``prompt``, or the
-      recorded actions, repeating the last one where the mask is False: past the end of the episode and, throughout,
-      in play, which no prompt explains
+      recorded actions, repeating the last one where the mask is False: where there was none, past the end of the
+      episode and, throughout, in play, which no prompt explains
     - ``executed`` (B, K, A) float32 with ``executed_masks`` (B, K) bool: the recorded actions
     - ``prompt`` (B,) int64 index into the prompts, -1 in play; ``embodiment`` (B,) int64 index into the embodiments
     """
@@ -83,8 +83,9 @@ class Loader:
         chunk: actions per chunk. transition: executed actions per transition (K).
         seed: of order and prompts. rank, world_size: which share of every step.
         episodes: only these (a training or a held-out split); None: all.
-        tails: also frames so near the end of an episode that the transition does not fit (``executed_masks`` False
-            there, ``next_images`` those of the last frame). Off: they are left out.
+        tails: also frames from which no whole transition goes, near the end of an episode or before a hole
+            (``executed_masks`` False where there is no action, ``next_images`` of the frame that is nearest). Off: they
+            are left out.
         with_images: False leaves images out, for features cached by ``index``.
 
     Raises:
@@ -123,7 +124,6 @@ class Loader:
                 f"{dataset.path}: found no frame with {transition} more behind it in the same episode, expected some "
                 f"({len(dataset)} frames in {len(dataset.meta.episodes)} episodes)"
             )
-        self._stop = np.array([episode.stop for episode in dataset.meta.episodes], np.int64)
         self._embodiment, self._prompt = dataset.embodiment_of, dataset.prompt_of
         self._orders: dict[int, np.ndarray] = {}  # epoch -> permutation
 
@@ -147,14 +147,13 @@ class Loader:
         index = self.rows[self._order_at(positions)]
         dataset = self.dataset
         episode = dataset.episode_of[index]
-        stop = self._stop[episode]
-        executed, executed_masks = self._recorded(index, stop, self.transition)
-        actions, action_masks = self._recorded(index, stop, self.chunk)
+        executed, executed_masks = dataset.timeline.actions_from(index, self.transition)
+        actions, action_masks = dataset.timeline.actions_from(index, self.chunk)
         prompt = self._prompt[episode]
         action_masks &= (prompt >= 0)[:, None]
         if dataset.expert_chunks is not None:
             self._relabel(index, positions, actions, action_masks, prompt)
-        next_index = np.minimum(index + self.transition, stop - 1)
+        next_index = dataset.timeline.nearest(index, self.transition)
         images = next_images = None
         if self.with_images:
             images, next_images = np.asarray(dataset.images[index]), np.asarray(dataset.images[next_index])
@@ -217,12 +216,6 @@ class Loader:
             recent = {key: value for key, value in self._orders.copy().items() if key >= epoch - 2}
             self._orders = recent | {epoch: order}
         return order
-
-    def _recorded(self, index: np.ndarray, stop: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Recorded actions from every row on (B, count, A) and where the episode still ran (B, count)."""
-        steps = index[:, None] + np.arange(count)
-        inside = steps < stop[:, None]
-        return np.asarray(self.dataset.actions[np.where(inside, steps, stop[:, None] - 1)]), inside
 
     def _relabel(
         self,

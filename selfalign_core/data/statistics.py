@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from selfalign_core.data.dataset_meta import Episode
+from selfalign_core.data.timeline import Timeline
 from selfalign_core.transforms import NormStats
 
 _ROWS_PER_BLOCK = 2048
@@ -15,7 +16,7 @@ _QUANTILE_ROWS = 1_000_000  # above this many rows, quantiles are those of a ran
 
 def norm_stats_of(
     states: np.ndarray,
-    actions: np.ndarray,
+    timeline: Timeline,
     expert_chunks: np.ndarray | None,
     episodes: Sequence[Episode],
     *,
@@ -24,19 +25,17 @@ def norm_stats_of(
 ) -> dict[str, NormStats]:
     """Statistics of ``state`` and of ``actions`` over chunks of ``horizon``, delta dimensions relative to the state.
 
-    Chunks are the recorded actions from every frame on, to the end of its episode, and the expert's. ``delta_mask``
+    Chunks are the executed actions from every frame on, to the end of its episode, and the expert's. ``delta_mask``
     (A,) bool. Exact, but for the quantiles of more than a million rows, which are those of a random million of them.
     """
 
     def chunks() -> Iterator[np.ndarray]:
-        offsets = np.arange(horizon)
         for episode in episodes:
             for begin in range(episode.start, episode.stop, _ROWS_PER_BLOCK):
                 rows = np.arange(begin, min(begin + _ROWS_PER_BLOCK, episode.stop))
-                steps = rows[:, None] + offsets
-                inside = steps < episode.stop
-                relative = actions[np.where(inside, steps, 0)] - np.where(delta_mask, _of(states, rows), 0)[:, None]
-                yield relative[inside]
+                actions, known = timeline.actions_from(rows, horizon)
+                relative = actions - np.where(delta_mask, _of(states, rows), 0)[:, None]
+                yield relative[known]
         if expert_chunks is not None:
             for begin in range(0, len(expert_chunks), _ROWS_PER_BLOCK):
                 rows = np.arange(begin, min(begin + _ROWS_PER_BLOCK, len(expert_chunks)))
@@ -52,7 +51,7 @@ def norm_stats_of(
         # Without delta dimensions, states and actions may differ in length.
         return array[rows] if delta_mask.any() else np.zeros((len(rows), len(delta_mask)), np.float32)
 
-    expected = len(actions) * horizon
+    expected = len(states) * horizon
     if expert_chunks is not None:
         expected += int(np.prod(expert_chunks.shape[:3]))
     return {"state": _stats_of(blocks(), len(states)), "actions": _stats_of(chunks(), expected)}
