@@ -33,6 +33,8 @@ def transitions_of_bag(
 ) -> TransitionBatch:
     """Up to ``most`` transitions, evenly spread over the bag, none overlapping another; none if none fits.
 
+    They are those that the buffer has of the bag when it is replayed through the nodes.
+
     Raises:
         BagError, DatasetError: the bag cannot be read, or has no usable frame.
     """
@@ -41,10 +43,13 @@ def transitions_of_bag(
         convert([bag], contract, Path(folder) / "dataset", options)
         dataset = TransitionDataset(Path(folder) / "dataset")
         horizon = policy.transition_horizon
+        starts = dataset.starts(horizon)
         apart: list[int] = []
-        for start in dataset.starts(horizon):
-            if not apart or start >= apart[-1] + horizon:
+        free = 0  # the first row that none of them has reached over
+        for start, end in zip(starts, dataset.timeline.pair(starts, horizon).next, strict=True):
+            if start >= free:
                 apart.append(int(start))
+                free = end
         chosen = np.array(apart, np.int64)
         if len(chosen) > most:
             chosen = chosen[np.linspace(0, len(chosen) - 1, most).round().astype(np.int64)]

@@ -138,6 +138,7 @@ class DatasetWriter:
             expect(actions is None, f"{where}: actions: found some beside a track, expected one of the two")
             track = self._checked_track(where, track)
             actions = _actions_at(stamps, track, self._meta.dt_ns)
+            expect(np.isfinite(actions).any(), f"{where}: track: found no action in force at any frame, expected some")
         else:
             self._expect_track(where, False)
             expect(actions is not None, f"{where}: found neither actions nor a track, expected one of the two")

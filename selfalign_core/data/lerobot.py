@@ -51,9 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(describe(TransitionDataset(options.output)))
         else:
             dataset = TransitionDataset(options.source)
-            export_lerobot(dataset, options.output, videos=options.videos, progress=True)
+            frames, episodes = export_lerobot(dataset, options.output, videos=options.videos, progress=True)
             left_out = "" if dataset.expert_chunks is None else "; expert chunks have no place there and were left out"
-            print(f"{options.output}: {len(dataset)} frames in {len(dataset.meta.episodes)} episodes{left_out}")
+            print(f"{options.output}: {frames} frames in {episodes} episodes{left_out}")
 
     return run_command(work)
 

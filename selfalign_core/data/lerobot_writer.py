@@ -1,11 +1,15 @@
 """A dataset becomes a LeRobotDataset v3 folder. The folder is described in ``selfalign_core.data.lerobot_layout``.
 
+LeRobot knows frames by their number, so frames that are not one control step apart are put on a regular grid
+(``selfalign_core.data.regular``).
+
 Must not know ROS, the model or torch; the ``lerobot`` package is not needed.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,7 @@ from selfalign_core.data.lerobot_layout import (
     VIDEO_PATH,
 )
 from selfalign_core.data.partial import DatasetError, PartialDirectory
+from selfalign_core.data.regular import Part, regular_parts
 
 _CHUNK_SIZE = 1000  # files per chunk directory
 _DATA_MB, _VIDEO_MB = 100, 200  # file sizes after which another one is begun
@@ -40,40 +45,44 @@ _SCALARS = {
 
 def export_lerobot(
     dataset: TransitionDataset, root: str | Path, *, videos: bool = False, progress: bool = False
-) -> None:
-    """Write ``dataset`` as the LeRobotDataset v3 folder ``root``, which must not exist.
+) -> tuple[int, int]:
+    """Write ``dataset`` as the LeRobotDataset v3 folder ``root``, which must not exist; how many frames and episodes.
 
-    Images are kept exactly, as PNG in the rows; with ``videos`` as H.264, which is smaller and not exact.
+    Images are kept exactly, as PNG in the rows; with ``videos`` as H.264, which is smaller and not exact. An episode
+    with holes becomes several.
 
     Raises:
-        DatasetError: ``root`` exists, or the image size is odd and cannot be a video.
+        DatasetError: ``root`` exists, the image size is odd and cannot be a video, or no action was ever in force.
     """
-    meta = dataset.meta
+    meta, parts = dataset.meta, list(regular_parts(dataset))
+    if not parts:
+        raise DatasetError(f"{dataset.path}: found no frame with an action in force, expected some")
+    frames = sum(map(len, parts))
     if videos and (meta.image_size[0] % 2 or meta.image_size[1] % 2):
         raise DatasetError(f"{dataset.path}: image size: found {meta.image_size}, expected even numbers for videos")
     partial = PartialDirectory(Path(root))
     partial.open()
     try:
         tasks = list(meta.prompts) + ([""] if any(episode.prompt == PLAY for episode in meta.episodes) else [])
-        with tqdm(total=len(dataset), desc=Path(root).name, unit="frame", disable=None if progress else True) as bar:
-            rows = _write_data(dataset, partial.path, tasks, videos=videos, bar=bar)
+        with tqdm(total=frames, desc=Path(root).name, unit="frame", disable=None if progress else True) as bar:
+            rows = _write_data(dataset, parts, partial.path, tasks, videos=videos, bar=bar)
             if videos:
                 for camera in range(len(meta.cameras)):
-                    for row, place in zip(rows, _write_videos(dataset, partial.path, camera), strict=True):
+                    for row, place in zip(rows, _write_videos(dataset, parts, partial.path, camera), strict=True):
                         row.update(place)
         _write_parquet(partial.path / EPISODES_PATH.format(chunk_index=0, file_index=0), pa.Table.from_pylist(rows))
         _write_parquet(partial.path / "meta" / "tasks.parquet", _task_table(tasks))
         info = {
             "codebase_version": CODEBASE_VERSION,
             "robot_type": meta.embodiments[0] if len(meta.embodiments) == 1 else None,
-            "total_episodes": len(meta.episodes),
-            "total_frames": len(dataset),
+            "total_episodes": len(parts),
+            "total_frames": frames,
             "total_tasks": len(tasks),
             "chunks_size": _CHUNK_SIZE,
             "data_files_size_in_mb": _DATA_MB,
             "video_files_size_in_mb": _VIDEO_MB,
             "fps": _fps(dataset),
-            "splits": {"train": f"0:{len(meta.episodes)}"},
+            "splits": {"train": f"0:{len(parts)}"},
             "data_path": DATA_PATH,
             "video_path": VIDEO_PATH if videos else None,
             "features": _features(dataset, videos=videos),
@@ -84,23 +93,24 @@ def export_lerobot(
             "delta_mask": list(meta.delta_mask),
             "statistics_horizon": meta.statistics_horizon,
         }
-        for name, values in (("meta/info.json", info), ("meta/stats.json", _statistics(dataset)), (OURS, ours)):
+        for name, values in (("meta/info.json", info), ("meta/stats.json", _statistics(dataset, parts)), (OURS, ours)):
             (partial.path / name).write_text(json.dumps(values, indent=4), encoding="utf-8")
         partial.publish()
     finally:
         partial.remove()
+    return frames, len(parts)
 
 
 def _write_data(
-    dataset: TransitionDataset, root: Path, tasks: list[str], *, videos: bool, bar: tqdm
+    dataset: TransitionDataset, parts: Sequence[Part], root: Path, tasks: list[str], *, videos: bool, bar: tqdm
 ) -> list[dict[str, Any]]:
     """The rows of every frame; returns the rows of meta/episodes."""
     rows: list[dict[str, Any]] = []
     writer: pq.ParquetWriter | None = None
-    number, path = -1, root
+    number, path, start = -1, root, 0
     try:
-        for index, episode in enumerate(dataset.meta.episodes):
-            table = _frame_table(dataset, index, episode, tasks, videos=videos)
+        for index, part in enumerate(parts):
+            table = _frame_table(dataset, index, start, part, tasks, videos=videos)
             # One row group per episode, so that an episode can be read by itself.
             if writer is None or path.stat().st_size > _DATA_MB * 2**20:
                 if writer is not None:
@@ -109,21 +119,22 @@ def _write_data(
                 path = root / DATA_PATH.format(chunk_index=number // _CHUNK_SIZE, file_index=number % _CHUNK_SIZE)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 writer = pq.ParquetWriter(path, table.schema, compression="snappy")
-            writer.write_table(table, row_group_size=episode.length)
-            bar.update(episode.length)
+            writer.write_table(table, row_group_size=len(part))
+            bar.update(len(part))
             rows.append(
                 {
                     "episode_index": index,
-                    "tasks": [_task(dataset, episode)],
-                    "length": episode.length,
+                    "tasks": [_task(dataset, dataset.meta.episodes[part.episode])],
+                    "length": len(part),
                     "data/chunk_index": number // _CHUNK_SIZE,
                     "data/file_index": number % _CHUNK_SIZE,
-                    "dataset_from_index": episode.start,
-                    "dataset_to_index": episode.stop,
+                    "dataset_from_index": start,
+                    "dataset_to_index": start + len(part),
                     "meta/episodes/chunk_index": 0,
                     "meta/episodes/file_index": 0,
                 }
             )
+            start += len(part)
     finally:
         if writer is not None:
             writer.close()
@@ -131,20 +142,20 @@ def _write_data(
 
 
 def _frame_table(
-    dataset: TransitionDataset, index: int, episode: Episode, tasks: list[str], *, videos: bool
+    dataset: TransitionDataset, index: int, start: int, part: Part, tasks: list[str], *, videos: bool
 ) -> pa.Table:
-    n, rows = episode.length, slice(episode.start, episode.stop)
+    n, episode = len(part), dataset.meta.episodes[part.episode]
     scalars = {
         "timestamp": np.arange(n) / _fps(dataset),
         "frame_index": np.arange(n),
         "episode_index": np.full(n, index),
-        "index": np.arange(episode.start, episode.stop),
+        "index": np.arange(start, start + n),
         "task_index": np.full(n, tasks.index(_task(dataset, episode))),
         "embodiment_index": np.full(n, episode.embodiment),
-        "stamp_ns": dataset.stamps[rows],
+        "stamp_ns": part.stamps,
     }
     columns: dict[str, pa.Array] = {}
-    for key, values in ((STATE, dataset.states[rows]), (ACTION, dataset.actions[rows])):
+    for key, values in ((STATE, dataset.states[part.rows]), (ACTION, part.actions)):
         flat, dim = pa.array(np.ravel(values), pa.float32()), values.shape[1]
         columns[key] = flat if dim == 1 else pa.FixedSizeListArray.from_arrays(flat, dim)
     if not videos:
@@ -152,7 +163,7 @@ def _frame_table(
         for camera, name in enumerate(dataset.meta.cameras):
             images = [
                 {"bytes": _png(image), "path": f"frame-{frame:06d}.png"}
-                for frame, image in enumerate(dataset.images[rows, camera])
+                for frame, image in enumerate(dataset.images[part.rows, camera])
             ]
             columns[IMAGES + name] = pa.array(images, image_type)
     for name, dtype in (_SCALARS | EXTRA).items():
@@ -160,14 +171,14 @@ def _frame_table(
     return pa.table(columns)
 
 
-def _write_videos(dataset: TransitionDataset, root: Path, camera: int) -> list[dict[str, Any]]:
+def _write_videos(dataset: TransitionDataset, parts: Sequence[Part], root: Path, camera: int) -> list[dict[str, Any]]:
     """One camera of every episode, one behind the other; returns their places for the rows of meta/episodes."""
     key = IMAGES + dataset.meta.cameras[camera]
     fps, (height, width) = _fps(dataset), dataset.meta.image_size
     places: list[dict[str, Any]] = []
     number, shown, container, path = -1, 0, None, root
     try:
-        for episode in dataset.meta.episodes:
+        for part in parts:
             if container is None or path.stat().st_size > _VIDEO_MB * 2**20:
                 if container is not None:
                     _end_video(container)
@@ -180,9 +191,9 @@ def _write_videos(dataset: TransitionDataset, root: Path, camera: int) -> list[d
                 options = {"crf": "18", "g": "2", "preset": "fast"}
                 stream = container.add_stream("libx264", rate=fps, options=options)
                 stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            for image in dataset.images[episode.start : episode.stop, camera]:
+            for image in dataset.images[part.rows, camera]:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
-            begin, shown = shown, shown + episode.length
+            begin, shown = shown, shown + len(part)
             places.append(
                 {
                     f"videos/{key}/chunk_index": place["chunk_index"],
@@ -234,7 +245,7 @@ def _features(dataset: TransitionDataset, *, videos: bool) -> dict[str, dict[str
     return features | scalars
 
 
-def _statistics(dataset: TransitionDataset) -> dict[str, dict[str, Any]]:
+def _statistics(dataset: TransitionDataset, parts: Sequence[Part]) -> dict[str, dict[str, Any]]:
     """meta/stats.json: of the vectors as they are, and of the colours of at most a thousand frames per camera."""
 
     def of(values: np.ndarray, count: int) -> dict[str, Any]:
@@ -244,12 +255,13 @@ def _statistics(dataset: TransitionDataset) -> dict[str, dict[str, Any]]:
         }  # fmt: skip
         return {name: value.tolist() for name, value in stats.items()} | {"count": [count]}
 
-    n = len(dataset)
+    rows = np.concatenate([part.rows for part in parts])
+    n = len(rows)
     result = {
-        STATE: of(np.asarray(dataset.states, np.float64), n),
-        ACTION: of(np.asarray(dataset.actions, np.float64), n),
+        STATE: of(np.asarray(dataset.states[rows], np.float64), n),
+        ACTION: of(np.concatenate([np.asarray(part.actions, np.float64) for part in parts]), n),
     }
-    chosen = np.unique(np.linspace(0, n - 1, min(n, 1000)).astype(int))
+    chosen = rows[np.unique(np.linspace(0, n - 1, min(n, 1000)).astype(int))]
     for index, camera in enumerate(dataset.meta.cameras):
         pixels = dataset.images[chosen, index].reshape(-1, 3)
         pixels = pixels[:: max(1, len(pixels) // 1_000_000)] / 255.0

@@ -1,9 +1,9 @@
 """From ROS 2 bags (MCAP or sqlite3) to a dataset, through the robot contract. No ROS installation is needed.
 
 Every bag is read twice. The first pass (``rosbag_recording``) takes the joint states, the commands and the stamps of
-the images, so that what is wrong with a bag is known before anything is written; how these become frames is in
-``rosbag_frames``. The second pass, here, decodes each image that is used, once, into the memory-mapped file. Memory
-does not grow with the number or the size of the images.
+the images, so that what is wrong with a bag is known before anything is written; how these become frames, by the rule
+of the nodes, is in ``rosbag_frames``. The second pass, here, decodes each image that is used, once, into the
+memory-mapped file. Memory does not grow with the size of the images.
 
 Must not know the model, torch or rclpy.
 """
@@ -21,17 +21,18 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from selfalign_core.contract import RobotContract
+from selfalign_core.contract import Camera, RobotContract
 from selfalign_core.data.command_line import image_size_argument, run_command
 from selfalign_core.data.dataset import TransitionDataset, describe
 from selfalign_core.data.dataset_writer import DatasetWriter
 from selfalign_core.data.partial import DatasetError
 from selfalign_core.data.rosbag_file import NS, BagError, BagFile, find_bags
-from selfalign_core.data.rosbag_frames import Frames, make_frames
+from selfalign_core.data.rosbag_frames import Player
+from selfalign_core.data.rosbag_messages import IMAGE_TYPES
 from selfalign_core.data.rosbag_options import Options
-from selfalign_core.data.rosbag_recording import IMAGE_TYPES, read_recording
+from selfalign_core.data.rosbag_recording import read_recording
 from selfalign_core.errors import InputError
-from selfalign_core.images import decode_compressed, decode_image, resize_with_pad
+from selfalign_core.images import decode_compressed, decode_resized, resize_with_pad
 
 
 @dataclass
@@ -74,6 +75,7 @@ def convert(
     joints = len(contract.joints)
     if unknown := sorted(set(options.absolute) - set(contract.joint_names)):
         raise DatasetError(f"absolute: found joints {unknown}, expected some of {list(contract.joint_names)}")
+    options.check_action_age(contract.dt)
     paths = find_bags(bags)
     reports = []
     with DatasetWriter(
@@ -104,22 +106,20 @@ def _add_bag(
     bag = BagFile(path)
     recording = read_recording(bag, contract, options)
     report = BagReport(str(path.name), action_topic=recording.action_topic, counters=recording.counters)
-    frames: list[Frames] = []
-    for segment in recording.segments():
-        frames += make_frames(segment, contract, options, report.counters)
+    player = Player(contract, options, report.counters)
     wanted: dict[str, dict[int, list[int]]] = {camera.name: {} for camera in contract.cameras}
-    for run in frames:
+    for episode in (episode for run in recording.runs() for episode in player.episodes(run)):
         start = writer.add_episode(
-            states=run.states,
-            actions=run.actions,
-            stamps=run.stamps,
+            states=episode.states,
+            track=episode.track,
+            stamps=episode.stamps,
             embodiment=options.embodiment or contract.embodiment,
-            prompt=(run.prompt if options.prompt is None else options.prompt) or None,
+            prompt=(episode.prompt if options.prompt is None else options.prompt) or None,
         )
         for camera in contract.camera_names:
-            for frame, ordinal in enumerate(run.images[camera]):
+            for frame, ordinal in enumerate(episode.images[camera]):
                 wanted[camera].setdefault(int(ordinal), []).append(start + frame)
-        report.frames += len(run.stamps)
+        report.frames += len(episode.stamps)
         report.episodes += 1
     _write_images(bag, contract, options, wanted, writer, progress=progress)
     return report
@@ -149,26 +149,35 @@ def _write_images(
                 continue
             message = bag.decode(topic, types[topic], raw)
             try:
-                image = _image(message, camera.encoding)
-                if image.shape[:2] != (camera.height, camera.width):
-                    raise InputError(
-                        f"size: found {image.shape[1]}x{image.shape[0]}, expected {camera.width}x{camera.height}"
-                    )
+                image = _image(message, camera, options.image_size)
             except InputError as error:
                 stamp = bag.header_stamp(topic, raw)
                 raise BagError(f"{bag.path}: topic {topic}, image stamped {stamp / NS:.3f} s: {error}") from None
-            image = resize_with_pad(image, *options.image_size)
             for row in rows:
                 writer.write_image(row, index, image)
             bar.update()
 
 
-def _image(message: Any, encoding: str) -> np.ndarray:
-    if encoding == "compressed":
-        return decode_compressed(message.data)
-    return decode_image(
-        message.data, height=message.height, width=message.width, step=message.step, encoding=message.encoding
+def _image(message: Any, camera: Camera, size: tuple[int, int]) -> np.ndarray:
+    """(H, W, 3) uint8 RGB of ``size``, as the nodes decode it. Raises ``InputError``."""
+    if camera.encoding == "compressed":
+        image = decode_compressed(message.data)
+        _check_size(camera, *image.shape[:2])
+        return resize_with_pad(image, *size)
+    _check_size(camera, message.height, message.width)
+    return decode_resized(
+        message.data,
+        height=message.height,
+        width=message.width,
+        step=message.step,
+        encoding=message.encoding,
+        size=size,
     )
+
+
+def _check_size(camera: Camera, height: int, width: int) -> None:
+    if (height, width) != (camera.height, camera.width):
+        raise InputError(f"size: found {width}x{height}, expected {camera.width}x{camera.height}")
 
 
 # --- command line ---
@@ -194,7 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--namespace", default="/", help="namespace of the topics (default: /)")
     parser.add_argument(
         "--max-action-age", type=float, metavar="SECONDS",
-        help="longest time an action stays in force when no newer one comes (default: 1.5 control steps)",
+        help="longest time an action stays in force when no newer one comes (default and least: 1.5 control steps)",
     )  # fmt: skip
     parser.add_argument(
         "--absolute", nargs="+", default=[], metavar="JOINT",

@@ -1,185 +1,271 @@
-"""How a frame of the dataset is put together from recorded topics, at a tick of the control rate.
+"""A recording played to the rule of the nodes: what has arrived at each tick of the control rate becomes a frame.
 
-- image of every camera and joint state: the newest one stamped (header) at or before the tick, never a later one;
-  if it is older than the contract allows, the tick is dropped and counted
-- action: the one in force in the middle of the step that starts at the tick (the rule of the online buffer): from
-  ``executed_action`` by header stamp, or, in bags of robots that SelfAlign did not drive, from the contract's command
-  topic by receive stamp
-- prompt: the one in force at the tick, by receive stamp, from the topic ``prompt``; none before the first (play)
-- ticks that follow one another make an episode; a dropped tick, a jump of time or another prompt ends it
+- messages are taken in the order in which they arrived; ticks come one control step apart from the first of them on, as
+  when the bag is replayed through the nodes
+- frame: the observation that the nodes would have made at the tick (``selfalign_core.robot.frames``), if it is newer
+  than the last one; its stamp is that of its oldest picture, never the tick
+- actions: a track of what was executed, from ``executed_action`` by header stamp, or, in bags of robots that SelfAlign
+  did not drive, of what the contract's command topic asked for, by receive stamp
+- prompt: the one in force at the tick, from the topic ``prompt``; none before the first (play)
+- an episode goes on over ticks that gave no frame. Another prompt ends it, a hole of a second, and a time that begins
+  anew
 
 Knows stamps and numbers, but neither bags nor images.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from selfalign_core.contract import RobotContract
 from selfalign_core.data.rosbag_options import Options
+from selfalign_core.data.timeline import Track
+from selfalign_core.robot.frames import DISORDER_NS, Fault, Order, Pairing, Selection, SensorFrames, order_of
 
-_NS = 1_000_000_000
-_OLDEST_ACTION = 1.5  # control steps that an action stays in force if no other comes
+_PAUSE_NS = 1_000_000_000
+"""Without a message for so long, or a frame, the recording paused: nothing belongs together across it."""
 
 
-@dataclass(frozen=True)
-class Track:
-    """One topic: header stamps in ascending order, and for each either its value or its ordinal in the bag.
+@dataclass(frozen=True, slots=True)
+class Command:
+    """Positions (points, joints) float64 due at ``times_ns`` (points,); counts from ``begin_ns`` on.
 
-    ``stamps`` (n,) int64 ns; ``values`` (n, joints) float64, or (n,) int64 ordinals of images.
+    An executed action is one of a single point, due when it begins.
     """
 
-    stamps: np.ndarray
-    values: np.ndarray
-
-    def newest_not_after(self, ticks_ns: np.ndarray) -> np.ndarray:
-        """Per tick the index of the newest message stamped at or before it; -1 if there is none."""
-        return np.searchsorted(self.stamps, ticks_ns, side="right") - 1
-
-
-@dataclass(frozen=True)
-class Command:
-    """Positions (points, joints) float64 due at ``times_ns`` (points,); counts from ``received_ns`` on."""
-
-    received_ns: int
+    begin_ns: int
     times_ns: np.ndarray
     positions: np.ndarray
 
     @property
     def end_ns(self) -> int:
         """When its last point is reached, from where on a controller holds."""
-        return max(int(self.times_ns[-1]), self.received_ns)
+        return max(int(self.times_ns[-1]), self.begin_ns)
+
+    def at(self, time_ns: int) -> np.ndarray:
+        """Where its path is, (joints,) float64."""
+        if len(self.times_ns) == 1:
+            return self.positions[0]
+        offsets = (self.times_ns - self.times_ns[0]).astype(np.float64)
+        elapsed = float(time_ns - self.times_ns[0])
+        return np.array([np.interp(elapsed, offsets, column) for column in self.positions.T])
 
 
-class Commands:
-    """What a command topic asked for, in the order it was received."""
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """``ordinal``: which of its camera's messages in the bag it is."""
 
-    def __init__(self, commands: Sequence[Command]) -> None:
-        self.stamps = np.array([command.received_ns for command in commands], np.int64)
-        self._commands = commands
+    camera: str
+    ordinal: int
 
-    def newest_not_after(self, ticks_ns: np.ndarray) -> np.ndarray:
-        """Per tick the index of the newest command received at or before it; -1 if there is none."""
-        return np.searchsorted(self.stamps, ticks_ns, side="right") - 1
 
-    def at(self, ticks_ns: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where the path of command ``chosen`` is at each tick, (n, joints) float64, and when it ends, (n,) ns."""
-        values, ends = [], []
-        for tick, index in zip(ticks_ns, chosen, strict=True):
-            command = self._commands[index]
-            offsets = (command.times_ns - command.times_ns[0]).astype(np.float64)
-            elapsed = float(tick - command.times_ns[0])
-            values.append([np.interp(elapsed, offsets, column) for column in command.positions.T])
-            ends.append(command.end_ns)
-        return np.array(values), np.array(ends, np.int64)
+@dataclass(frozen=True, slots=True)
+class Joints:
+    """``positions`` (joints,) float64; None if the message did not hold all of them."""
+
+    positions: np.ndarray | None
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    text: str
+
+
+Content = Picture | Joints | Command | Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a recording. ``stamp_ns`` is its header's, where it has one."""
+
+    arrival_ns: int
+    stamp_ns: int
+    content: Content
 
 
 @dataclass(frozen=True)
-class Segment:
-    """What was recorded between two jumps of time."""
+class Run:
+    """Messages in the order in which they arrived, on one clock; ticks are counted from ``begin_ns`` on."""
 
-    cameras: dict[str, Track]
-    joint_states: Track
-    actions: Track | Commands
-    prompts: tuple[tuple[int, str], ...] = ()  # (in force from [ns], text), in order
-
-    def prompts_at(self, ticks_ns: np.ndarray) -> list[str]:
-        """The prompt in force at each tick; "" where there is none."""
-        begins = np.array([begin for begin, _ in self.prompts], np.int64)
-        texts = ["", *(text for _, text in self.prompts)]
-        return [texts[i] for i in np.searchsorted(begins, ticks_ns, side="right")]
-
-    @property
-    def first_action_ns(self) -> int:
-        return int(self.actions.stamps[0])
-
-    def actions_at(self, ticks_ns: np.ndarray, dt_ns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Actions in force in the middle of the steps that start at ``ticks_ns`` (n,).
-
-        Returns (n, joints) float64, their ages at the ticks (n,) int64 ns, and (n,) bool: False where there is none.
-        """
-        newest = self.actions.newest_not_after(ticks_ns + dt_ns // 2)
-        if isinstance(self.actions, Commands):
-            values, ends = self.actions.at(ticks_ns, newest)
-        else:
-            values, ends = self.actions.values[newest], self.actions.stamps[newest]
-        return values, ticks_ns - ends, newest >= 0
+    begin_ns: int
+    messages: Iterator[Message]
 
 
 @dataclass(frozen=True)
 class Frames:
-    """An episode before its images are decoded: ``images`` are ordinals in the bag, (n,) int64 per camera."""
+    """An episode before its images are decoded: ``images`` are ordinals in the bag, (n,) int64 per camera.
+
+    ``stamps`` (n,) int64 ns, ``states`` (n, joints) float64.
+    """
 
     stamps: np.ndarray
     states: np.ndarray
-    actions: np.ndarray
     images: dict[str, np.ndarray]
+    track: Track
     prompt: str = ""
 
 
-def make_frames(segment: Segment, contract: RobotContract, options: Options, counters: Counter[str]) -> list[Frames]:
-    """The episodes of a segment, and in ``counters`` what was left out; a tick may count under several causes."""
-    tracks = {**segment.cameras, "joint_states": segment.joint_states}
-    first = max(int(track.stamps[0]) for track in tracks.values())
-    last = min(int(track.stamps[-1]) for track in tracks.values())
-    dt = contract.dt_ns
-    # Ticks fall where the actions are stamped; before the first action there is nothing to learn.
-    if segment.first_action_ns > first:
-        first = segment.first_action_ns
-    else:
-        first += (segment.first_action_ns - first) % dt
-    if last < first:
-        return []
-    ticks = np.arange(first, last + 1, dt, dtype=np.int64)
-    usable = np.ones(len(ticks), bool)
-    chosen = {}
-    for name, track in tracks.items():
-        limit_s = contract.max_joint_state_age_s if name == "joint_states" else contract.max_image_age_s
-        chosen[name] = track.newest_not_after(ticks)
-        stale = ticks - track.stamps[chosen[name]] > round(limit_s * _NS)
-        counters[f"stale {name}"] += int(stale.sum())
-        usable &= ~stale
-    actions, age, known = segment.actions_at(ticks, dt)
-    longest_s = _OLDEST_ACTION * contract.dt if options.max_action_age_s is None else options.max_action_age_s
-    none = ~known | (age > round(longest_s * _NS))
-    counters["no action"] += int(none.sum())
-    usable &= ~none
-    prompts = segment.prompts_at(ticks)
-    episodes = []
-    for begin, end in _runs(usable, prompts):
-        if end - begin < options.min_frames:
-            counters["too short"] += end - begin
-            usable[begin:end] = False
-            continue
-        rows = slice(begin, end)
-        episodes.append(
-            Frames(
-                stamps=ticks[rows],
-                states=segment.joint_states.values[chosen["joint_states"][rows]],
-                actions=actions[rows],
-                images={name: track.values[chosen[name][rows]] for name, track in segment.cameras.items()},
-                prompt=prompts[begin],
-            )
+@dataclass
+class _Stretch:
+    """What was seen and done until time began anew."""
+
+    selections: list[Selection] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
+    commands: list[Command] = field(default_factory=list)
+
+
+class Player:
+    """Plays the runs of a bag, one after the other; ``counters`` says what was left out, and why.
+
+    Of ``ticks`` each gave a frame, or none that was newer (``repeated`` and the camera that kept it), or is among the
+    ``dropped``, under the cause as well.
+    """
+
+    def __init__(self, contract: RobotContract, options: Options, counters: Counter[str]) -> None:
+        self._contract, self._options, self.counters = contract, options, counters
+        self._pairing = Pairing(contract.dt_ns)
+        self._prompt = ""
+
+    def episodes(self, run: Run) -> list[Frames]:
+        """Those of the next run. A prompt stays in force from one run to the next."""
+        self._frames = SensorFrames(self._contract)
+        self._newest_ns: dict[str, int] = {}
+        self._stretches = [_Stretch()]
+        self._play(run)
+        return [episode for stretch in self._stretches for episode in self._parted(stretch)]
+
+    # --- from messages to frames ---
+
+    def _play(self, run: Run) -> None:
+        dt_ns = self._contract.dt_ns
+        now_ns = arrived_ns = run.begin_ns
+        message = next(run.messages, None)
+        while message is not None:
+            now_ns += dt_ns
+            if now_ns > arrived_ns + _PAUSE_NS and message.arrival_ns > now_ns:
+                now_ns += -((now_ns - message.arrival_ns) // dt_ns) * dt_ns
+            while message is not None and message.arrival_ns <= now_ns:
+                self._take(message)
+                arrived_ns = message.arrival_ns
+                message = next(run.messages, None)
+            self._tick(now_ns)
+
+    def _take(self, message: Message) -> None:
+        content = message.content
+        if isinstance(content, Picture):
+            self._count(self._frames.add_picture(content.camera, message.stamp_ns, content.ordinal))
+        elif isinstance(content, Joints):
+            problem = "" if content.positions is not None else "found some joints missing"
+            self._count(self._frames.add_state(message.stamp_ns, content.positions, problem))
+        elif isinstance(content, Command):
+            newest_ns = self._newest_ns.get("command")
+            self._count(order_of(content.begin_ns, newest_ns, DISORDER_NS))
+            self._newest_ns["command"] = max(content.begin_ns, newest_ns or 0)
+            self._stretches[-1].commands.append(content)
+        elif self._options.prompt is None:
+            self._prompt = content.text
+
+    def _count(self, order: Order) -> None:
+        names = {Order.LATE: "out of order", Order.EQUAL: "duplicate stamp", Order.RESTARTED: "time jumps"}
+        if order in names:
+            self.counters[names[order]] += 1
+
+    def _tick(self, now_ns: int) -> None:
+        """As the buffer node does it."""
+        self.counters["ticks"] += 1
+        try:
+            selection = self._frames.select(now_ns)
+        except Fault as fault:
+            self._drop(fault.cause, 1)
+            return
+        order = order_of(selection.stamp_ns, self._newest_ns.get("frame"), self._contract.dt_ns)
+        if order in (Order.EQUAL, Order.LATE):
+            self.counters[f"repeated {selection.oldest}"] += 1
+            return
+        if order is Order.RESTARTED:
+            self._stretches.append(_Stretch())
+        self._newest_ns["frame"] = selection.stamp_ns
+        self._stretches[-1].selections.append(selection)
+        self._stretches[-1].prompts.append(self._prompt)
+
+    def _drop(self, cause: str, count: int) -> None:
+        if count:
+            self.counters[cause] += count
+            self.counters["dropped"] += count
+
+    # --- from frames to episodes ---
+
+    def _parted(self, stretch: _Stretch) -> Iterator[Frames]:
+        dt_ns, longest_s = self._contract.dt_ns, self._options.max_action_age_s
+        hold_ns = dt_ns + self._pairing.tolerance_ns
+        longest_ns = hold_ns if longest_s is None else round(longest_s * 1e9)
+        track = track_of(stretch.commands, dt_ns, longest_ns - hold_ns, joints=len(self._contract.joints))
+        stamps = np.array([selection.stamp_ns for selection in stretch.selections], np.int64)
+        begins, ends = self._use(stamps, track)
+        rows = np.flatnonzero(ends)
+        is_first = np.ones(len(rows), bool)
+        prompts = np.array(stretch.prompts, object)[rows]
+        is_first[1:] = (np.diff(stamps[rows]) > _PAUSE_NS) | (prompts[1:] != prompts[:-1])
+        for part in np.split(rows, np.flatnonzero(is_first)[1:]) if len(rows) else ():
+            # Before its first action an episode has nothing that a frame could be the end of.
+            begun = part[int(np.argmax(begins[part])) :] if begins[part].any() else part[:0]
+            self._drop("no action", len(part) - len(begun))
+            if len(begun) >= self._options.min_frames:
+                yield self._episode([stretch.selections[row] for row in begun], track, stretch.prompts[begun[0]])
+            else:
+                self._drop("too short", len(begun))
+        self._drop("no action", len(stamps) - len(rows))
+
+    def _use(self, stamps: np.ndarray, track: Track) -> tuple[np.ndarray, np.ndarray]:
+        """Which frames an action was in force at, and which can be the end of a transition, (n,) bool.
+
+        The last action of a transition is in force in a step that began a step before its end, give or take the
+        tolerance.
+        """
+        if not len(track):
+            return np.zeros(len(stamps), bool), np.zeros(len(stamps), bool)
+        newest, in_force = self._pairing.in_force(track.stamps, stamps, (0, len(track)))
+        age = stamps - track.stamps[np.maximum(newest, 0)]
+        longest_ns = 2 * (self._contract.dt_ns + self._pairing.tolerance_ns)
+        return in_force, (newest >= 0) & (age <= longest_ns)
+
+    def _episode(self, selections: Sequence[Selection], track: Track, prompt: str) -> Frames:
+        stamps = np.array([selection.stamp_ns for selection in selections], np.int64)
+        tolerance_ns = self._pairing.tolerance_ns
+        edges = (stamps[0] - self._contract.dt_ns - tolerance_ns, stamps[-1] + tolerance_ns + 1)
+        part = slice(*np.searchsorted(track.stamps, edges))
+        return Frames(
+            stamps=stamps,
+            states=np.stack([selection.state for selection in selections]),
+            images={
+                name: np.array([selection.pictures[name] for selection in selections], np.int64)
+                for name in self._contract.camera_names
+            },
+            track=Track(track.stamps[part], track.actions[part]),
+            prompt=prompt,
         )
-        for name in segment.cameras:
-            counters[f"repeated {name}"] += int((np.diff(chosen[name][rows]) == 0).sum())
-    counters["ticks"] += len(ticks)
-    counters["dropped"] += int((~usable).sum())
-    for name in [name for name, count in counters.items() if count == 0]:
-        del counters[name]
-    return episodes
 
 
-def _runs(flags: np.ndarray, labels: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """(begin, end) of every run of True with one label."""
-    begin = 0
-    for (flag, _), run in itertools.groupby(zip(flags, labels, strict=True)):
-        end = begin + sum(1 for _ in run)
-        if flag:
-            yield begin, end
-        begin = end
+def track_of(commands: Sequence[Command], dt_ns: int, hold_ns: int, *, joints: int) -> Track:
+    """What was executed, as ``executed_action`` says it: once per control step, from when a command begins.
+
+    A command counts until the next one, of two that begin together the last, but no longer than ``hold_ns`` after its
+    end.
+    """
+    latest = {command.begin_ns: command for command in commands}
+    begins = np.array(sorted(latest), np.int64)
+    until = np.append(begins[1:], np.iinfo(np.int64).max)
+    stamps: list[int] = []
+    values: list[Any] = []
+    for begin, next_begin in zip(begins.tolist(), until.tolist(), strict=True):
+        command = latest[begin]
+        last = command.end_ns + hold_ns
+        own = [*range(begin, min(last, next_begin), dt_ns), *([last] if last < next_begin else [])]
+        stamps += own
+        values += [command.at(stamp) for stamp in own]
+    return Track(np.array(stamps, np.int64), np.array(values, np.float32).reshape(len(stamps), joints))

@@ -1,4 +1,4 @@
-"""The first pass over a bag: joint states, commands, prompts and the stamps of the images, sorted into segments.
+"""The first pass over a bag: joint states, commands, prompts and the stamps of the images, in the order of arrival.
 
 What is wrong with a bag (a topic that is missing or vanishes, a NaN, two clocks) is found here, before anything is
 written. No image is decoded.
@@ -6,11 +6,10 @@ written. No image is decoded.
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,93 +17,203 @@ import numpy as np
 
 from selfalign_core.contract import RobotContract
 from selfalign_core.data.rosbag_file import NS, BagError, BagFile
-from selfalign_core.data.rosbag_frames import Command, Commands, Segment, Track
+from selfalign_core.data.rosbag_frames import Command, Content, Joints, Message, Picture, Prompt, Run
+from selfalign_core.data.rosbag_messages import (
+    COMMAND_TYPES,
+    IMAGE_TYPES,
+    JOINT_STATE_TYPE,
+    PROMPT_TYPE,
+    command_of,
+    positions_of,
+)
 from selfalign_core.data.rosbag_options import Options
 from selfalign_core.errors import InputError
+from selfalign_core.robot.frames import DISORDER_NS
 
 EXECUTED_TOPIC = "executed_action"
 PROMPT_TOPIC = "prompt"
-IMAGE_TYPES = {"raw": "sensor_msgs/msg/Image", "compressed": "sensor_msgs/msg/CompressedImage"}
-_JOINT_STATE_TYPE = "sensor_msgs/msg/JointState"
-_PROMPT_TYPE = "std_msgs/msg/String"
-_COMMAND_TYPES = {
-    "joint_trajectory": "trajectory_msgs/msg/JointTrajectory",
-    "forward_command": "std_msgs/msg/Float64MultiArray",
-}
 # Stamps further apart than this do not belong to one recording of one clock, and a topic that ends this much before
 # the others has vanished. Delays between topics of a working robot are far below.
 _JUMP_NS = NS
-_DISORDER_NS = NS // 4  # messages of one topic may overtake each other by less than this
+_NO_STAMP = np.iinfo(np.int64).min
 
 
-@dataclass
-class _Stream:
-    """One topic as it comes out of the bag: header stamp, receive stamp and values per message, in reading order."""
-
-    topic: str
-    stamps: array = field(default_factory=lambda: array("q"))
-    received: array = field(default_factory=lambda: array("q"))
-    segments: array = field(default_factory=lambda: array("i"))
-    values: array = field(default_factory=lambda: array("d"))
-
-    def add(self, stamp_ns: int, received_ns: int, segment: int, values: Sequence[float] = ()) -> None:
-        self.stamps.append(stamp_ns)
-        self.received.append(received_ns)
-        self.segments.append(segment)
-        self.values.extend(values)
-
-    def track(self, segment: int, values: np.ndarray, counters: Counter[str]) -> Track:
-        """The messages of a segment in order of their stamps; of equal stamps the last one counts."""
-        chosen = np.flatnonzero(np.frombuffer(self.segments, np.int32) == segment)
-        stamps = np.frombuffer(self.stamps, np.int64)[chosen]
-        counters["out of order"] += int((np.diff(stamps) < 0).sum())
-        order = np.argsort(stamps, kind="stable")
-        stamps, chosen = stamps[order], chosen[order]
-        keep = np.append(np.diff(stamps) > 0, True)[: len(stamps)]
-        counters["duplicate stamp"] += int((~keep).sum())
-        return Track(stamps[keep], values[chosen[keep]])
-
-
-@dataclass
 class Recording:
-    """A bag after the first pass."""
+    """What a bag says, message by message, in the order received."""
 
-    contract: RobotContract
-    cameras: dict[str, _Stream]
-    joint_states: _Stream
-    executed: _Stream
-    commands: list[tuple[int, Command]]  # with the number of their segment
-    prompts: list[tuple[int, int, str]]  # number of the segment, receive stamp [ns], text
-    action_topic: str
-    num_segments: int
-    counters: Counter[str]
+    def __init__(self, action_topic: str) -> None:
+        self.action_topic = action_topic
+        self.counters: Counter[str] = Counter()
+        self.has_one_clock = True
+        self._contents: list[Content] = []
+        self._stamps, self._received, self._stretches = array("q"), array("q"), array("i")
 
-    def segments(self) -> Iterator[Segment]:
-        """The stretches in which every topic has messages."""
-        joints = len(self.contract.joints)
-        for number in range(self.num_segments):
-            cameras = {
-                name: stream.track(number, np.arange(len(stream.stamps)), self.counters)
-                for name, stream in self.cameras.items()
-            }
-            joint_states = self.joint_states.track(
-                number, np.frombuffer(self.joint_states.values).reshape(-1, joints), self.counters
-            )
-            if not all(len(track.stamps) for track in [*cameras.values(), joint_states]):
+    def add(self, content: Content, stamp_ns: int | None, received_ns: int, stretch: int) -> None:
+        """``stamp_ns``: the header's, None where there is none. ``stretch``: which stretch of time it belongs to."""
+        self._contents.append(content)
+        self._stamps.append(_NO_STAMP if stamp_ns is None else stamp_ns)
+        self._received.append(received_ns)
+        self._stretches.append(stretch)
+
+    def runs(self) -> Iterator[Run]:
+        """All of it as received, where receive and header stamps are of one clock.
+
+        Else by header stamps, each stretch of time by itself: a message has arrived when the newest that was received
+        up to it was stamped.
+        """
+        if self.has_one_clock:
+            arrivals = zip(self._received, self._stamps, self._contents, strict=True)
+            yield Run(self._received[0], (Message(arrival, stamp, content) for arrival, stamp, content in arrivals))
+            return
+        stretches = np.frombuffer(self._stretches, np.int32)
+        for number in range(int(stretches.max()) + 1):
+            rows = np.flatnonzero(stretches == number)
+            stamps = np.frombuffer(self._stamps, np.int64)[rows]
+            if not (stamped := stamps[stamps != _NO_STAMP]).size:
                 continue
-            prompts = self._prompts_of(number)
-            if self.executed.stamps:
-                values = np.frombuffer(self.executed.values).reshape(-1, joints)
-                executed = self.executed.track(number, values, self.counters)
-                if len(executed.stamps):
-                    yield Segment(cameras, joint_states, executed, prompts)
-            elif commands := [command for segment, command in self.commands if segment == number]:
-                yield Segment(cameras, joint_states, Commands(commands), prompts)
+            arrivals_ns = np.maximum.accumulate(np.maximum(stamps, stamped[0]))
+            yield Run(
+                int(arrivals_ns[0]),
+                (
+                    Message(int(arrival), int(stamp), self._contents[row])
+                    for arrival, stamp, row in zip(arrivals_ns, stamps, rows, strict=True)
+                ),
+            )
 
-    def _prompts_of(self, number: int) -> tuple[tuple[int, str], ...]:
-        """The prompt a segment begins with, if it had been given before, and those given in it."""
-        before = [(np.iinfo(np.int64).min, text) for segment, _, text in self.prompts if segment < number]
-        return (*before[-1:], *((stamp, text) for segment, stamp, text in self.prompts if segment == number))
+
+def read_recording(bag: BagFile, contract: RobotContract, options: Options) -> Recording:
+    """Raises ``BagError`` naming file and topic."""
+    return _Reader(bag, contract, options).read()
+
+
+class _Reader:
+    """Reads one bag once."""
+
+    def __init__(self, bag: BagFile, contract: RobotContract, options: Options) -> None:
+        self._bag, self._contract, self._options = bag, contract, options
+        self._names = contract.joint_names
+        self._joint_topic, self._executed_topic, self._command_topic, self._prompt_topic = (
+            options.topic(name)
+            for name in (contract.joint_state_topic, EXECUTED_TOPIC, contract.action.topic, PROMPT_TOPIC)
+        )
+        self._cameras = {options.topic(camera.topic): camera for camera in contract.cameras}
+        self._types = self._wanted(bag.message_counts())
+        has_executed = self._executed_topic in self._types
+        self._recording = Recording(self._executed_topic if has_executed else self._command_topic)
+        self._clock, self._offset = _Clock(), _Offset(bag.path)
+        self._ordinals = dict.fromkeys(self._cameras, 0)
+        self._received: dict[str, list[int]] = {}  # topic -> stamps of its first and of its newest message
+        self._executing_until = 0  # by the newest command
+        self._incomplete: dict[str, str] = {}  # topic -> what its joint states lack, if they all lack something
+
+    def read(self) -> Recording:
+        take: dict[str, Callable[[str, int, bytes], None]] = {
+            **dict.fromkeys(self._cameras, self._take_image),
+            self._command_topic: self._take_command,
+            self._executed_topic: self._take_joints,
+            self._joint_topic: self._take_joints,
+            self._prompt_topic: self._take_prompt,
+        }
+        for topic, received_ns, raw in self._bag.messages(self._types):
+            take[topic](topic, received_ns, raw)
+            self._received.setdefault(topic, [received_ns, 0])[1] = received_ns
+        for topic, found in self._incomplete.items():
+            if found:
+                raise BagError(f"{self._bag.path}: topic {topic}: {found}, in every message")
+        self._check_ends()
+        for topic in (self._command_topic, self._prompt_topic):
+            if topic in self._types and not (topic == self._prompt_topic and self._options.prompt is not None):
+                self._offset.check(topic)
+        return self._finished()
+
+    def _finished(self) -> Recording:
+        recording, oldest_s = self._recording, self._contract.max_joint_state_age_s
+        # A robot whose joint states were too old when they arrived would not have moved: then it is another clock.
+        recording.has_one_clock = self._offset.is_within(-min(oldest_s, self._contract.dt), oldest_s)
+        if not recording.has_one_clock and self._clock.number > 0:
+            recording.counters["time jumps"] = self._clock.number
+        return recording
+
+    def _wanted(self, counts: dict[str, int]) -> dict[str, str]:
+        """Topic -> type of what is to be read. Raises ``BagError`` if something is not there."""
+        types = {topic: IMAGE_TYPES[camera.encoding] for topic, camera in self._cameras.items()}
+        types[self._joint_topic] = JOINT_STATE_TYPE
+        if counts.get(self._executed_topic):
+            types[self._executed_topic] = JOINT_STATE_TYPE
+        else:
+            types[self._command_topic] = COMMAND_TYPES[self._contract.action.interface]
+        for topic in types:
+            if not counts.get(topic):
+                wanted = f"{topic} (or {self._executed_topic})" if topic == self._command_topic else topic
+                raise BagError(
+                    f"{self._bag.path}: topic {wanted}: found no messages, expected some; recorded are "
+                    f"{', '.join(sorted(name for name, count in counts.items() if count)) or 'none'}"
+                )
+        if counts.get(self._prompt_topic):
+            types[self._prompt_topic] = PROMPT_TYPE  # whatever it says: the ticks are counted from the first message on
+        return types
+
+    def _take_image(self, topic: str, received_ns: int, raw: bytes) -> None:
+        stamp_ns = self._bag.header_stamp(topic, raw)
+        content = Picture(self._cameras[topic].name, self._ordinals[topic])
+        self._ordinals[topic] += 1
+        self._recording.add(content, stamp_ns, received_ns, self._clock.place(topic, stamp_ns))
+
+    def _take_joints(self, topic: str, received_ns: int, raw: bytes) -> None:
+        """Joint states and executed actions."""
+        stamp_ns, message = self._bag.header_stamp(topic, raw), self._decode(topic, raw)
+        with self._naming(f"topic {topic}, message stamped {stamp_ns / NS:.3f} s"):
+            positions = positions_of(message, self._names)
+        if positions is None:
+            missing = sorted(set(self._names) - set(message.name))
+            self._incomplete.setdefault(topic, f"found joints {list(message.name)}, expected also {missing}")
+            self._recording.counters["incomplete joint states"] += 1
+        else:
+            self._incomplete[topic] = ""
+        stretch = self._clock.place(topic, stamp_ns)
+        if topic == self._joint_topic:
+            if positions is not None:
+                self._offset.add(stamp_ns, received_ns)
+            self._recording.add(Joints(positions), stamp_ns, received_ns, stretch)
+        elif positions is not None:  # the buffer, too, stores no action that is not whole
+            action = Command(stamp_ns, np.array([stamp_ns], np.int64), positions[None])
+            self._recording.add(action, stamp_ns, received_ns, stretch)
+
+    def _take_command(self, topic: str, received_ns: int, raw: bytes) -> None:
+        with self._naming(f"topic {topic}, message received at {received_ns / NS:.3f} s"):
+            command = command_of(self._decode(topic, raw), self._names, received_ns)
+        self._executing_until = command.end_ns
+        self._recording.add(command, None, received_ns, max(self._clock.number, 0))
+
+    def _take_prompt(self, topic: str, received_ns: int, raw: bytes) -> None:
+        text = self._decode(topic, raw).data.strip()
+        self._recording.add(Prompt(text), None, received_ns, max(self._clock.number, 0))
+
+    def _decode(self, topic: str, raw: bytes) -> Any:
+        return self._bag.decode(topic, self._types[topic], raw)
+
+    @contextmanager
+    def _naming(self, where: str) -> Iterator[None]:
+        """Turns an ``InputError`` into a ``BagError`` that names bag and message."""
+        try:
+            yield
+        except InputError as error:
+            raise BagError(f"{self._bag.path}: {where}: {error}") from None
+
+    def _check_ends(self) -> None:
+        if self._options.allow_early_end:
+            return
+        received = {topic: ends for topic, ends in self._received.items() if topic != self._prompt_topic}
+        begin, end = min(first for first, _ in received.values()), max(last for _, last in received.values())
+        for topic, (_, last) in received.items():
+            # A long trajectory is still being executed when no newer command comes.
+            until = max(last, self._executing_until) if topic == self._command_topic else last
+            if end - until > _JUMP_NS:
+                raise BagError(
+                    f"{self._bag.path}: topic {topic}: found its last message {(last - begin) / NS:.2f} s into a "
+                    f"recording of {(end - begin) / NS:.2f} s, expected messages to its end; the topic vanished "
+                    "(--allow-early-end uses what came before)"
+                )
 
 
 class _Clock:
@@ -124,7 +233,7 @@ class _Clock:
         """The number of the stretch that a message belongs to; messages come in the order received."""
         for number in range(self.number, max(self.number - 2, -1), -1):
             near = abs(stamp_ns - self._newest[number]) <= _JUMP_NS
-            if near and stamp_ns >= self._newest_of[number].get(topic, stamp_ns) - _DISORDER_NS:
+            if near and stamp_ns >= self._newest_of[number].get(topic, stamp_ns) - DISORDER_NS:
                 break
         else:
             number = self.number = self.number + 1
@@ -135,94 +244,8 @@ class _Clock:
         return number
 
 
-def read_recording(bag: BagFile, contract: RobotContract, options: Options) -> Recording:
-    cameras = {options.topic(camera.topic): camera for camera in contract.cameras}
-    joint_topic = options.topic(contract.joint_state_topic)
-    executed_topic, command_topic = options.topic(EXECUTED_TOPIC), options.topic(contract.action.topic)
-    types = {topic: IMAGE_TYPES[camera.encoding] for topic, camera in cameras.items()}
-    types[joint_topic] = _JOINT_STATE_TYPE
-    counts = bag.message_counts()
-    if counts.get(executed_topic):
-        action_topic = executed_topic
-        types[executed_topic] = _JOINT_STATE_TYPE
-    else:
-        action_topic = command_topic
-        types[command_topic] = _COMMAND_TYPES[contract.action.interface]
-    prompt_topic = options.topic(PROMPT_TOPIC)
-    if options.prompt is None and counts.get(prompt_topic):
-        types[prompt_topic] = _PROMPT_TYPE
-    for topic in types:
-        if not counts.get(topic):
-            wanted = f"{topic} (or {executed_topic})" if topic == command_topic else topic
-            raise BagError(
-                f"{bag.path}: topic {wanted}: found no messages, expected some; recorded are "
-                f"{', '.join(sorted(name for name, count in counts.items() if count)) or 'none'}"
-            )
-
-    names = contract.joint_names
-    streams = {topic: _Stream(topic) for topic in types if topic != prompt_topic}
-    commands: list[tuple[int, Command]] = []
-    prompts: list[tuple[int, int, str]] = []
-    counters: Counter[str] = Counter()
-    clock = _Clock()
-    offset = _Offset(bag.path)
-    incomplete = ""
-    for topic, received_ns, raw in bag.messages(types):
-        if topic == prompt_topic:
-            text = bag.decode(topic, _PROMPT_TYPE, raw).data.strip()
-            prompts.append((max(clock.number, 0), received_ns, text))
-            continue
-        stream = streams[topic]
-        if topic in cameras:
-            stamp = bag.header_stamp(topic, raw)
-            stream.add(stamp, received_ns, clock.place(topic, stamp))
-            continue
-        message = bag.decode(topic, types[topic], raw)
-        if topic == action_topic == command_topic:
-            # A command has no stamp of its own, or one that says when it starts; it counts from when it was received.
-            command = _command(bag.path, topic, message, names, received_ns)
-            stream.add(received_ns, received_ns, max(clock.number, 0))
-            commands.append((max(clock.number, 0), command))
-            continue
-        stamp = bag.header_stamp(topic, raw)
-        segment = clock.place(topic, stamp)
-        try:
-            position = _positions(message, names)
-        except InputError as error:
-            raise BagError(f"{bag.path}: topic {topic}, message stamped {stamp / NS:.3f} s: {error}") from None
-        if position is None:
-            incomplete = f"found joints {list(message.name)}, expected also {sorted(set(names) - set(message.name))}"
-            counters["incomplete joint states"] += 1
-            continue
-        if topic == joint_topic:
-            offset.add(stamp, received_ns)
-        stream.add(stamp, received_ns, segment, position)
-
-    for topic in (joint_topic, executed_topic):
-        if topic in streams and not streams[topic].stamps:
-            raise BagError(f"{bag.path}: topic {topic}: {incomplete}, in every message")
-    if not options.allow_early_end:
-        _check_ends(bag.path, streams, {command_topic: commands[-1][1].end_ns} if commands else {})
-    for topic, found in ((command_topic, commands), (prompt_topic, prompts)):
-        if found:
-            offset.check(topic)
-    if clock.number > 0:
-        counters["time jumps"] = clock.number
-    return Recording(
-        contract=contract,
-        cameras={camera.name: streams[topic] for topic, camera in cameras.items()},
-        joint_states=streams[joint_topic],
-        executed=streams.get(executed_topic, _Stream(executed_topic)),
-        commands=commands,
-        prompts=prompts,
-        action_topic=action_topic,
-        num_segments=clock.number + 1,
-        counters=counters,
-    )
-
-
 class _Offset:
-    """Commands and prompts are placed by receive stamps among header stamps, which needs one clock behind both."""
+    """How much later joint states were received than they are stamped, by their median."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -231,72 +254,19 @@ class _Offset:
     def add(self, stamp_ns: int, received_ns: int) -> None:
         self._offsets.append(received_ns - stamp_ns)
 
+    def is_within(self, least_s: float, most_s: float) -> bool:
+        return least_s <= self._median_s <= most_s
+
     def check(self, topic: str) -> None:
-        median = float(np.median(np.frombuffer(self._offsets, np.int64))) / NS
-        if abs(median) * NS > _JUMP_NS:
+        """Messages without stamps are placed by receive stamps among header stamps: one clock has to be behind both."""
+        if abs(self._median_s) * NS > _JUMP_NS:
             raise BagError(
-                f"{self._path}: topic {topic}: found messages received {median:.3f} s after the header stamps of the "
-                "joint states, expected one clock; messages without stamps can only be placed by when they were "
+                f"{self._path}: topic {topic}: found messages received {self._median_s:.3f} s after the header stamps "
+                "of the joint states, expected one clock; messages without stamps can only be placed by when they were "
                 f"received (record {EXECUTED_TOPIC}, give the prompt, or record with --use-sim-time where the robot "
                 "runs on simulated time)"
             )
 
-
-def _check_ends(path: Path, streams: dict[str, _Stream], executing_until: dict[str, int]) -> None:
-    ends = {topic: stream.received[-1] for topic, stream in streams.items()}
-    begin = min(stream.received[0] for stream in streams.values())
-    end = max(ends.values())
-    for topic, last in ends.items():
-        # A long trajectory is still being executed when no newer command comes.
-        if end - max(last, executing_until.get(topic, 0)) > _JUMP_NS:
-            raise BagError(
-                f"{path}: topic {topic}: found its last message {(last - begin) / NS:.2f} s into a recording of "
-                f"{(end - begin) / NS:.2f} s, expected messages to its end; the topic vanished "
-                "(--allow-early-end uses what came before)"
-            )
-
-
-def _positions(message: Any, names: Sequence[str]) -> list[float] | None:
-    """Positions in the order of ``names``, other joints left out; None if some are missing.
-
-    Raises ``InputError``.
-    """
-    if len(message.position) != len(message.name):
-        raise InputError(f"found {len(message.position)} positions for {len(message.name)} names, expected as many")
-    position = dict(zip(message.name, message.position.tolist(), strict=True))
-    if len(position) != len(message.name):
-        raise InputError(f"found joints {list(message.name)}, expected each once")
-    if any(name not in position for name in names):
-        return None
-    for name in names:
-        if not math.isfinite(position[name]):
-            raise InputError(f"joint {name}: found {position[name]}, expected a finite position")
-    return [position[name] for name in names]
-
-
-def _command(path: Path, topic: str, message: Any, names: Sequence[str], received_ns: int) -> Command:
-    where = f"{path}: topic {topic}, message received at {received_ns / NS:.3f} s"
-    if not hasattr(message, "points"):
-        positions, times = np.asarray(message.data, np.float64)[None], np.array([received_ns], np.int64)
-        if positions.shape[1] != len(names):
-            raise BagError(f"{where}: found {positions.shape[1]} values, expected {len(names)} ({', '.join(names)})")
-    else:
-        columns = {name: column for column, name in enumerate(message.joint_names)}
-        if missing := [name for name in names if name not in columns]:
-            raise BagError(f"{where}: found joints {list(message.joint_names)}, expected also {missing}")
-        if not message.points or any(len(p.positions) != len(message.joint_names) for p in message.points):
-            raise BagError(f"{where}: found points without a position per joint, expected at least one with all")
-        order = [columns[name] for name in names]
-        positions = np.array([point.positions for point in message.points], np.float64)[:, order]
-        start = _nanoseconds(message.header.stamp) or received_ns
-        times = np.array([start + _nanoseconds(point.time_from_start) for point in message.points], np.int64)
-    if not np.isfinite(positions).all():
-        joint = names[int(np.argmax(~np.isfinite(positions).all(axis=0)))]
-        raise BagError(f"{where}: joint {joint}: found NaN or an infinite position, expected finite positions")
-    if (np.diff(times) < 0).any():
-        raise BagError(f"{where}: found points in falling order of time, expected rising")
-    return Command(received_ns, times, positions)
-
-
-def _nanoseconds(time: Any) -> int:
-    return time.sec * NS + time.nanosec
+    @property
+    def _median_s(self) -> float:
+        return float(np.median(np.frombuffer(self._offsets, np.int64))) / NS

@@ -16,6 +16,7 @@ from selfalign_core.data.lerobot import main
 from selfalign_core.data.lerobot_reader import import_lerobot
 from selfalign_core.data.lerobot_writer import export_lerobot
 from selfalign_core.data.partial import DatasetError
+from selfalign_core.data.timeline import Track
 
 SIZE = (12, 16)
 EPISODES = ((7, "left", "red"), (5, "right", None), (9, "left", "blue"))
@@ -72,7 +73,7 @@ def rewrite(path: Path, change) -> None:
 
 
 def test_there_and_back_is_the_same(tmp_path: Path, dataset: TransitionDataset) -> None:
-    export_lerobot(dataset, tmp_path / "lerobot")
+    assert export_lerobot(dataset, tmp_path / "lerobot") == (21, 3)
     found = back(tmp_path / "lerobot")
     for name in ("images", "states", "actions", "stamps"):
         np.testing.assert_array_equal(getattr(found, name), getattr(dataset, name))
@@ -80,6 +81,47 @@ def test_there_and_back_is_the_same(tmp_path: Path, dataset: TransitionDataset) 
         assert getattr(found.meta, name) == getattr(dataset.meta, name)
     for name, stats in dataset.norm_stats.items():
         np.testing.assert_array_equal(found.norm_stats[name].q99, stats.q99)
+
+
+def irregular(path: Path, stamps: list[int], actions: list[int]) -> TransitionDataset:
+    """One episode at 20 Hz by times in ms; states and actions say which of them they are of."""
+
+    def rows(times: list[int]) -> np.ndarray:
+        return np.repeat(np.array(times, np.float32)[:, None], 3, 1)
+
+    with DatasetWriter(path, cameras=["top"], image_size=SIZE, state_dim=3, action_dim=3, dt_ns=50_000_000) as writer:
+        writer.add_episode(
+            states=rows(stamps),
+            stamps=np.array(stamps) * 1_000_000,
+            track=Track(np.array(actions) * 1_000_000, rows(actions)),
+            embodiment="left",
+            prompt="red",
+            images=np.stack([[picture(3 * row, 0)] for row in range(len(stamps))]),
+        )
+    return TransitionDataset(path)
+
+
+@pytest.mark.parametrize("videos", [False, True])
+def test_frames_of_a_camera_are_put_on_a_grid_and_parted_at_holes(tmp_path: Path, videos: bool) -> None:
+    source = irregular(tmp_path / "ours", [1000, 1060, 1140, 1490, 1560], [990, 1055, 1101, 1152, 1480, 1540])
+    assert export_lerobot(source, tmp_path / "lerobot", videos=videos) == (7, 2)
+    found = back(tmp_path / "lerobot")
+    # At 1100 ms the picture of 1140 ms is more than half a step away. At 1200 ms the newest action is 48 ms old and the
+    # nearest frame 60; at 1250 ms both are older than 75.
+    assert [episode.length for episode in found.meta.episodes] == [5, 2]
+    np.testing.assert_array_equal(found.stamps // 1_000_000, [1000, 1050, 1100, 1150, 1200, 1500, 1550])
+    np.testing.assert_array_equal(found.states[:, 0], [1000, 1060, 1060, 1140, 1140, 1490, 1560])
+    np.testing.assert_array_equal(found.actions[:, 0], [990, 1055, 1101, 1152, 1152, 1480, 1540])
+    shown = found.images[:, 0, 4, 12, 0].astype(int) - source.images[[0, 1, 1, 2, 2, 3, 4], 0, 4, 12, 0]
+    assert np.abs(shown).max() <= (10 if videos else 0)  # frames differ by 21
+    assert found.meta.prompts == ("red",) and found.track is None
+
+
+def test_a_dataset_without_an_action_in_force_at_any_tick_is_refused(tmp_path: Path) -> None:
+    source = irregular(tmp_path / "ours", [1000, 1070], [1090])  # the tick at 1050 ms is too early, 1100 ms too late
+    with pytest.raises(DatasetError, match="found no frame with an action in force"):
+        export_lerobot(source, tmp_path / "lerobot")
+    assert not (tmp_path / "lerobot").exists()
 
 
 def test_videos_come_back_frame_by_frame(tmp_path: Path, dataset: TransitionDataset) -> None:

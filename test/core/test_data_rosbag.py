@@ -4,139 +4,38 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
-from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from bag_scripts import (
+    BEGIN,
+    JOINTS,
+    NS,
+    STORE,
+    TYPES,
+    Script,
+    T,
+    compressed,
+    forward_command,
+    image,
+    joint_state,
+    make_contract,
+    trajectory,
+)
 from rosbags.rosbag2 import StoragePlugin, Writer
-from rosbags.typesys import Stores, get_typestore
 
 from selfalign_core.contract import RobotContract
 from selfalign_core.data.dataset import TransitionDataset
 from selfalign_core.data.partial import DatasetError
 from selfalign_core.data.rosbag import convert, main
 from selfalign_core.data.rosbag_file import BagError, find_bags
-from selfalign_core.data.rosbag_frames import Segment, Track, make_frames
 from selfalign_core.data.rosbag_options import Options
-
-NS = 1_000_000_000
-BEGIN = 1_700_000_000 * NS
-JOINTS = ("pan", "lift")
-STORE = get_typestore(Stores.ROS2_JAZZY)
-T = STORE.types
-CONTRACT = """
-name: two_joints
-control: {rate_hz: 20.0, replan_steps: 4, max_image_age: 0.1, max_joint_state_age: 0.1}
-cameras:
-  - {name: front, topic: camera/front/image_raw, encoding: %(encoding)s, height: 8, width: 8}
-joint_state: {topic: joint_states}
-joints:
-  - {name: pan, unit: rad, lower: -2.0, upper: 2.0, max_velocity: 3.0, home: 0.0}
-  - {name: lift, unit: rad, lower: -2.0, upper: 2.0, max_velocity: 3.0, home: 0.0}
-action: {interface: %(interface)s, topic: commands}
-"""
-
-
-def make_contract(path: Path, interface: str = "forward_command", encoding: str = "raw") -> RobotContract:
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "contract.yaml").write_text(CONTRACT % {"interface": interface, "encoding": encoding})
-    return RobotContract.from_yaml(path / "contract.yaml")
 
 
 @pytest.fixture
 def contract(tmp_path: Path) -> RobotContract:
     return make_contract(tmp_path)
-
-
-def stamp(ns: int):
-    return T["builtin_interfaces/msg/Time"](sec=ns // NS, nanosec=ns % NS)
-
-
-def header(ns: int):
-    return T["std_msgs/msg/Header"](stamp=stamp(ns), frame_id="")
-
-
-def joint_state(ns: int, positions: dict[str, float]):
-    values = np.array(list(positions.values()), np.float64)
-    empty = np.zeros(0)
-    return T["sensor_msgs/msg/JointState"](
-        header=header(ns), name=list(positions), position=values, velocity=empty, effort=empty
-    )
-
-
-def image(ns: int, value: int, size: int = 8):
-    data = np.full(size * size * 3, value, np.uint8)
-    return T["sensor_msgs/msg/Image"](
-        header=header(ns), height=size, width=size, encoding="rgb8", is_bigendian=0, step=3 * size, data=data
-    )
-
-
-def compressed(ns: int, value: int):
-    _, data = cv2.imencode(".png", np.full((8, 8, 3), value, np.uint8))
-    return T["sensor_msgs/msg/CompressedImage"](header=header(ns), format="png", data=data.ravel())
-
-
-def forward_command(values: list[float]):
-    layout = T["std_msgs/msg/MultiArrayLayout"](dim=[], data_offset=0)
-    return T["std_msgs/msg/Float64MultiArray"](layout=layout, data=np.array(values, np.float64))
-
-
-def trajectory(ns: int, points: list[tuple[float, dict[str, float]]]):
-    empty = np.zeros(0)
-
-    def point(after_s: float, positions: dict[str, float]):
-        after = T["builtin_interfaces/msg/Duration"](sec=int(after_s), nanosec=round(after_s % 1 * NS))
-        values = np.array(list(positions.values()))
-        return T["trajectory_msgs/msg/JointTrajectoryPoint"](
-            positions=values, velocities=empty, accelerations=empty, effort=empty, time_from_start=after
-        )
-
-    return T["trajectory_msgs/msg/JointTrajectory"](
-        header=header(ns), joint_names=list(points[0][1]), points=[point(*item) for item in points]
-    )
-
-
-TYPES = {
-    "/camera/front/image_raw": "sensor_msgs/msg/Image",
-    "/joint_states": "sensor_msgs/msg/JointState",
-    "/executed_action": "sensor_msgs/msg/JointState",
-}
-
-
-@dataclass
-class Script:
-    """What a bag shall hold: (seconds received, topic, message)."""
-
-    messages: list[tuple[float, str, object]] = field(default_factory=list)
-
-    def every(self, topic: str, rate_hz: float, make, *, start: float = 0.0, end: float = 3.0, delay: float = 0.0):
-        """``make(ns, n)`` at ``rate_hz``, received ``delay`` seconds after it was stamped."""
-        for n in range(round((end - start) * rate_hz)):
-            at = start + n / rate_hz
-            self.messages.append((at + delay, topic, make(BEGIN + round(at * NS), n)))
-        return self
-
-    def write(
-        self, path: Path, *, types: dict[str, str] | None = None, plugin=StoragePlugin.MCAP, checksums: bool = False
-    ) -> Path:
-        types = TYPES | (types or {})
-        sums: dict[str, int] = {}
-        with Writer(path, version=9, storage_plugin=plugin) as writer:
-            used = dict.fromkeys(topic for _, topic, _ in self.messages)
-            connections = {topic: writer.add_connection(topic, types[topic], typestore=STORE) for topic in used}
-            for seconds, topic, message in sorted(self.messages, key=lambda item: item[0]):
-                raw = bytes(STORE.serialize_cdr(message, types[topic]))
-                sums[topic] = zlib.crc32(raw, sums.get(topic, 0))
-                writer.write(connections[topic], BEGIN + round(seconds * NS), raw)
-            for topic, value in sums.items() if checksums else ():
-                writer.set_custom_data(f"crc32 {topic}", f"{value:08x}")
-        return path
 
 
 def seconds(ns: int) -> float:
@@ -171,17 +70,37 @@ def run(bags: list[Path], contract: RobotContract, output: Path, **changes) -> T
 # --- what a frame is ---
 
 
-def test_a_clean_bag_becomes_one_episode_at_the_control_rate(tmp_path: Path, contract: RobotContract) -> None:
+def newest_not_after(times: np.ndarray, rate_hz: float) -> np.ndarray:
+    """Of a topic at ``rate_hz`` from second 0 on: when the newest one up to each time was stamped [s]."""
+    return np.floor(times * rate_hz + 1e-6) / rate_hz
+
+
+def test_a_clean_bag_becomes_one_episode(tmp_path: Path, contract: RobotContract) -> None:
     dataset = run([whole().write(tmp_path / "bag")], contract, tmp_path / "set", prompt="reach")
     assert len(dataset.meta.episodes) == 1
     assert 58 <= len(dataset) <= 60
-    assert set(np.diff(dataset.stamps)) == {contract.dt_ns}
-    np.testing.assert_allclose(dataset.actions[:, 0], (dataset.stamps - BEGIN) / NS, atol=1e-6)
+    times = (dataset.stamps - BEGIN) / NS
+    np.testing.assert_array_equal(dataset.images[:, 0, 0, 0, 0], np.round(times * 30))
+    np.testing.assert_allclose(dataset.states[:, 0], times, atol=1 / 60 + 1e-6)
+    np.testing.assert_allclose(dataset.actions[:, 0], newest_not_after(times + 0.025, 20.0), atol=1e-6)
     assert dataset.meta.prompts == ("reach",)
     assert dataset.meta.embodiments == ("two_joints",)
     assert dataset.meta.joint_names == JOINTS
-    assert dataset.meta.counters.get("dropped", 0) == 0
+    assert dataset.meta.counters == {"ticks": len(dataset)}
     assert dataset.norm_stats["state"].min[1] == -1.0
+
+
+def test_state_and_actions_are_of_the_picture_not_of_the_tick(tmp_path: Path, contract: RobotContract) -> None:
+    """However old the picture was when it was seen: what the policy gets is of one moment."""
+    script = executed(joint_states(cameras(Script(), delay=0.06)))
+    dataset = run([script.write(tmp_path / "bag")], contract, tmp_path / "set")
+    times = (dataset.stamps - BEGIN) / NS
+    np.testing.assert_array_equal(dataset.images[:, 0, 0, 0, 0], np.round(times * 30))
+    lead = dataset.states[:, 0] - times
+    assert lead.min() >= -1 / 60 - 1e-6 and lead.max() <= 1e-6
+    np.testing.assert_allclose(dataset.actions[:, 0], newest_not_after(times + 0.025, 20.0), atol=1e-6)
+    # What a nodes' tick sees has arrived by then: the last picture that is used was stamped 60 ms before the last tick.
+    assert times.max() <= 3.05 - 0.06
 
 
 def test_without_a_prompt_bags_are_play(tmp_path: Path, contract: RobotContract) -> None:
@@ -202,7 +121,8 @@ def test_the_recorded_prompt_labels_the_frames_from_when_it_was_given(tmp_path: 
     meta = run([bag], contract, tmp_path / "set").meta
     assert meta.prompts == ("reach the cube", "reach the ball")
     assert [episode.prompt for episode in meta.episodes] == [-1, 0, 1]
-    assert [episode.start for episode in meta.episodes] == [0, 20, 40]  # the same prompt again ends nothing
+    # The first tick is at 0.05 s, that at 1 s the 20th; the same prompt again ends nothing.
+    assert [episode.start for episode in meta.episodes] == [0, 19, 39]
     assert run([bag], contract, tmp_path / "said", prompt="wave").meta.prompts == ("wave",)
     assert run([bag], contract, tmp_path / "play", prompt="").meta.prompts == ()
 
@@ -230,63 +150,32 @@ def test_a_storage_file_without_metadata_is_read(tmp_path: Path, contract: Robot
     assert len(run([bag], contract, tmp_path / "set")) >= 58
 
 
-def test_delayed_messages_are_placed_by_their_header(tmp_path: Path, contract: RobotContract) -> None:
-    script = executed(joint_states(cameras(Script(), delay=0.3), delay=0.02))
+def test_what_the_nodes_would_have_refused_is_no_frame(tmp_path: Path, contract: RobotContract) -> None:
+    script = executed(joint_states(cameras(Script(), delay=0.3)))
+    with pytest.raises(BagError, match=r"found no usable frame.*stale front 6\d"):
+        run([script.write(tmp_path / "bag")], contract, tmp_path / "set", allow_early_end=True)
+
+
+@pytest.mark.parametrize("offset_s", [0.4, 1000.0, -1000.0])
+def test_receive_stamps_of_another_clock_say_nothing(tmp_path: Path, contract: RobotContract, offset_s: float) -> None:
+    """Then a message has arrived when the newest one before it was stamped."""
+    script = executed(joint_states(cameras(Script())))
+    script.messages.sort(key=lambda item: item[0])
+    expected = run([script.write(tmp_path / "bag")], contract, tmp_path / "expected")
+    script.messages = [(at + offset_s, topic, message) for at, topic, message in script.messages]
+    found = run([script.write(tmp_path / "other_bag")], contract, tmp_path / "set")
+    for name in ("stamps", "states", "actions", "images"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+
+
+def test_on_another_clock_a_late_picture_is_late_all_the_same(tmp_path: Path, contract: RobotContract) -> None:
+    script = executed(joint_states(cameras(Script(), delay=1000.06), delay=1000.0), delay=1000.0)
     dataset = run([script.write(tmp_path / "bag")], contract, tmp_path / "set")
+    ticks = BEGIN + np.arange(1, 61) * contract.dt_ns
+    ages = ticks - dataset.stamps[np.searchsorted(dataset.stamps, ticks - NS // 30, side="right") - 1]
+    assert ages[5:-1].min() >= 0.04 * NS  # 60 ms, less what lies between two joint states
     times = (dataset.stamps - BEGIN) / NS
-    np.testing.assert_array_equal(dataset.images[:, 0, 0, 0, 0], np.floor(times * 30 + 1e-6))
-
-
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(seed=st.integers(0, 10**6))
-def test_no_frame_knows_the_future(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
-    """Jittered stamps, delays and losses: what is stored is the newest of what was stamped up to the tick."""
-    rng = np.random.default_rng(seed)
-    path = tmp_path_factory.mktemp("future")
-    script = Script()
-    times: dict[str, list[int]] = {}
-    for topic, rate in (("/camera/front/image_raw", 30.0), ("/joint_states", 60.0), ("/executed_action", 20.0)):
-        at = np.sort(np.arange(0, 2, 1 / rate) + rng.uniform(0, 0.02, round(2 * rate)))
-        times[topic] = [BEGIN + round(t * NS) for t in at if rng.random() > 0.1]
-        for n, ns in enumerate(times[topic]):
-            positions = {"pan": seconds(ns), "lift": float(n)}
-            message = image(ns, n) if "camera" in topic else joint_state(ns, positions)
-            script.messages.append((seconds(ns) + rng.exponential(0.02), topic, message))
-    # Some end of the recording is late; that is not what is tested here.
-    dataset = run([script.write(path / "bag")], make_contract(path), path / "set", allow_early_end=True)
-    for row, tick in enumerate(dataset.stamps):
-        newest_image = np.searchsorted(times["/camera/front/image_raw"], tick, side="right") - 1
-        assert dataset.images[row, 0, 0, 0, 0] == newest_image
-        assert tick - times["/camera/front/image_raw"][newest_image] <= 0.1 * NS
-        newest_state = times["/joint_states"][np.searchsorted(times["/joint_states"], tick, side="right") - 1]
-        np.testing.assert_allclose(dataset.states[row, 0], seconds(newest_state), atol=1e-6)
-        assert dataset.actions[row, 0] <= seconds(int(tick)) + 0.5 / 20 + 1e-6
-
-
-sorted_stamps = st.lists(st.integers(0, 4000), min_size=1, max_size=60, unique=True).map(
-    lambda values: np.array(sorted(values), np.int64) * 1_000_000
-)
-
-
-@given(images=sorted_stamps, states=sorted_stamps, actions=sorted_stamps)
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_frames_use_nothing_newer_than_their_tick(
-    contract: RobotContract, images: np.ndarray, states: np.ndarray, actions: np.ndarray
-) -> None:
-    def joints(stamps: np.ndarray) -> np.ndarray:
-        return np.stack([stamps, stamps], 1).astype(np.float64)
-
-    counters: Counter[str] = Counter()
-    segment = Segment({"front": Track(images, images)}, Track(states, joints(states)), Track(actions, joints(actions)))
-    frames = make_frames(segment, contract, Options(), counters)
-    for run_ in frames:
-        assert len(run_.stamps) >= 2 and set(np.diff(run_.stamps)) == {contract.dt_ns}
-        for tick, state, action, seen in zip(run_.stamps, run_.states, run_.actions, run_.images["front"], strict=True):
-            assert seen == images[images <= tick].max() and tick - seen <= 0.1 * NS
-            assert state[0] == states[states <= tick].max() and tick - state[0] <= 0.1 * NS
-            in_force = actions[actions <= tick + contract.dt_ns // 2].max()
-            assert action[0] == in_force and tick - in_force <= 1.5 * contract.dt_ns
-    assert counters["ticks"] == sum(len(run_.stamps) for run_ in frames) + counters["dropped"]
+    np.testing.assert_allclose(dataset.states[:, 0], times, atol=1 / 60 + 1e-6)
 
 
 def test_joints_are_found_by_name(tmp_path: Path, contract: RobotContract) -> None:
@@ -299,11 +188,21 @@ def test_joints_are_found_by_name(tmp_path: Path, contract: RobotContract) -> No
     assert (dataset.actions == [0.75, 0.25]).all()
 
 
-def test_joint_states_without_our_joints_are_counted_and_skipped(tmp_path: Path, contract: RobotContract) -> None:
-    script = whole().every("/joint_states", 10.0, lambda ns, n: joint_state(ns + 1, {"wheel": 1.0}))
+def test_joint_states_without_our_joints_are_counted_and_refused(tmp_path: Path, contract: RobotContract) -> None:
+    """As the nodes refuse them, for as long as they are the newest."""
+    script = whole().every("/joint_states", 10.0, lambda ns, n: joint_state(ns - 1, {"wheel": 1.0}), start=0.1)
+    script.every("/joint_states", 10.0, lambda ns, n: joint_state(ns + 1, {"wheel": 1.0}), start=2.0)
     dataset = run([script.write(tmp_path / "bag")], contract, tmp_path / "set")
-    assert dataset.meta.counters["incomplete joint states"] == 30
-    assert dataset.meta.counters.get("dropped", 0) == 0
+    counters = dataset.meta.counters
+    assert counters["incomplete joint states"] == 29 + 10
+    assert counters["unusable joint_states"] == counters["dropped"] == 10
+    assert len(dataset.meta.episodes) == 1
+
+
+def test_executed_actions_without_our_joints_are_counted_and_skipped(tmp_path: Path, contract: RobotContract) -> None:
+    script = whole().every("/executed_action", 10.0, lambda ns, n: joint_state(ns + 1, {"wheel": 1.0}))
+    dataset = run([script.write(tmp_path / "bag")], contract, tmp_path / "set")
+    assert dataset.meta.counters == {"ticks": len(dataset), "incomplete joint states": 30}
 
 
 def test_compressed_images_are_decoded(tmp_path: Path) -> None:
@@ -311,9 +210,7 @@ def test_compressed_images_are_decoded(tmp_path: Path) -> None:
     script = executed(joint_states(Script())).every("/camera/front/image_raw", 30.0, compressed)
     types = {"/camera/front/image_raw": "sensor_msgs/msg/CompressedImage"}
     dataset = run([script.write(tmp_path / "bag", types=types)], contract, tmp_path / "set")
-    np.testing.assert_array_equal(
-        dataset.images[:, 0, 3, 3, 1], np.floor((dataset.stamps - BEGIN) / NS * 30 + 1e-6)
-    )
+    np.testing.assert_array_equal(dataset.images[:, 0, 3, 3, 1], np.round((dataset.stamps - BEGIN) / NS * 30))
 
 
 def test_topics_of_a_namespace_are_found(tmp_path: Path, contract: RobotContract) -> None:
@@ -332,7 +229,9 @@ def test_forward_commands_count_from_when_they_were_received(tmp_path: Path, con
     )
     bag = script.write(tmp_path / "bag", types={"/commands": "std_msgs/msg/Float64MultiArray"})
     dataset = run([bag], contract, tmp_path / "set")
-    np.testing.assert_allclose(dataset.actions[:, 0], (dataset.stamps - BEGIN) / NS - 0.01, atol=1e-6)
+    times = (dataset.stamps - BEGIN) / NS
+    np.testing.assert_allclose(dataset.actions[:, 0], newest_not_after(times + 0.025 - 0.01, 20.0), atol=1e-6)
+    np.testing.assert_array_equal(np.diff(dataset.track.stamps), contract.dt_ns)
 
 
 def test_trajectories_are_followed_along_their_path(tmp_path: Path) -> None:
@@ -347,7 +246,42 @@ def test_trajectories_are_followed_along_their_path(tmp_path: Path) -> None:
     bag = script.write(tmp_path / "bag", types={"/commands": "trajectory_msgs/msg/JointTrajectory"})
     dataset = run([bag], contract, tmp_path / "set")
     assert len(dataset.meta.episodes) == 1 and len(dataset) >= 58
-    np.testing.assert_allclose(dataset.actions[:, 0], (dataset.stamps - BEGIN) / NS, atol=1e-6)
+    # Once per control step, as the policy node says what it executes.
+    np.testing.assert_array_equal(np.diff(dataset.track.stamps), contract.dt_ns)
+    np.testing.assert_allclose(dataset.track.actions[:, 0], (dataset.track.stamps - BEGIN) / NS, atol=1e-6)
+    np.testing.assert_allclose(dataset.actions[:, 0], (dataset.stamps - BEGIN) / NS, atol=0.025 + 1e-6)
+
+
+def test_the_end_of_a_trajectory_is_held_as_long_as_an_action(tmp_path: Path) -> None:
+    contract = make_contract(tmp_path, interface="joint_trajectory")
+    script = joint_states(cameras(Script()))
+    path = [(0.0, {"pan": 0.0, "lift": 0.0}), (0.52, {"pan": 0.52, "lift": 0.0})]
+    script.messages.append((1.0, "/commands", trajectory(BEGIN + NS, path)))
+    bag = script.write(tmp_path / "bag", types={"/commands": "trajectory_msgs/msg/JointTrajectory"})
+    dataset = run([bag], contract, tmp_path / "set", allow_early_end=True)
+    assert (dataset.track.stamps[0], dataset.track.stamps[-1]) == (BEGIN + NS, BEGIN + NS + 520_000_000)
+    np.testing.assert_allclose(dataset.track.actions[-2:, 0], [0.5, 0.52], atol=1e-6)
+    has_action = np.isfinite(dataset.actions[:, 0])
+    held = dataset.stamps <= BEGIN + NS + 520_000_000 + 1.5 * contract.dt_ns
+    np.testing.assert_array_equal(has_action, held)
+    # A frame after that can only be the end of a transition, and two steps later not even that.
+    assert 1 <= (~has_action).sum() <= 3
+
+
+def test_commands_may_stay_in_force_longer_than_in_the_nodes(tmp_path: Path, contract: RobotContract) -> None:
+    """For a robot that is told where to go five times a second."""
+    script = joint_states(cameras(Script())).every(
+        "/commands", 5.0, lambda ns, n: forward_command([seconds(ns), 0.0]), end=2.0
+    )
+    bag = script.write(tmp_path / "bag", types={"/commands": "std_msgs/msg/Float64MultiArray"})
+    dataset = run([bag], contract, tmp_path / "set", max_action_age_s=0.3, allow_early_end=True)
+    times = (dataset.stamps - BEGIN) / NS
+    has_action = np.isfinite(dataset.actions[:, 0])
+    np.testing.assert_array_equal(has_action, times <= 1.8 + 0.3 + 1e-6)
+    held = np.minimum(newest_not_after(times + 0.025, 5.0), 1.8)
+    np.testing.assert_allclose(dataset.actions[has_action, 0], held[has_action], atol=1e-6)
+    with pytest.raises(DatasetError, match=r"max_action_age: found 0.05 s, expected at least .*0.075 s"):
+        run([bag], contract, tmp_path / "short", max_action_age_s=0.05)
 
 
 def test_commands_on_another_clock_are_refused(tmp_path: Path, contract: RobotContract) -> None:
@@ -362,37 +296,76 @@ def test_commands_on_another_clock_are_refused(tmp_path: Path, contract: RobotCo
 # --- what is left out, and counted ---
 
 
-def test_stale_frames_are_dropped_counted_and_split_the_episode(tmp_path: Path, contract: RobotContract) -> None:
+def test_stale_ticks_are_dropped_and_counted_and_the_episode_goes_on(tmp_path: Path, contract: RobotContract) -> None:
     script = cameras(cameras(Script(), end=1.0), start=1.5)
     executed(joint_states(script))
     dataset = run([script.write(tmp_path / "bag")], contract, tmp_path / "set")
-    assert len(dataset.meta.episodes) == 2
     counters = dataset.meta.counters
-    # The last image before the gap is from 0.967 s and good for 0.1 s: ticks 1.10 … 1.45 s have none.
+    # The last image before the gap is from 0.967 s and good for 0.1 s: ticks 1.10 … 1.45 s have none, and that at
+    # 1.05 s no newer one than that before it.
     assert counters["stale front"] == counters["dropped"] == 8
-    assert counters["ticks"] == len(dataset) + 8
+    assert counters["ticks"] == len(dataset) + 8 + counters["repeated front"]
     json.dumps(dict(counters))
+    assert len(dataset.meta.episodes) == 1
+    gap = int(np.argmax(np.diff(dataset.stamps)))
+    starts = dataset.starts(4)
+    assert gap not in starts and gap + 1 in starts
+    assert len(dataset) - 10 <= len(starts) <= len(dataset) - 8
+
+
+def test_a_hole_of_more_than_a_second_ends_the_episode(tmp_path: Path, contract: RobotContract) -> None:
+    script = executed(joint_states(cameras(cameras(Script(), end=1.0), start=2.2)))
+    dataset = run([script.write(tmp_path / "bag")], contract, tmp_path / "set")
+    assert len(dataset.meta.episodes) == 2
+
+
+def test_a_camera_slower_than_the_control_rate_gives_no_frame_twice(tmp_path: Path, contract: RobotContract) -> None:
+    script = executed(joint_states(Script())).every("/camera/front/image_raw", 12.0, image)
+    dataset = run([script.write(tmp_path / "bag")], contract, tmp_path / "set")
+    assert len(np.unique(dataset.stamps)) == len(dataset) == 36
+    assert dataset.meta.counters["repeated front"] == dataset.meta.counters["ticks"] - 36
+    assert "dropped" not in dataset.meta.counters
 
 
 def test_frames_without_an_action_are_dropped(tmp_path: Path, contract: RobotContract) -> None:
-    script = executed(executed(joint_states(cameras(Script())), end=1.0), start=2.0)
+    script = executed(executed(joint_states(cameras(Script())), start=0.3, end=1.0), start=2.3)
     dataset = run([script.write(tmp_path / "bag")], contract, tmp_path / "set")
     assert len(dataset.meta.episodes) == 2
-    assert 18 <= dataset.meta.counters["no action"] <= 19
+    times = (dataset.stamps - BEGIN) / NS
+    first, second = (times[e.start : e.stop] for e in dataset.meta.episodes)
+    assert first[0] >= 0.3 - 0.025 and second[0] >= 2.3 - 0.025
+    # The last action is from 0.95 s: in force until 1.025 s, and a transition of it ends until 1.1 s.
+    assert 1.025 < first[-1] <= 1.1 + 1e-6
+    assert np.isnan(dataset.actions[times > 1.026][: (first > 1.026).sum()]).all()
+    assert dataset.starts(1)[-1] == len(dataset) - 2
+    assert 27 <= dataset.meta.counters["no action"] <= 31
 
 
 @pytest.mark.parametrize("back_s", [3.0, 0.5])
 def test_time_that_jumps_back_starts_another_episode(tmp_path: Path, contract: RobotContract, back_s: float) -> None:
+    """A simulation that is reset, recorded on the wall's clock."""
     script, again = whole(), Script()
     for stream in (cameras, joint_states, executed):
         stream(again, start=3.0 - back_s, end=6.0 - back_s)
     script.messages += [(at + back_s, topic, message) for at, topic, message in again.messages]
+    script.messages = [(at + 1000.0, topic, message) for at, topic, message in script.messages]
     dataset = run([script.write(tmp_path / "bag")], contract, tmp_path / "set")
     first, second = dataset.meta.episodes
     assert first.length == second.length
     assert dataset.meta.counters["time jumps"] == 1
     for episode in (first, second):
-        assert (np.diff(dataset.states[episode.start : episode.stop, 0]) > 0.04).all()
+        assert (np.diff(dataset.states[episode.start : episode.stop, 0]) > 0.01).all()
+
+
+def test_a_topic_that_begins_a_new_time_ends_nothing_else(tmp_path: Path, contract: RobotContract) -> None:
+    """One joint state from long before: those before it are forgotten, and one picture has none that is old enough."""
+    script = executed(joint_states(cameras(Script(), delay=0.02)))
+    script.messages.append((1.49, "/joint_states", joint_state(BEGIN + NS, {"pan": 1.0, "lift": 0.0})))
+    dataset = run([script.write(tmp_path / "bag")], contract, tmp_path / "set")
+    assert dataset.meta.counters == {
+        "ticks": len(dataset) + 1, "time jumps": 1, "stale joint_states": 1, "dropped": 1
+    }  # fmt: skip
+    assert len(dataset.meta.episodes) == 1
 
 
 def test_a_pause_of_hours_does_not_make_hours_of_ticks(tmp_path: Path, contract: RobotContract) -> None:
@@ -401,7 +374,7 @@ def test_a_pause_of_hours_does_not_make_hours_of_ticks(tmp_path: Path, contract:
         stream(script, start=10_000.0, end=10_002.0)
     dataset = run([script.write(tmp_path / "bag")], contract, tmp_path / "set")
     assert len(dataset.meta.episodes) == 2
-    assert dataset.meta.counters["ticks"] < 110
+    assert dataset.meta.counters["ticks"] < 130
 
 
 # --- what is refused ---

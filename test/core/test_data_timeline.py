@@ -194,7 +194,8 @@ def test_variants_move_the_track_along(tmp_path: Path) -> None:
     ("changes", "match"),
     [
         ({"track": track([5, 5])}, r"episode 1, action 1: track stamps: found 5 after 5, expected later ones"),
-        ({"track": track([])}, "episode 1: track: found no action"),
+        ({"track": track([])}, "episode 1: track: found no action, expected at least one"),
+        ({"track": track([500])}, "episode 1: track: found no action in force at any frame"),
         ({"track": Track(np.arange(2), np.full((2, 2), np.nan))}, "episode 1, action 0: track: found .nan, nan."),
         ({"track": Track(np.arange(3), np.zeros((2, 2)))}, r"episode 1: track stamps: found \(3,\)"),
         ({"track": None}, "episode 1: found no track, expected one as in the episodes before"),
