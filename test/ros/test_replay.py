@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import copy
 import json
 import os
@@ -18,10 +19,15 @@ import pytest
 import yaml
 from graph_assertions import assert_identical, assert_replay_report
 from graph_fixtures import GraphRun
+from node_testing import NodeGraph, Probe, wait_for
 from PIL import Image
 from rosbags.rosbag2 import Reader
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 
+from selfalign_core.contract import RobotContract
+from selfalign_core.data.dataset import TransitionDataset
+from selfalign_core.data.rosbag import convert
+from selfalign_core.data.rosbag_options import Options
 from selfalign_ros.bag import Bag, BagError, BagWriter
 
 CAMERAS = ("/camera/overhead/image_raw", "/camera/wrist/image_raw")
@@ -229,6 +235,92 @@ def test_differences_are_named() -> None:
     other = copy.deepcopy(one)
     other["e_tokens"].append({"version": 1, "sha256": "dd"})
     assert first_difference(one, other) == "e_tokens: found 2 of them; expected 1"
+
+
+# --- what a bag becomes ---
+
+BUFFERED = (*CAMERAS, "/joint_states", "/executed_action")
+
+
+def disturb(bag: Path, path: Path) -> None:
+    """Write the bag anew, with messages lost, late by up to three frames, doubled, and thereby out of order."""
+    rng = np.random.default_rng(0)
+    with Bag(bag) as source, BagWriter(path, source.about) as writer:
+        messages = []
+        for topic in ("/prompt", *BUFFERED):
+            writer.add_topic(topic, source.types[topic], source.offered_qos[topic])
+            for message in source.messages([topic]):
+                fate = rng.random() if topic != "/prompt" else 1.0
+                if fate > 0.05:
+                    late_ns = int(rng.integers(1, 10**8)) if fate < 0.3 else 0
+                    messages.append((message.time_ns + late_ns, topic, message.data))
+                if 0.3 <= fate < 0.35:
+                    messages.append((message.time_ns + 10**7, topic, message.data))
+        for time_ns, topic, data in sorted(messages):
+            writer.write(topic, time_ns, data)
+
+
+def play(probe: Probe, bag: Path, contract: RobotContract) -> None:
+    """Play a bag to a buffer node in lock-step, as the replay node does it."""
+    from selfalign.srv import Step
+    from selfalign_ros import qos
+    from selfalign_ros.conversions import to_stamp
+    from selfalign_ros.topics import graph_topics
+
+    types = {f"/{topic.name}": topic.type for topic in graph_topics(contract)}
+    publishers = {topic: probe.publisher(types[topic], topic, qos.LOCKSTEP) for topic in BUFFERED}
+    client = probe.node.create_client(Step, "buffer/step")
+    wait_for(client.service_is_ready, "the buffer works in lock-step")
+    wait_for(lambda: all(p.get_subscription_count() for p in publishers.values()), "the buffer listens")
+    published = dict.fromkeys(publishers, 0)
+    with Bag(bag) as opened:
+        now_ns, _ = opened.check(["/prompt", *BUFFERED])
+        messages = list(opened.messages(BUFFERED))
+    while messages:
+        now_ns += contract.dt_ns
+        while messages and messages[0].time_ns <= now_ns:
+            message = messages.pop(0)
+            publishers[message.topic].publish(message.data)
+            published[message.topic] += 1
+        topics, counts = [name.strip("/") for name in published], array.array("Q", published.values())
+        future = client.call_async(Step.Request(stamp=to_stamp(now_ns), topics=topics, counts=counts))
+        wait_for(future.done, "the buffer answers")
+        assert future.result().success, future.result().message
+    probe.node.destroy_client(client)
+    for publisher in publishers.values():
+        probe.node.destroy_publisher(publisher)
+
+
+def test_the_buffer_of_a_replay_and_the_dataset_of_the_bag_have_the_same_transitions(
+    recording: Path, folder: Path, probe: Probe, graph: NodeGraph
+) -> None:
+    """To the last bit, of a real run whose messages were disturbed on their way."""
+    from selfalign.srv import SampleTransitions
+    from selfalign_ros.conversions import read_transitions
+
+    contract = RobotContract.from_yaml(folder / "contract.yaml")
+    disturb(recording, folder / "disturbed")
+    node = graph.start("buffer", contract=folder / "contract.yaml", lockstep=True, capacity=2000)
+    play(probe, folder / "disturbed", contract)
+    request = SampleTransitions.Request(count=1000, stride=1)
+    response = probe.call(SampleTransitions, "buffer/sample_transitions", request)
+    node.stop()
+    live = read_transitions(response, contract)
+
+    options = Options(image_size=(response.height, response.width), prompt="", allow_early_end=True)
+    convert([folder / "disturbed"], contract, folder / "dataset", options)
+    dataset = TransitionDataset(folder / "dataset")
+    counters = dataset.meta.counters
+    assert counters["out of order"] > 20 and counters["duplicate stamp"] > 5
+    chosen: list[int] = []
+    for start in dataset.starts(response.horizon)[::-1]:
+        # The buffer hands out none that begins less than half a control step before the one after it.
+        if not chosen or dataset.stamps[chosen[0]] - dataset.stamps[start] >= contract.dt_ns // 2:
+            chosen.insert(0, int(start))
+    bag = dataset.transitions(np.array(chosen), response.horizon)
+    assert len(live) == len(bag) >= 30
+    for name in ("frames", "frame_states", "frame_stamps", "obs_index", "next_index", "actions"):
+        np.testing.assert_array_equal(getattr(live, name), getattr(bag, name), err_msg=name)
 
 
 # --- bags that cannot be played ---
