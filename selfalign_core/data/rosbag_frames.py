@@ -134,7 +134,8 @@ class Player:
     def episodes(self, run: Run) -> list[Frames]:
         """Those of the next run. A prompt stays in force from one run to the next."""
         self._frames = SensorFrames(self._contract)
-        self._newest_ns: dict[str, int] = {}
+        self._newest_frame_ns: int | None = None
+        self._newest_command_ns: int | None = None
         self._stretches = [_Stretch()]
         self._play(run)
         return [episode for stretch in self._stretches for episode in self._parted(stretch)]
@@ -163,9 +164,10 @@ class Player:
             problem = "" if content.positions is not None else "found some joints missing"
             self._count(self._frames.add_state(message.stamp_ns, content.positions, problem))
         elif isinstance(content, Command):
-            newest_ns = self._newest_ns.get("command")
-            self._count(order_of(content.begin_ns, newest_ns, DISORDER_NS))
-            self._newest_ns["command"] = max(content.begin_ns, newest_ns or 0)
+            order = order_of(content.begin_ns, self._newest_command_ns, DISORDER_NS)
+            self._count(order)
+            if order is not Order.LATE:
+                self._newest_command_ns = content.begin_ns
             self._stretches[-1].commands.append(content)
         elif self._options.prompt is None:
             self._prompt = content.text
@@ -183,13 +185,13 @@ class Player:
         except Fault as fault:
             self._drop(fault.cause, 1)
             return
-        order = order_of(selection.stamp_ns, self._newest_ns.get("frame"), self._contract.dt_ns)
+        order = order_of(selection.stamp_ns, self._newest_frame_ns, self._contract.dt_ns)
         if order in (Order.EQUAL, Order.LATE):
             self.counters[f"repeated {selection.oldest}"] += 1
             return
         if order is Order.RESTARTED:
             self._stretches.append(_Stretch())
-        self._newest_ns["frame"] = selection.stamp_ns
+        self._newest_frame_ns = selection.stamp_ns
         self._stretches[-1].selections.append(selection)
         self._stretches[-1].prompts.append(self._prompt)
 
@@ -215,7 +217,7 @@ class Player:
             # Before its first action an episode has nothing that a frame could be the end of.
             begun = part[int(np.argmax(begins[part])) :] if begins[part].any() else part[:0]
             self._drop("no action", len(part) - len(begun))
-            if len(begun) >= self._options.min_frames:
+            if len(begun) >= max(self._options.min_frames, 1):
                 yield self._episode([stretch.selections[row] for row in begun], track, stretch.prompts[begun[0]])
             else:
                 self._drop("too short", len(begun))
