@@ -124,7 +124,8 @@ class DatasetMeta:
         }
         if self.has_track:
             count = sum(episode.track_length for episode in self.episodes)
-            shapes |= {"track": ((count, self.action_dim), f32), "track_stamps": ((count,), np.dtype(np.int64))}
+            shapes["track"] = ((count, self.action_dim), f32)
+            shapes["track_stamps"] = ((count,), np.dtype(np.int64))
         if self.chunk_horizon is not None:
             shapes["expert_chunks"] = ((n, len(self.prompts), self.chunk_horizon, self.action_dim), f32)
         return shapes

@@ -141,7 +141,8 @@ class DatasetWriter:
             expect(np.isfinite(actions).any(), f"{where}: track: found no action in force at any frame, expected some")
         else:
             self._expect_track(where, False)
-            expect(actions is not None, f"{where}: found neither actions nor a track, expected one of the two")
+            if actions is None:
+                raise DatasetError(f"{where}: found neither actions nor a track, expected one of the two")
             actions = _checked(f"{where}: actions", actions, np.float32, (n, self._meta.action_dim))
             _check_finite(f"{where}, frame", "actions", actions)
         images_shape = (n, len(self._meta.cameras), *self._meta.image_size, 3)

@@ -38,7 +38,8 @@ class Track:
 class Timeline:
     """The frames of ``episodes`` with ``stamps`` (N,) and ``actions`` (N, A), and their ``track`` if there is one.
 
-    An episode lasts to its last frame: no action is taken from after it.
+    ``times`` (N,) int64 ns is when each frame was, as far as pairing goes. An episode lasts to its last frame: no
+    action is taken from after it.
     """
 
     def __init__(
