@@ -5,23 +5,41 @@ A stop lasts until it is cleared, over a restart, too. What follows from a word 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from rclpy.parameter import Parameter
 from std_srvs.srv import SetBool, Trigger
 
-from selfalign_core.robot.motion import INACTIVE, Calibrate, EndCalibration, Word
+from selfalign_core.robot.clocks import Now
+from selfalign_core.robot.frames import Selection
+from selfalign_core.robot.motion import INACTIVE, Calibrate, EndCalibration, Event, Motion, Order, Seen, Word
 from selfalign_ros.life.kept import StopLatch
+from selfalign_ros.life.managed_node import ManagedNode
 from selfalign_ros.life.resources import STATE_FOLDER
+from selfalign_ros.nodes.token_in_use import TokenInUse
 
-if TYPE_CHECKING:
-    from selfalign_ros.nodes.policy_node import PolicyNode
+
+class MovingNode(ManagedNode):
+    """What a person speaks to: a node that moves a robot as ``motion`` says."""
+
+    motion: Motion
+    token: TokenInUse
+
+    def now(self) -> Now:
+        """Both clocks."""
+        raise NotImplementedError
+
+    def see(self, now_ns: int) -> tuple[Selection | None, Seen | str]:
+        """What is to be acted on now, or why nothing is."""
+        raise NotImplementedError
+
+    def on(self, event: Event, now: Now | None = None) -> Order:
+        """Something has happened, by default now: do what motion says."""
+        raise NotImplementedError
 
 
 class PersonsWord:
     """The services of ``node``; nobody has a say in lock-step, where nothing moves."""
 
-    def __init__(self, node: PolicyNode) -> None:
+    def __init__(self, node: MovingNode) -> None:
         self._node = node
         # Whatever becomes of the tokens, a stop is kept.
         self.stop = StopLatch(node.kept_path(".stopped", STATE_FOLDER))

@@ -42,13 +42,12 @@ from selfalign_core.robot.types import EToken
 from selfalign_ros.bridge import qos
 from selfalign_ros.bridge.conversions import chunk_message, command_message, joint_state_message, to_ns
 from selfalign_ros.life.diagnostics import ERROR, OK, WARN, Complaint, Rate, Status
-from selfalign_ros.life.managed_node import ManagedNode
 from selfalign_ros.life.node import run
 from selfalign_ros.life.resources import checkpoint_folder
 from selfalign_ros.life.worker import Outcome
 from selfalign_ros.nodes.inference import Figures, Inference, infer, load_policy
 from selfalign_ros.nodes.inputs import SensorInputs
-from selfalign_ros.nodes.persons_word import PersonsWord
+from selfalign_ros.nodes.persons_word import MovingNode, PersonsWord
 from selfalign_ros.nodes.token_in_use import TOPIC as TOKEN_TOPIC
 from selfalign_ros.nodes.token_in_use import TokenInUse
 
@@ -60,7 +59,7 @@ _STANDSTILL_S = 1.0
 """Without a control step for so long of steady time, ROS time stands still."""
 
 
-class PolicyNode(ManagedNode):
+class PolicyNode(MovingNode):
     """See the module."""
 
     def __init__(self, cli_args: list[str] | None = None) -> None:
@@ -168,12 +167,11 @@ class PolicyNode(ManagedNode):
     # --- motion ---
 
     def now(self) -> Now:
-        """Both clocks. In lock-step time is the recording's, which never jumps between two steps."""
+        """In lock-step time is the recording's, which never jumps between two steps."""
         ros_ns = self.now_ns()
         return Now(ros_ns, ros_ns if self.lockstep else time.monotonic_ns())
 
     def on(self, event: Event, now: Now | None = None) -> Order:
-        """Something has happened, by default now: do what motion says."""
         now = now or self.now()
         order = self.motion.on(now, event)
         names = self.contract.joint_names
@@ -201,7 +199,6 @@ class PolicyNode(ManagedNode):
             self._start_inference(selection, now, ticket)
 
     def see(self, now_ns: int) -> tuple[Selection | None, Seen | str]:
-        """What is to be acted on now, or why nothing is."""
         refusal = "" if self.lockstep else self.token.refusal  # a recorded token is refused by its step
         try:
             selection = self.inputs.select(now_ns)
