@@ -56,7 +56,8 @@ def command(
             commands = parser.add_subparsers(required=True, metavar="|".join(work))
             for name, one in work.items():
                 _add_parameters(commands.add_parser(name, help=_summary(one)), one)
-        options = vars(parser.parse_args(arguments))
+        parsed = vars(parser.parse_args(arguments))
+        options = {name: tuple(value) if isinstance(value, list) else value for name, value in parsed.items()}
         chosen, words = options.pop("work"), list[Any]()
         for name, parameter in inspect.signature(chosen).parameters.items():
             if parameter.kind is not parameter.KEYWORD_ONLY:
@@ -106,7 +107,7 @@ def _add_parameters(parser: argparse.ArgumentParser, work: Work) -> None:
         found = _argument(hints[name])
         if parameter.kind is parameter.KEYWORD_ONLY:
             required = parameter.default is parameter.empty
-            unsaid = required or parameter.default is None or parameter.default is False
+            unsaid = required or parameter.default == () or parameter.default is None or parameter.default is False
             default = argparse.SUPPRESS if unsaid else parameter.default
             if "help" in found and not unsaid:
                 found["help"] += f" (default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"

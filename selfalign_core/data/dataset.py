@@ -191,6 +191,8 @@ def merge(sources: Sequence[TransitionDataset], output: str | Path) -> None:
     Raises:
         DatasetError: naming the dataset and the field that differs.
     """
+    if not sources:
+        raise DatasetError("sources: found no dataset, expected at least one")
     first = sources[0].meta
     same = ("cameras", "image_size", "state_dim", "action_dim", "dt_ns", "delta_mask", "chunk_horizon", "joint_names")
     for source in sources[1:]:

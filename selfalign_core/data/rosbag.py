@@ -186,7 +186,7 @@ def run(
     """Make a training dataset from ROS 2 bags (MCAP or sqlite3)."""
     options = Options(
         image_size=both_sides(image_size), prompt=prompt, embodiment=embodiment, namespace=namespace,
-        max_action_age_s=max_action_age, min_frames=min_frames, absolute=tuple(absolute),
+        max_action_age_s=max_action_age, min_frames=min_frames, absolute=absolute,
         allow_early_end=allow_early_end, statistics_horizon=chunk,
     )  # fmt: skip
     for report in convert(bags, RobotContract.from_yaml(contract), output, options, progress=True):

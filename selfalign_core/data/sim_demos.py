@@ -205,7 +205,7 @@ def run(
 ) -> None:
     """Record demonstrations and play on simulated bodies."""
     config = DemoConfig(
-        image_size=both_sides(image_size), families=tuple(families), episodes=episodes,
+        image_size=both_sides(image_size), families=families, episodes=episodes,
         nominal_episodes=nominal_episodes, frames=frames, play=play,
     )  # fmt: skip
     drawn = sample_bodies(bodies, seed, config)

@@ -34,7 +34,13 @@ def codec_of(pi05: bool, mode: str = "quantile", mask: tuple[bool, ...] = (True,
         name: NormStats(low + shift, np.array([0.5, 2.0, 1e-9]), low, low + np.array([1.0, 0.1, 3.0]))
         for name, shift in (("state", 0.3), ("actions", 0.1))
     }
-    bins = (*map(str, range(-1, 257)), *(f"{i};\naction:" for i in range(-1, 257)), "task:", "state:")
+    bins = (
+        *map(str, range(-1, 256)),
+        *(f"{i};\naction:" for i in range(-1, 256)),
+        *(f"{word}," for word in WORDS),
+        "task:",
+        "state:",
+    )
     return Codec(config, stats, word_tokenizer((*WORDS, *bins)) if pi05 else word_tokenizer(WORDS))
 
 

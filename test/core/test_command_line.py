@@ -40,7 +40,7 @@ def test_options_are_what_the_function_gets() -> None:
     words = ["a", "b", "--output", "o", "--image-size", "48", "64", "--span", "1", "2", "--fast", "--json", "j.json"]
     assert main([*words, "--device", "cuda"]) == 0
     assert got["bags"] == (Path("a"), Path("b")) and got["output"] == Path("o") and got["json"] == Path("j.json")
-    assert (got["image_size"], got["span"], got["device"], got["fast"]) == ([48, 64], [1.0, 2.0], "cuda", True)
+    assert (got["image_size"], got["span"], got["device"], got["fast"]) == ((48, 64), (1.0, 2.0), "cuda", True)
     assert main(["a", "--output", "o"]) == 0
     assert (got["image_size"], got["steps"], got["seed"], got["fast"], got["json"]) == ((64,), None, 0, False, None)
 

@@ -442,7 +442,7 @@ def test_another_message_type_is_named(tmp_path: Path, contract: RobotContract) 
 
 def test_another_image_size_is_named(tmp_path: Path, contract: RobotContract) -> None:
     script = executed(joint_states(Script())).every("/camera/front/image_raw", 30.0, lambda ns, n: image(ns, n, size=6))
-    assert_refused("size: found 6x6, expected 8x8", script.write(tmp_path / "bag"), contract)
+    assert_refused("size: found 6x6; expected 8x8", script.write(tmp_path / "bag"), contract)
 
 
 def test_stamps_of_zero_are_refused(tmp_path: Path, contract: RobotContract) -> None:
