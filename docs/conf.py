@@ -2,6 +2,7 @@
 
 import tomllib
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,3 +33,13 @@ napoleon_google_docstring = True
 myst_heading_anchors = 3
 # The pages link to files of the repository that are no pages of the site.
 suppress_warnings = ["myst.xref_missing"]
+
+
+def setup(app: Any) -> None:
+    """Have napoleon take what stands before an attribute's first colon for a sentence, not for a type."""
+
+    def begin_with_empty_line(app: Any, what: str, name: str, value: object, options: object, lines: list[str]) -> None:
+        if what in ("attribute", "data", "property"):
+            lines.insert(0, "")
+
+    app.connect("autodoc-process-docstring", begin_with_empty_line, priority=499)

@@ -1,5 +1,7 @@
 """A command line from a function: its parameters are the options, and what it raises is told in one line.
 
+::
+
     def info(*datasets: Annotated[Path, "dataset directories"], json: File = None) -> None:
         \"\"\"What datasets hold.\"\"\"
 
