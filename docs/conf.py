@@ -29,17 +29,19 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 # Generated from msg/ and srv/ by the build, documented on a page of their own.
 autodoc_mock_imports = ["selfalign"]
-napoleon_google_docstring = True
+napoleon_google_docstring, napoleon_numpy_docstring = True, False
 myst_heading_anchors = 3
 # The pages link to files of the repository that are no pages of the site.
 suppress_warnings = ["myst.xref_missing"]
 
 
 def setup(app: Any) -> None:
-    """Have napoleon take what stands before an attribute's first colon for a sentence, not for a type."""
+    """Have napoleon take what stands before the first colon of an attribute's docstring for words, not for a type."""
 
-    def begin_with_empty_line(app: Any, what: str, name: str, value: object, options: object, lines: list[str]) -> None:
+    def begin_with_empty_comment(
+        app: Any, what: str, name: str, value: object, options: object, lines: list[str]
+    ) -> None:
         if what in ("attribute", "data", "property"):
-            lines.insert(0, "")
+            lines[:0] = ["..", ""]
 
-    app.connect("autodoc-process-docstring", begin_with_empty_line, priority=499)
+    app.connect("autodoc-process-docstring", begin_with_empty_comment, priority=499)
