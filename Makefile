@@ -124,10 +124,11 @@ sros2-policies:  ## write config/sros2/policies.xml anew, from the running nodes
 	@$(BOOTSTRAP) run python3 -m selfalign_ros.tools.security_policy --output config/sros2/policies.xml \
 	  contract:=contracts/sim_arm.yaml checkpoint:=tiny $(ARGS)
 
-lint:  ## ruff, its formatter, what each room may import
+lint:  ## ruff, its formatter, what each room may import, types
 	@$(BOOTSTRAP) run python3 -m ruff check .
 	@$(BOOTSTRAP) run python3 -m ruff format --check -q .
 	@$(BOOTSTRAP) run lint-imports
+	@$(BOOTSTRAP) run python3 -m mypy
 
 docs:  ## the documentation with the API reference as HTML, in out/docs
 	@$(BOOTSTRAP) run python3 -m pip install -q --disable-pip-version-check -r requirements-docs.txt -c constraints.txt
@@ -155,7 +156,7 @@ test-long:  ## nodes that are stopped, an aligner on another machine, behind a c
 	@$(BOOTSTRAP) run python3 -m pytest -m long $(ARGS)
 
 clean:  ## remove what was built and every cache; keeps installed packages
-	rm -rf build install log .venv/build .pytest_cache .ruff_cache .hypothesis
+	rm -rf build install log .venv/build .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	rm -f .bootstrap.lock .venv/selfalign-stamp.json
 	find . -path ./.venv -prune -o -type d -name __pycache__ -print0 | xargs -0 rm -rf
 

@@ -94,6 +94,7 @@ class Record:
 
     error: ClassVar[Refusal] = ConfigError
     foreign: ClassVar[bool] = False
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]  # of the dataclass that a record is
 
     def __post_init__(self) -> None:
         values = dict(vars(self))
@@ -117,7 +118,7 @@ def hints_of(kind: type[Record]) -> dict[str, Any]:
     """The annotations of a record's fields, by name."""
     if kind not in _HINTS:
         hints = typing.get_type_hints(kind, include_extras=True)
-        _HINTS[kind] = {field.name: hints[field.name] for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+        _HINTS[kind] = {field.name: hints[field.name] for field in dataclasses.fields(kind)}
     return _HINTS[kind]
 
 
@@ -270,7 +271,7 @@ def _parse_record(kind: type[R], values: Any, where: str) -> R:
         if key not in hints and not kind.foreign:
             found = f"an unknown key ({shown(values[key])})"
             raise _Misfit(f"{_path(where, key)}: found {found}, expected one of {', '.join(hints)}")
-    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+    for field in dataclasses.fields(kind):
         has_default = not (field.default is field.default_factory is dataclasses.MISSING)
         if field.name not in values and not has_default:
             raise _Misfit(f"{_path(where, field.name)}: found nothing, expected {_words(hints[field.name], values)}")

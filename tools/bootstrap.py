@@ -50,6 +50,7 @@ MODULE_NAMES = {
     "pytest-xdist": "xdist",
     "pytest-timeout": "pytest_timeout",
     "import-linter": "importlinter",
+    "types-PyYAML": "yaml-stubs",
 }
 
 

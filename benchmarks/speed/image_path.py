@@ -66,7 +66,9 @@ def plain(message: Image | CompressedImage, size: int) -> Tensor:
     """The same with numpy and cv2 alone."""
     buffer = np.frombuffer(message.data, np.uint8)
     if isinstance(message, CompressedImage):
-        rgb = cv2.cvtColor(cv2.imdecode(buffer, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+        bgr = cv2.imdecode(buffer, cv2.IMREAD_COLOR)
+        assert bgr is not None  # it was encoded here
+        rgb = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
     else:
         conversion = CONVERSIONS[message.encoding]
         channels = {"mono8": 1, "rgba8": 4}.get(message.encoding, 3)

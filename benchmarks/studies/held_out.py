@@ -103,7 +103,6 @@ def policies(run: Path, config: TrainConfig, scratch: Path) -> dict[str, tuple[i
     quiet = replace(config.log, progress=False, tensorboard=False)
     start = replace(config, output=str(scratch), device="cpu", cache_features=False, log=quiet)
     path = Trainer(start, Ranks(0, 1, torch.device("cpu"), False)).save()
-    assert path is not None  # of the first rank
     return {
         "start": (0, path / "policy"),
         "first": (read_info(kept[0])["step"], kept[0] / "policy"),

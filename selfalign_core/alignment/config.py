@@ -299,7 +299,7 @@ def declared(record: Record | None = None, section: str = "") -> Iterator[Declar
     """Every setting in ``record``, by default in all of :class:`AlignConfig`."""
     record = AlignConfig() if record is None else record
     hints = hints_of(type(record))
-    for one in dataclasses.fields(record):  # type: ignore[arg-type]
+    for one in dataclasses.fields(record):
         value = getattr(record, one.name)
         if isinstance(value, Record):
             yield from declared(value, one.name)

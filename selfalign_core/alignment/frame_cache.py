@@ -56,11 +56,12 @@ class Encoded:
 
 
 def joined(parts: list[Encoded]) -> Encoded:
-    """All frames of ``parts``, in their order."""
+    """All frames of ``parts``, in their order; all with a prefix or none."""
+    prefixes = [part.prefix for part in parts if part.prefix is not None]
     return Encoded(
         tuple(torch.cat(f) for f in zip(*(part.features for part in parts), strict=True)),
         tuple(torch.cat(m) for m in zip(*(part.masks for part in parts), strict=True)),
-        None if parts[0].prefix is None else PrefixCache.joined([part.prefix for part in parts]),
+        PrefixCache.joined(prefixes) if prefixes else None,
     )
 
 
@@ -104,7 +105,7 @@ class FrameCache:
     @staticmethod
     def _key(frame: np.ndarray, cameras: tuple[str, ...]) -> bytes:
         key = hashlib.blake2b("\n".join(cameras).encode(), digest_size=16)
-        key.update(np.ascontiguousarray(frame))
+        key.update(np.ascontiguousarray(frame).data)
         return key.digest()
 
     def _encode(self, frames: np.ndarray, cameras: tuple[str, ...], look: Look) -> Encoded:

@@ -36,6 +36,7 @@ class Trusted:
 
         A checkpoint has the bank's rows; mean, spread and :meth:`directions` are computed from them.
         """
+        assert policy.e_token is not None  # Scorer refuses a policy without one
         deployed = torch.from_numpy(policy.e_token.data).to(policy.dim_mask.device)
         keys = policy.config.bank_keys
         bank = deployed[None][:0] if policy.bank is None else policy.bank[: len(keys)].detach().to(deployed).float()

@@ -74,7 +74,8 @@ def running_loss(
         OutOfTimeError: not one.
     """
     noise = scorer.noise(data, config.draws, seed)
-    tokens, totals = torch.cat([token[None], others]), 0.0
+    tokens = torch.cat([token[None], others])
+    totals = torch.zeros(len(tokens), len(data), dtype=torch.float64, device=token.device)
     for draw in range(config.draws):
         rows = torch.arange(draw * len(data), (draw + 1) * len(data), device=token.device)
         try:

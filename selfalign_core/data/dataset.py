@@ -215,7 +215,7 @@ def merge(sources: Sequence[TransitionDataset], output: str | Path) -> None:
                 rows = slice(episode.start, episode.stop)
                 chunks = None
                 if source.expert_chunks is not None:
-                    shape = (episode.length, len(prompts), first.chunk_horizon, first.action_dim)
+                    shape = (episode.length, len(prompts), *source.expert_chunks.shape[2:])
                     chunks = np.full(shape, np.nan, np.float32)
                     chunks[:, column_of] = source.expert_chunks[rows]
                 writer.add_episode(

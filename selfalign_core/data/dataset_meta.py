@@ -111,7 +111,7 @@ class DatasetMeta(Record):
     def shapes(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Array name -> (shape, dtype)."""
         n, f32 = self.num_frames, np.dtype(np.float32)
-        shapes = {
+        shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = {
             "images": ((n, len(self.cameras), *self.image_size, 3), np.dtype(np.uint8)),
             "states": ((n, self.state_dim), f32),
             "actions": ((n, self.action_dim), f32),

@@ -65,7 +65,7 @@ class DatasetWriter:
             delta_mask = (state_dim == action_dim,) * action_dim
         self._meta = DatasetMeta(
             cameras=tuple(cameras),
-            image_size=tuple(image_size),
+            image_size=image_size,
             state_dim=state_dim,
             action_dim=action_dim,
             dt_ns=dt_ns,
@@ -81,7 +81,8 @@ class DatasetWriter:
             raise DatasetError("prompts: found none, expected those of the expert chunks (chunk_horizon is given)")
         self.counters: dict[str, int] = {}
         self.sources: list[dict[str, Any]] = []
-        self._prompts, self._embodiments = list(prompts), []
+        self._prompts = list(prompts)
+        self._embodiments: list[str] = []
         self._episodes: list[Episode] = []
         self._written = bytearray()  # one byte per image: 1 once it is on the disk
         self._arrays: dict[str, _GrowingArray] = {}

@@ -257,11 +257,14 @@ def _video_frames(file: Path, times: np.ndarray, *, tolerance: float) -> Iterato
     found = 0
     with _named(file), av.open(str(file)) as container:
         stream = container.streams.video[0]
-        container.seek(max(0, int(times[0] / stream.time_base) - 1), stream=stream, backward=True)
+        unit = stream.time_base  # of its stamps [s]
+        if unit is None:
+            raise DatasetError(f"{file}: found a video without a unit of time, expected one")
+        container.seek(max(0, int(times[0] / unit) - 1), stream=stream, backward=True)
         for frame in container.decode(stream):
             if frame.pts is None:
                 continue
-            at = float(frame.pts * stream.time_base)
+            at = float(frame.pts * unit)
             if abs(at - times[found]) <= tolerance:
                 yield frame.to_ndarray(format="rgb24")
                 found += 1

@@ -132,7 +132,8 @@ class Loader:
         prompt = self._prompt[episode]
         action_masks &= (prompt >= 0)[:, None]
         if dataset.expert_chunks is not None:
-            self._relabel(index, positions, actions, action_masks, prompt)
+            chunks = np.asarray(dataset.expert_chunks[index, :, : self.chunk])  # (B, P, chunk, A)
+            self._relabel(chunks, positions, actions, action_masks, prompt)
         next_index = dataset.timeline.nearest(index, self.transition)
         images = next_images = None
         if self.with_images:
@@ -192,14 +193,13 @@ class Loader:
 
     def _relabel(
         self,
-        index: np.ndarray,
+        chunks: np.ndarray,
         positions: np.ndarray,
         actions: np.ndarray,
         action_masks: np.ndarray,
         prompt: np.ndarray,
     ) -> None:
         """In place: the expert's chunk for a random one of the prompts it has one for, where it has any."""
-        chunks = np.asarray(self.dataset.expert_chunks[index, :, : self.chunk])  # (B, P, chunk, A)
         known = np.isfinite(chunks[:, :, 0, 0])  # (B, P)
         count = known.sum(1)
         pick = _hash(self.seed, positions) % np.maximum(count, 1).astype(np.uint64)

@@ -91,7 +91,7 @@ def record_episode(sim: ArmSim, rng: np.random.Generator, config: DemoConfig, *,
     expert = ReachExpert(sim, active_joints=config.joints)
     player = PlayPolicy(sim, rng, active_joints=config.joints, amplitude=0.7, max_velocity=1.5)
     shape = (config.frames, len(config.cameras), *config.image_size, 3)
-    episode = {
+    episode: dict[str, np.ndarray] = {
         "images": np.empty(shape, np.uint8),
         "states": np.empty((config.frames, len(columns)), np.float32),
         "actions": np.empty((config.frames, len(columns)), np.float32),

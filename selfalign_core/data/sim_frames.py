@@ -50,8 +50,8 @@ def random_frames(
 ) -> Frames:
     """``count`` frames, a few per random body (the nominal one among them), drawn and then shrunk, (H, W) in pixels."""
     groups = math.ceil(count / _FRAMES_PER_BODY)
-    arguments = [[seed, group] for group in range(groups)], [camera] * groups, [camera_size] * groups
-    arguments = (*arguments, [image_size] * groups)
+    seeds = [[seed, group] for group in range(groups)]
+    arguments = seeds, [camera] * groups, [camera_size] * groups, [image_size] * groups
     bar = tqdm(total=groups, unit="body", disable=not progress)
     found: list[Frames] = []
     if jobs == 1:

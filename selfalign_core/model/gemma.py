@@ -147,8 +147,8 @@ class PrefixCache:
             self.image_length,
         )
 
-    def select(self, rows: Tensor) -> PrefixCache:
-        """The given batch rows (int64), for instance one prefix repeated for several noise draws."""
+    def select(self, rows: Tensor | slice) -> PrefixCache:
+        """The given batch rows (int64, or a slice), for instance one prefix repeated for several noise draws."""
         return PrefixCache(
             tuple(KeyValues(kv.keys[rows], kv.values[rows]) for kv in self.layers),
             self.pad_masks[rows],

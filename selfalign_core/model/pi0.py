@@ -58,8 +58,8 @@ class Transitions:
     next_obs_masks: Tensor | None = None
     action_masks: Tensor | None = None
 
-    def select(self, rows: Tensor) -> Transitions:
-        """The given batch rows (int64)."""
+    def select(self, rows: Tensor | slice) -> Transitions:
+        """The given batch rows (int64, or a slice)."""
         return Transitions(
             state=self.state[rows],
             actions=self.actions[rows],

@@ -55,8 +55,8 @@ def read_tensor(stored: StoredTensor, device: str = "cpu") -> Tensor:
     tensor = torch.empty(stored.shape, dtype=_DTYPES[stored.dtype])
     if tensor.numel():
         file.seek(stored.begin)
-        content = memoryview(tensor.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
-        if file.readinto(content) != len(content):  # type: ignore[attr-defined]
+        content = tensor.flatten().view(torch.uint8).numpy().data
+        if file.readinto(content) != len(content):
             raise CheckpointError(f"{file.name}: found its end inside {stored.name}")
     return tensor.to(device)
 

@@ -12,8 +12,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -43,7 +44,7 @@ class StoredTensor:
     """One tensor of an open file: where it begins, its type by safetensors' name, its shape."""
 
     name: str
-    file: BinaryIO
+    file: BufferedReader
     begin: int
     dtype: str
     shape: tuple[int, ...]
@@ -86,7 +87,7 @@ def _check_header(file: Path) -> None:
         raise CheckpointError(f"{file}: found {error}, expected a safetensors file") from error
 
 
-def _stored_tensors(stream: BinaryIO) -> dict[str, StoredTensor]:
+def _stored_tensors(stream: BufferedReader) -> dict[str, StoredTensor]:
     length = int.from_bytes(stream.read(8), "little")
     header = json.loads(stream.read(length))
     header.pop("__metadata__", None)

@@ -49,7 +49,7 @@ class PictureRun:
         """What the camera shows at ``stamp_ns``, whose bytes must not change later. Every byte is compared, unless the
         first ones differ, as those of a real camera do.
         """
-        pixels = np.asarray(memoryview(picture))
+        pixels = picture if isinstance(picture, np.ndarray) else np.asarray(memoryview(picture))
         if self._picture is None or not _equal(pixels, self._picture):
             self.since_ns, self.pose = stamp_ns, None
         self._picture, self.newest_ns = pixels, stamp_ns

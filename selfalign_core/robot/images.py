@@ -53,7 +53,8 @@ def decode_resized(
     """
     pixels = _pixels(data, height, width, step, encoding)
     channels, conversion = _TO_RGB[encoding]
-    if channels == 4:  # to shrink the fourth channel as well would take longer than to drop it first
+    # To shrink the fourth channel as well would take longer than to drop it first.
+    if channels == 4 and conversion is not None:
         pixels, conversion = cv2.cvtColor(pixels, conversion), None
     fitted = _fit(pixels, *size)
     if conversion is not None:

@@ -251,9 +251,9 @@ class _File(Record):
 
     name: Annotated[str, Only(len, "a non-empty string, the name of the body")]
     links: LinkBody = field(default_factory=LinkBody)
-    joints: dict[Literal[JOINTS], JointBody] = field(default_factory=dict)  # type: ignore[valid-type]
+    joints: dict[Literal[JOINTS], JointBody] = field(default_factory=dict)  # type: ignore[valid-type]  # read from a tuple
     payload: Annotated[float, Range(0, 2)] = 0.0
-    cameras: dict[Literal[CAMERAS], CameraBody] = field(default_factory=dict)  # type: ignore[valid-type]
+    cameras: dict[Literal[CAMERAS], CameraBody] = field(default_factory=dict)  # type: ignore[valid-type]  # read from a tuple
     light: LightBody = field(default_factory=LightBody)
 
     def body(self) -> BodyConfig:

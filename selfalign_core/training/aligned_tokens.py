@@ -51,6 +51,7 @@ def aligned_token(policy: Policy, dataset: TransitionDataset, embodiment: str, a
     batch = _spread(dataset, seed, policy.transition_horizon, align.collect.fit_count)
     scorer, trusted = Scorer(policy, align.weights), Trusted.of(policy)
     scorer.check(batch)
+    assert policy.e_token is not None  # Scorer refuses a policy without one
     data, deployed = scorer.prepare(batch), torch.from_numpy(policy.e_token.data).to(policy.dim_mask.device)
     found = identify(scorer, data, deployed, trusted, align.identify, seed=seed, budget=Budget.unlimited())
     return refine(scorer, data, found.token, trusted, align, seed=seed, budget=Budget.unlimited()).token.cpu()

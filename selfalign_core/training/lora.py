@@ -27,7 +27,12 @@ def inject(model: nn.Module, config: LoraSection, *, unreached: Collection[str] 
     except ImportError as error:
         raise ConfigError(f"lora: found no package peft ({error}), expected it installed (pip install peft)") from error
     before = {id(p): p.requires_grad for p in model.parameters()}
-    options = LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=0.0, target_modules=config.targets)
+    options = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft only divides it by the rank; its type says int
+        lora_dropout=0.0,
+        target_modules=config.targets,
+    )
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -162,7 +162,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float | None) -> T
     with_grad = [p for p in parameters if p.grad is not None]
     if not with_grad:
         return torch.zeros(())
-    norm = torch.nn.utils.get_total_norm([p.grad for p in with_grad])
+    norm = torch.nn.utils.get_total_norm([p.grad for p in with_grad if p.grad is not None])
     norm = full(norm)
     if limit is not None:
         torch.nn.utils.clip_grads_with_norm_(with_grad, limit, norm)

@@ -176,7 +176,8 @@ def _shard(joint: JointModel, ranks: Ranks, precision: Literal["float32", "bfloa
         fully_shard(unit, mesh=mesh, mp_policy=policy)
     # Of the VLM's last layer only keys and values are read (GemmaStack.forward), through this method.
     register_fsdp_forward_method(experts.language_model.layers[-1], "project")
-    return fully_shard(joint, mesh=mesh)
+    fully_shard(joint, mesh=mesh)
+    return joint
 
 
 def _register_outputs() -> None:

@@ -218,7 +218,7 @@ def pretrain(
         tokenizer = word_tokenizer(TINY_WORDS)
         encode = PromptTokenizer(tokenizer, max_len=model.config.max_token_len, pi05=False)
         encoded = [encode(prompt_for(name)) for name in TARGET_NAMES]
-        prompts = tuple(torch.stack([torch.from_numpy(item[i]) for item in encoded]) for i in range(2))
+        ids, masks = (torch.stack([torch.from_numpy(item[i]) for item in encoded]) for i in range(2))
         with open(directory.path / "pretrain.jsonl", "w", encoding="utf-8") as file:
 
             def log(values: dict[str, float | int | str]) -> None:
@@ -226,7 +226,7 @@ def pretrain(
                 file.flush()
 
             train_vision(model, data, steps=vision_steps, batch_size=64, seed=seed, log=log)
-            train_grounding(model, data, prompts, steps=grounding_steps, batch_size=24, seed=seed, log=log)
+            train_grounding(model, data, (ids, masks), steps=grounding_steps, batch_size=24, seed=seed, log=log)
         joints = len(REACH_JOINTS)
         config = PolicyConfig(model=model.config, cameras=("overhead",), state_dim=joints, action_dim=joints)
         Policy(model, config, tokenizer, {}, dt=0.05).save(directory.path)

@@ -47,10 +47,16 @@ def checkpoint_path(directory: Path, step: int) -> Path:
 
 def list_checkpoints(directory: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
+    return [path for _, path in _steps(directory)]
+
+
+def _steps(directory: Path) -> list[tuple[int, Path]]:
+    """The same with the step of each."""
     if not directory.is_dir():
         return []
-    found = [p for p in directory.iterdir() if _STEP.fullmatch(p.name) and (p / INFO_NAME).is_file()]
-    return sorted(found, key=lambda p: int(_STEP.fullmatch(p.name)[1]))
+    named = [(_STEP.fullmatch(path.name), path) for path in directory.iterdir()]
+    found = [(int(name[1]), path) for name, path in named if name and (path / INFO_NAME).is_file()]
+    return sorted(found, key=lambda one: one[0])
 
 
 def find_checkpoint(path: str | Path) -> Path | None:
@@ -100,9 +106,10 @@ def _first_finds(base: Path, resume: bool | str | Path) -> tuple[str, dict[str, 
             return None
         found = existing[-1]
     else:
-        found = find_checkpoint(resume)
-        if found is None:
+        newest = find_checkpoint(resume)
+        if newest is None:
             raise CheckpointError(f"{resume}: found no training checkpoint, expected one to resume from")
+        found = newest
     return os.path.relpath(found, base), read_info(found)
 
 
@@ -155,8 +162,8 @@ def write_checkpoint(
         publish(partial, target, instead=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        left = list_checkpoints(directory)
-        last = f"the newest complete one is {left[-1]}" if left else "there is no earlier one"
+        complete = list_checkpoints(directory)
+        last = f"the newest complete one is {complete[-1]}" if complete else "there is no earlier one"
         reason = _reason(error, directory)
         raise CheckpointError(f"{target}: could not write the checkpoint ({reason}); {last}") from error
     point_to(directory.parent / "policy", target / "policy")
@@ -175,7 +182,7 @@ def set_aside_later(directory: Path, step: int, log: Path) -> Path | None:
     Raises:
         CheckpointError: they could not be moved.
     """
-    later = [path for path in list_checkpoints(directory) if int(_STEP.fullmatch(path.name)[1]) > step]
+    later = [path for of, path in _steps(directory) if of > step]
     if not later:
         return None
     number = 1

@@ -134,8 +134,9 @@ class Trainer:
         )
         self._compose()
         self.step = 0
-        if self._checkpoint is not None:
-            self.ranks.gather(lambda: self._restore(self._checkpoint))
+        checkpoint = self._checkpoint
+        if checkpoint is not None:
+            self.ranks.gather(lambda: self._restore(checkpoint))
 
     # ---------------------------------------------------------------- setting up
 
@@ -253,6 +254,7 @@ class Trainer:
             batches.close()
             if log is not None:
                 log.close()
+        assert checkpoint is not None  # of the last step, now or before
         return checkpoint / "policy"
 
     def _due(self, every: int | None) -> bool:
@@ -264,6 +266,7 @@ class Trainer:
         write_text(self.output / "config.yaml", text)
         aside = set_aside_later(self.output / "checkpoints", self.step, self.output / LOG_NAME)
         if aside is not None:
+            assert self._checkpoint is not None  # without one there was none to set aside
             point_to(self.output / "policy", self._checkpoint / "policy")
         options = self.config.log
         log = RunLog(
@@ -361,7 +364,13 @@ class Trainer:
         return {name: f"{value:.3f}" for name, value in zip(("loss", *LOSSES[1:]), losses, strict=True)}
 
     def evaluate(self) -> dict[str, float]:
-        """Mean losses on the held-out episodes with common noise; a body without a token gets the bank's mean."""
+        """Mean losses on the held-out episodes with common noise; a body without a token gets the bank's mean.
+
+        Raises:
+            ConfigError: no episode is held out.
+        """
+        if self._eval_loader is None:
+            raise ConfigError(f"data.holdout: found {self.config.data.holdout}, expected episodes to evaluate on")
         sums = torch.zeros(len(LOSSES) + 1, dtype=torch.float64)
         for sample, _ in self._samples(self._eval_loader, self.config.log.eval_samples):
             losses = self._per_sample(sample)
@@ -406,7 +415,7 @@ class Trainer:
         gaps = self.measure_gap()
         if log is None or not gaps:
             return
-        values = {}
+        values: dict[str, float] = {}
         for name, gap in gaps.items():
             values |= {f"{name}_own": gap.own, f"{name}_other": gap.other, f"{name}_gap": gap.mean}
             values[f"{name}_stderr"] = gap.stderr
@@ -437,7 +446,7 @@ class Trainer:
 
     def _state(self) -> dict[str, Tensor]:
         """Every tensor that the run's future depends on, by name; sharded ones as they are."""
-        state = {f"model/{name}": parameter for name, parameter in self.parameters.items()}
+        state: dict[str, Tensor] = {f"model/{name}": parameter for name, parameter in self.parameters.items()}
         state |= {f"model/{name}": buffer for name, buffer in self.buffers.items()}
         for name, parameter in self.trained.master.items():
             moments = self.optimizer.state[parameter]
@@ -446,8 +455,12 @@ class Trainer:
             state |= {f"ema/{name}": value for name, value in self.ema.values.items()}
         return state
 
-    def save(self) -> Path | None:
-        """Write a checkpoint with the policy it has become; all ranks take part, the first one returns its path."""
+    def save(self) -> Path:
+        """Write a checkpoint with the policy it has become; all ranks take part.
+
+        Returns:
+            Its path on the first rank, ``output`` on the others.
+        """
         policy: dict[str, Tensor] = {}
 
         def gathered() -> Iterator[tuple[str, Tensor]]:
@@ -483,12 +496,14 @@ class Trainer:
 
     def _write_policy(self, values: dict[str, Tensor], directory: Path) -> None:
         values = {name: value.float() if value.is_floating_point() else value for name, value in values.items()}
-        weight, keys, deploy = values.pop("bank.weight", None), (), self.config.bank.deploy
+        weight, deploy = values.pop("bank.weight", None), self.config.bank.deploy
+        keys: tuple[str, ...] = ()
         state = {name.removeprefix("model."): value for name, value in values.items()}
         if self._kept is not None:
+            assert self._kept.known is not None  # Start refuses bank.tokens without a bank
             keys, weight = self._kept.known
             deploy = self._kept.embodiment
-        elif weight is not None:
+        elif weight is not None and self.joint.bank is not None:
             keys = self.joint.bank.keys
             deployed = bank_mean(weight[: len(keys)]) if deploy is None else weight[keys.index(deploy)].clone()
             state["peft_prefix_token"] = deployed

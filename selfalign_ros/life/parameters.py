@@ -29,7 +29,9 @@ from selfalign_core.errors import ConfigError
 from selfalign_core.records import Record, load_document, named, read
 from selfalign_ros.life.resources import config_folder
 
-_TYPES: dict[str, tuple[type, int]] = {
+TypeName = Literal["bool", "int", "double", "string"]
+
+_TYPES: dict[TypeName, tuple[type, int]] = {
     "bool": (bool, ParameterType.PARAMETER_BOOL),
     "int": (int, ParameterType.PARAMETER_INTEGER),
     "double": (float, ParameterType.PARAMETER_DOUBLE),
@@ -43,7 +45,7 @@ class ParameterSpec(Record):
     """One parameter as it is declared. ``range`` is (lowest, highest), both allowed."""
 
     name: str
-    type: Literal["bool", "int", "double", "string"]
+    type: TypeName
     default: Any
     description: str
     unit: str = ""
@@ -111,7 +113,7 @@ def _settings() -> dict[str, ParameterSpec]:
     return {
         one.name: ParameterSpec(
             name=one.name,
-            type=_NAMES[one.kind],  # type: ignore[arg-type]
+            type=_NAMES[one.kind],
             default=one.default,
             description=one.text,
             unit=one.unit,

@@ -75,12 +75,18 @@ class BufferNode(ManagedNode):
     def cleanup(self) -> None:
         self._buffer, self._last_now_ns, self._last_stamp_ns, self._contents = None, None, None, {}
 
+    @property
+    def _stored(self) -> TransitionBuffer:
+        """The buffer, from ``configure`` to ``cleanup``."""
+        assert self._buffer is not None
+        return self._buffer
+
     # --- what goes in ---
 
     def _on_executed_action(self, message: JointState) -> None:
         def add() -> None:
             action = positions_in_order(message, self.contract.joint_names, "executed_action")
-            self._buffer.add_action(to_ns(message.header.stamp), action.astype(np.float32))
+            self._stored.add_action(to_ns(message.header.stamp), action.astype(np.float32))
 
         self._action_rate.tick()
         self.worker.submit(add, self._on_added)
@@ -102,7 +108,7 @@ class BufferNode(ManagedNode):
             # Time jumped back (a bag was restarted, a simulation reset): old and new frames do not belong
             # together.
             self.get_logger().warning("time jumped back: forgetting all transitions")
-            self.worker.submit(self._buffer.clear, self._on_added)
+            self.worker.submit(self._stored.clear, self._on_added)
         elif order is not Order.NEWER:
             return
         self._last_stamp_ns = selection.stamp_ns
@@ -116,7 +122,7 @@ class BufferNode(ManagedNode):
 
     def _add_frame(self, selection: Selection) -> None:
         images = decoded(selection, self.contract, self._image_size)
-        self._buffer.add_frame(selection.stamp_ns, images, selection.state.astype(np.float32))
+        self._stored.add_frame(selection.stamp_ns, images, selection.state.astype(np.float32))
         self._frame_rate.tick()
 
     def _on_added(self, outcome: Outcome[None]) -> None:
@@ -134,7 +140,7 @@ class BufferNode(ManagedNode):
         def newest() -> None:
             if request.stride < 1:
                 raise InputError(f"stride: found {request.stride}; expected at least 1")
-            batch = self._buffer.newest(request.count, since_ns=request.since_ns, stride=request.stride)
+            batch = self._stored.newest(request.count, since_ns=request.since_ns, stride=request.stride)
             response.found = len(batch)
             if len(batch) and len(batch) >= request.least and int(batch.frame_stamps[-1]) > request.newer_than_ns:
                 fill_transitions(response, batch)
@@ -173,11 +179,11 @@ class BufferNode(ManagedNode):
         yield Status("transitions", WARN if self._problem else OK, message, values)
 
     def _count(self) -> dict[str, object]:
-        counters = {f"{name} (count)": count for name, count in self._buffer.counters.items()}
+        counters = {f"{name} (count)": count for name, count in self._stored.counters.items()}
         contents = {
-            "frames": self._buffer.num_frames,
-            "transitions": self._buffer.num_transitions,
-            "size [MB]": self._buffer.nbytes / 1e6,
+            "frames": self._stored.num_frames,
+            "transitions": self._stored.num_transitions,
+            "size [MB]": self._stored.nbytes / 1e6,
         }
         return {**contents, **counters}
 

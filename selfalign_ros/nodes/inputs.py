@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 from rclpy.event_handler import (
+    QoSMessageLostInfo,
     QoSRequestedIncompatibleQoSInfo,
     SubscriptionEventCallbacks,
     qos_policy_name_from_kind,
@@ -72,8 +73,8 @@ class Stream:
     def _on_incompatible(self, info: QoSRequestedIncompatibleQoSInfo) -> None:
         self._incompatible = qos_policy_name_from_kind(info.last_policy_kind)
 
-    def _on_lost(self, info: object) -> None:
-        self.lost = info.total_count  # type: ignore[attr-defined]
+    def _on_lost(self, info: QoSMessageLostInfo) -> None:
+        self.lost = info.total_count
 
 
 class SensorInputs:
