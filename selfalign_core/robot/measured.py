@@ -22,9 +22,12 @@ _LOST = 0.1  # farthest from what it was told that a robot that follows is [rad 
 
 @dataclass(frozen=True)
 class Pose:
-    """Where the robot was measured to be: ``position`` (joints,) float64, contract order and units."""
+    """Where the robot was measured to be: ``position`` (joints,) float64, contract order and units.
 
-    stamp_ns: int
+    ``stamp_ns``: one for all joints, or (joints,) int64, of each the one at which it was measured.
+    """
+
+    stamp_ns: int | np.ndarray
     position: np.ndarray
 
 
@@ -36,14 +39,14 @@ def believed_pose(poses: Sequence[Pose], joints: Sequence[Joint]) -> np.ndarray:
     """
     speed = np.array([joint.max_velocity for joint in joints])
     for before, after in itertools.pairwise(poses):
-        span_s = abs(after.stamp_ns - before.stamp_ns) / NS_PER_S
         moved = np.abs(after.position - before.position)
+        span_s = np.broadcast_to(np.abs(np.subtract(after.stamp_ns, before.stamp_ns)) / NS_PER_S, moved.shape)
         allowed = _BELIEVED_SPEED * speed * span_s + _BELIEVED_NOISE
         worst = int((moved - allowed).argmax())
         if moved[worst] > allowed[worst]:
             raise InputError(
                 f"joint states: found {joints[worst].name} {moved[worst]:.3f} {joints[worst].unit} further after "
-                f"{span_s:.3f} s; expected at most {allowed[worst]:.3f}, this is no pose to start from"
+                f"{span_s[worst]:.3f} s; expected at most {allowed[worst]:.3f}, this is no pose to start from"
             )
     pose = poses[-1].position
     if not np.isfinite(pose).all():

@@ -24,8 +24,9 @@ from selfalign_core.robot.contract import Camera, RobotContract
 from selfalign_core.robot.frames import Selection, SensorFrames
 from selfalign_core.robot.frozen import FreezeLimits
 from selfalign_core.robot.images import SUPPORTED_ENCODINGS
+from selfalign_core.robot.joint_states import read_joints
 from selfalign_core.robot.measured import Pose
-from selfalign_ros.bridge.conversions import NS_PER_S, decode, positions_in_order, to_ns
+from selfalign_ros.bridge.conversions import NS_PER_S, decode, to_ns
 from selfalign_ros.bridge.qos import overridable
 from selfalign_ros.life.diagnostics import ERROR, OK, Rate, Status
 
@@ -36,10 +37,13 @@ def decoded(selection: Selection, contract: RobotContract, size: tuple[int, int]
 
 
 class Stream:
-    """One subscription with its rate and whatever keeps messages from arriving."""
+    """One subscription with its rate and whatever keeps messages from arriving.
+
+    ``on_message`` says of each message whether it counts.
+    """
 
     def __init__(
-        self, node: Node, message_type: type, topic: str, profile: QoSProfile, on_message: Callable[..., None]
+        self, node: Node, message_type: type, topic: str, profile: QoSProfile, on_message: Callable[..., bool]
     ) -> None:
         self.topic = topic
         self.rate = Rate()
@@ -66,8 +70,8 @@ class Stream:
         return f"{found} ({len(publishers)} publisher(s))"
 
     def _on_arrival(self, message: Image | CompressedImage | JointState) -> None:
-        self.rate.tick()
-        self._on_message(message)
+        if self._on_message(message):
+            self.rate.tick()
 
     def _on_incompatible(self, info: QoSRequestedIncompatibleQoSInfo) -> None:
         self._incompatible = qos_policy_name_from_kind(info.last_policy_kind)
@@ -143,26 +147,25 @@ class SensorInputs:
             values[f"{stream.topic} lost"] = stream.lost
             if stream.topic in newest:
                 values[f"{stream.topic} age [s]"] = (now_ns - newest[stream.topic]) / NS_PER_S
+        values |= self._frames.counts
         fault = self.fault(now_ns)
         return Status("inputs", ERROR if fault else OK, fault or "all inputs fresh", values)
 
     def _absence(self, topic: str) -> str:
         return next(stream for stream in self.streams if stream.topic == topic).absence()
 
-    def _on_picture(self, camera: Camera, message: Image | CompressedImage) -> None:
+    def _on_picture(self, camera: Camera, message: Image | CompressedImage) -> bool:
         self._frames.add_picture(
             camera.name, to_ns(message.header.stamp), message, content=message.data, problem=_problem(camera, message)
         )
         self._on_message(camera.topic)
+        return True
 
-    def _on_joint_state(self, message: JointState) -> None:
-        positions, problem = None, ""
-        try:
-            positions = positions_in_order(message, self._contract.joint_names, self.joint_states.topic)
-        except InputError as error:
-            problem = str(error)
-        self._frames.add_state(to_ns(message.header.stamp), positions, problem)
+    def _on_joint_state(self, message: JointState) -> bool:
+        reading = read_joints(message.name, message.position, self._contract.joint_names)
+        is_state = self._frames.add_state(to_ns(message.header.stamp), reading) is not None
         self._on_message(self.joint_states.topic)
+        return is_state
 
 
 def _problem(camera: Camera, message: Image | CompressedImage) -> str:

@@ -6,6 +6,7 @@ Every way of asking is compared with a search from end to end.
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from selfalign_core.errors import InputError
 from selfalign_core.robot.contract import RobotContract
 from selfalign_core.robot.frames import Fault, Order, Pairing, SensorFrames, order_of
 from selfalign_core.robot.frozen import FreezeLimits
+from selfalign_core.robot.joint_states import Reading, read_joints
 
 ROOT = Path(__file__).parents[2]
 MS = 1_000_000
@@ -29,8 +32,8 @@ def contract() -> RobotContract:
     return dataclasses.replace(contract, max_image_age_s=0.2, max_joint_state_age_s=0.2, max_camera_skew_s=0.1)
 
 
-def positions(contract: RobotContract, value: float) -> np.ndarray:
-    return np.full(len(contract.joints), value)
+def positions(contract: RobotContract, value: float) -> Reading:
+    return Reading.whole(np.full(len(contract.joints), value))
 
 
 def filled(contract: RobotContract, **options) -> SensorFrames:
@@ -89,7 +92,7 @@ def test_the_oldest_of_a_full_memory_leaves_for_one_that_was_overtaken(contract:
         frames.add_picture(name, NOW + 190 * MS + 2, name)
     assert (frames.select(NOW + 200 * MS).state == -2).all()
     assert len(frames._states) == 1024
-    stamps = [state.stamp_ns for state in frames._states]
+    stamps = [entry.stamp_ns for entry in frames._states._entries]
     assert stamps == sorted(set(stamps))
 
 
@@ -132,7 +135,7 @@ def test_a_camera_that_begins_a_new_time_is_not_frozen_since_the_old_one(contrac
         (lambda frames: None, -51, "future overhead"),
         (lambda frames: frames.add_picture("wrist", NOW + 101 * MS, ""), 101, "camera skew"),
         (lambda frames: frames.add_picture("wrist", NOW + MS, "", problem="size"), 10, "unusable wrist"),
-        (lambda frames: frames.add_state(NOW + MS, None, "found nan"), 10, "unusable joint_states"),
+        (lambda frames: frames.add_state(NOW + MS, Reading.unusable(7, "found nan")), 10, "unusable joint_states"),
     ],
 )
 def test_what_is_wrong_has_a_short_name(contract: RobotContract, change, now_ms: int, cause: str) -> None:
@@ -178,6 +181,158 @@ def test_the_order_of_arrival_does_not_matter(contract: RobotContract, messages:
 def test_order(stamp: int, order: Order) -> None:
     assert order_of(stamp, 100, 10) is order
     assert order_of(stamp, None, 10) is Order.NEWER
+
+
+# --- joint states in several messages ---
+
+
+ARM, GRIPPER = 0b0111111, 0b1000000
+
+
+def part(contract: RobotContract, named: int, value: float) -> Reading:
+    """A message that says of the joints ``named`` that they are at ``value``."""
+    names = [joint for i, joint in enumerate(contract.joint_names) if named >> i & 1]
+    return read_joints(["wheel", *names], [9.0, *[value] * len(names)], contract.joint_names)
+
+
+def seen(contract: RobotContract, now_ns: int = NOW, **options) -> SensorFrames:
+    frames = SensorFrames(contract, **options)
+    for name in contract.camera_names:
+        frames.add_picture(name, now_ns, name)
+    return frames
+
+
+def test_arm_and_gripper_are_put_together_each_with_its_own_age(contract: RobotContract) -> None:
+    frames = seen(contract)
+    frames.add_state(NOW - 20 * MS, part(contract, ARM, 1.0))
+    with pytest.raises(Fault, match=r"\(joint_states\): found no message that names gripper; expected") as caught:
+        frames.select(NOW)
+    assert caught.value.cause == "stale joint_states"
+    assert frames.add_state(NOW - 100 * MS, part(contract, GRIPPER, 0.5)) is Order.NEWER
+    frames.add_state(NOW + 5 * MS, part(contract, ARM, 1.1))
+    assert frames.select(NOW + 5 * MS).state.tolist() == [1.0] * 6 + [0.5]
+    assert frames.newest_stamps()["joint_states"] == NOW - 100 * MS
+    (pose,) = frames.poses()[-1:]
+    assert pose.position.tolist() == [1.1] * 6 + [0.5]
+    assert pose.stamp_ns.tolist() == [NOW + 5 * MS] * 6 + [NOW - 100 * MS]
+    for ms in range(10, 120, 10):  # the gripper falls silent, the arm goes on
+        frames.add_state(NOW + ms * MS, part(contract, ARM, 1.1))
+        frames.add_picture("overhead", NOW + ms * MS, "")
+        frames.add_picture("wrist", NOW + ms * MS, "")
+    with pytest.raises(Fault, match=r"joint states of gripper \(joint_states\): found age 0\.210 s; expected at most"):
+        frames.select(NOW + 110 * MS)
+
+
+def test_what_names_none_of_our_joints_is_ignored_and_named_while_nothing_else_comes(contract: RobotContract) -> None:
+    frames = seen(contract)
+    wheels = read_joints(["wheel_left", "wheel_right"], [0.1, math.nan], contract.joint_names)
+    assert frames.add_state(NOW, wheels) is None
+    with pytest.raises(
+        Fault, match=r"\(joint_states\): found joints \['wheel_left', .* expected some of \['shoulder_pan'"
+    ):
+        frames.select(NOW)
+    assert frames.newest_stamps().keys() == {"camera/overhead/image_raw", "camera/wrist/image_raw"}
+    frames.add_state(NOW - MS, positions(contract, 1.0))
+    frames.add_state(0, wheels)
+    without_positions = read_joints(contract.joint_names, [], contract.joint_names)
+    assert frames.add_state(NOW, without_positions) is None
+    assert (frames.select(NOW).state == 1.0).all()
+    assert frames.counts == {"foreign joint states": 3}
+    for name in contract.camera_names:
+        frames.add_picture(name, NOW + 300 * MS, name)
+    with pytest.raises(Fault, match=r"found age 0\.301 s; .*; the newest message is ignored: .* without positions"):
+        frames.select(NOW + 300 * MS)
+
+
+def test_a_fault_of_the_gripper_lasts_until_the_gripper_is_well(contract: RobotContract) -> None:
+    frames = seen(contract)
+    frames.add_state(NOW - 20 * MS, part(contract, GRIPPER, math.nan))
+    frames.add_state(NOW - 10 * MS, part(contract, ARM, 1.0))
+    with pytest.raises(Fault, match="joint gripper: found nan; expected a finite position") as caught:
+        frames.select(NOW)
+    assert caught.value.cause == "unusable joint_states"
+    frames.add_state(NOW - 5 * MS, part(contract, GRIPPER, 0.5))
+    assert frames.select(NOW).state.tolist() == [1.0] * 6 + [0.5]
+
+
+def test_a_gripper_with_a_clock_of_its_own_takes_nothing_from_the_arm(contract: RobotContract) -> None:
+    frames = seen(contract)
+    for ms in range(-50, 0, 10):
+        frames.add_state(NOW + ms * MS, part(contract, ARM, 1.0))
+        assert frames.add_state(0, part(contract, GRIPPER, 0.5)) in (Order.NEWER, Order.EQUAL)
+    with pytest.raises(Fault, match=r"joint states of gripper .*: found age 1000\.000 s"):
+        frames.select(NOW)
+    frames.add_state(NOW - MS, part(contract, GRIPPER, 0.5))
+    assert frames.select(NOW).state.tolist() == [1.0] * 6 + [0.5]
+    assert frames.add_state(NOW - 900 * MS, part(contract, GRIPPER, 0.1)) is Order.RESTARTED
+    with pytest.raises(Fault, match=r"joint states of gripper"):
+        frames.select(NOW)
+
+
+def test_of_a_message_only_the_joints_it_shares_count_and_a_bad_one_is_named(contract: RobotContract) -> None:
+    names = [*contract.joint_names[::-1], "lid"]
+    whole = read_joints(names, list(range(8)), contract.joint_names)
+    assert whole.all_positions(contract.joint_names).tolist() == [6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.0]
+    for found, values, problem in (
+        (names, [0.0] * 7, "found 7 positions for 8 names"),
+        ([*names, "lid"], [0.0] * 9, r"found joints \['lid'\] more than once"),
+        (names, [math.inf] * 8, "joint shoulder_pan: found inf"),
+        (names[1:], [0.0] * 7, r"expected also \['gripper'\]"),
+    ):
+        with pytest.raises(InputError, match=problem):
+            read_joints(found, values, contract.joint_names).all_positions(contract.joint_names)
+
+
+def test_a_message_of_many_names_makes_no_long_text(contract: RobotContract) -> None:
+    many = ["x" * 1000] * 20_000
+    for names in (many, [*many, "gripper"]):
+        reading = read_joints(names, [0.0] * len(names), contract.joint_names)
+        assert 0 < len(reading.problem) < 2000
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 0b111), st.integers(-200, 200), st.booleans()), max_size=30),
+    st.integers(-200, 200),
+)
+@settings(deadline=None)
+def test_each_joint_is_where_the_newest_message_that_names_it_says(
+    contract: RobotContract, messages: list[tuple[int, int, bool]], at_ms: int
+) -> None:
+    """However the joints are spread over messages, and in whatever order these come; beside a search of them all."""
+    contract = dataclasses.replace(contract, joints=contract.joints[:3], cameras=contract.cameras[:1])
+    frames = SensorFrames(contract)
+    camera = contract.camera_names[0]
+    frames.add_picture(camera, NOW + at_ms * MS, "")
+    newest: dict[int, int | None] = {}
+    kept: list[tuple[int, int, float | None]] = []
+    for number, (named, ms, is_bad) in enumerate(messages):
+        order = frames.add_state(NOW + ms * MS, part(contract, named, math.nan if is_bad else number / 1000))
+        columns = [column for column in range(3) if named >> column & 1]
+        heard = [newest[column] for column in columns if newest.get(column) is not None]
+        assert (order is None) == (not named)
+        if heard and ms < max(heard) - 250:
+            assert order is Order.RESTARTED
+            kept = [(column, stamp, value) for column, stamp, value in kept if column not in columns]
+            newest |= dict.fromkeys(columns, None)
+        for column in columns:
+            newest[column] = ms if newest.get(column) is None else max(ms, newest[column])
+            kept.append((column, ms, None if is_bad else number / 1000))
+
+    def known(until_ms: int) -> list[tuple[int, float | None]]:
+        """Stamp and value of each joint that anything is known of; of one stamp the last counts."""
+        said = ([(ms, value) for column, ms, value in kept if column == c and ms <= until_ms] for c in range(3))
+        return [max(reversed(of_joint), key=lambda item: item[0]) for of_joint in said if of_joint]
+
+    now, then = known(10_000), known(at_ms)
+    good = len(then) == len(now) == 3 and all(value is not None for _, value in [*now, *then])
+    fresh = good and at_ms - min(ms for ms, _ in then) <= 200 and 200 - min(ms for ms, _ in now) <= 200
+    try:
+        selection = frames.select(NOW + 200 * MS)
+    except Fault:
+        assert not fresh or 200 - at_ms > 200
+    else:
+        assert fresh
+        assert selection.state.tolist() == [value for _, value in then]
 
 
 # --- transitions ---

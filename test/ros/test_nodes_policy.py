@@ -32,6 +32,8 @@ class Behaviour:
     size: int = 64
     names: tuple[str, ...] = ()
     position: tuple[float, ...] = (0.0,) * 7
+    apart: bool = False  # the gripper's joint state in a message of its own
+    wheels: bool = False  # a mobile base on the same topic, without stamps and positions
     image_age_s: float = 0.0
     joint_age_s: float = 0.0
     frozen: bool = False  # the same image, with the same stamp, again and again
@@ -75,8 +77,15 @@ class FakeRobot:
             names = do.names or self._contract.joint_names
             joints = JointState(name=list(names), position=list(do.position))
             joints.header.stamp = (now - Duration(seconds=do.joint_age_s)).to_msg()
+            if do.apart:
+                gripper = JointState(header=joints.header, name=joints.name[-1:], position=joints.position[-1:])
+                joints.name, joints.position = joints.name[:-1], joints.position[:-1]
+                if "gripper" not in do.silent:
+                    self._joints.publish(gripper)
             if "joints" not in do.silent:
                 self._joints.publish(joints)
+            if do.wheels:
+                self._joints.publish(JointState(name=["wheel_left", "wheel_right"], velocity=[0.1, 0.2]))
             for name, publisher in self._cameras.items():
                 image = Image(height=do.size, width=do.size, step=do.size * do.channels, encoding=do.encoding)
                 brightness = 0 if do.repeating else 1 + ticks % 255
@@ -277,6 +286,29 @@ def test_half_the_camera_rate_and_another_encoding_are_no_reason_to_hold(policy,
         wait_for(lambda count=count: len(probe.messages["action_chunk"]) >= count + 4, "chunks go on")
     probe.wait_for_diagnostics(CHUNKS, 1)
     assert holds() == before
+
+
+def test_other_joints_on_the_topic_and_joints_in_several_messages_are_no_reason_to_hold(policy, probe, robot) -> None:
+    def values() -> dict[str, str]:
+        return {v.key: v.value for name in (INPUTS, CHUNKS) for v in probe.status(name).values}
+
+    robot.behaviour = Behaviour()
+    wait_until_moving(probe)
+    before = values()
+    for behaviour in (Behaviour(wheels=True), Behaviour(wheels=True, apart=True)):
+        robot.behaviour = behaviour
+        count = len(probe.messages["action_chunk"])
+        wait_for(lambda count=count: len(probe.messages["action_chunk"]) >= count + 4, "chunks go on")
+    probe.wait_for_diagnostics(CHUNKS, 1)
+    after = values()
+    assert after["holds"] == before["holds"]
+    assert int(after["foreign joint states"]) > int(before.get("foreign joint states", 0))
+    robot.behaviour = Behaviour(wheels=True, apart=True, silent=("gripper",))
+    assert_holding(probe, policy, "joint states of gripper", "found age")
+    robot.behaviour = Behaviour(wheels=True, silent=("joints",))
+    assert_holding(probe, policy, "found age", "is ignored: found joints ['wheel_left', 'wheel_right']")
+    robot.behaviour = Behaviour()
+    wait_until_moving(probe)
 
 
 def test_a_picture_that_repeats_under_fresh_stamps_stops_a_robot_that_moves_and_no_other(policy, probe, robot) -> None:
