@@ -3,7 +3,8 @@
 - An *observation* is made at a tick of the control rate, of what has arrived by then: the newest picture of every
   camera, and the newest joint state that is not newer than the oldest of these pictures. Its stamp is that picture's.
 - A *joint state* is put together of the messages that name the contract's joints: of each joint the newest, and the
-  whole as old as the oldest of these. Messages that name none of the contract's joints are ignored.
+  whole as old as the oldest of these. Messages that name none of the contract's joints are ignored. While messages
+  contradict each other (a joint would have moved faster than it can), and for a moment after, none is believed.
 - It becomes a *frame* if it is newer than the last one.
 - A *transition* of K actions begins at a frame and ends at the frame nearest to K control steps later. Action i is the
   one in force in the middle of its step. What is missing is never made up: then there is no transition.
@@ -17,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import itertools
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -34,8 +35,14 @@ from selfalign_core.robot.measured import Pose
 _NS_PER_S = 1_000_000_000
 DISORDER_NS = _NS_PER_S // 4
 """Messages of one topic may overtake each other by this much. One that is older began a new time."""
+IMPLAUSIBLE = "implausible joint_states"
+"""The cause of the fault that joint states contradict each other."""
 
 _POSES = 5  # that have to agree before motion starts: foreign ones come in between, or a few in a row
+_AGREE_NS = (
+    _NS_PER_S // 2
+)  # for so long, and over as many joint states, the joints have to be where they can have come to
+_ORDERLY = 20  # messages on the joint-state topic, of which no more than two may begin a new time
 
 
 # --- order ---
@@ -104,7 +111,8 @@ class SensorFrames:
     topic's stamps fall back by more than :data:`DISORDER_NS`, what was kept of that topic is forgotten; of the joints
     that the message names, if it is a joint state.
 
-    ``counts``: of messages that are no joint state (``foreign joint states``).
+    ``counts``: of messages that are no joint state (``foreign joint states``), and of those that contradict the ones
+    before (``implausible joint states``).
     ``absence``: topic -> why nothing has arrived, for errors. ``freeze_limits`` is asked whenever they count; by
     default nobody looks whether a camera is frozen.
     """
@@ -124,7 +132,8 @@ class SensorFrames:
         """Forget everything received, for instance after time jumped back."""
         self._pictures: dict[str, _Picture] = {}
         self._runs = {name: PictureRun() for name in self._contract.camera_names}
-        self._states = JointStates(len(self._contract.joints))
+        self._states = JointStates(self._contract.joints)
+        self._restarts: deque[bool] = deque(maxlen=_ORDERLY)  # of each message, whether it began a new time
         self._ignored = ""  # why the newest message was no joint state; "" if it was one
 
     def add_picture(
@@ -154,7 +163,9 @@ class SensorFrames:
         order = order_of(stamp_ns, self._states.newest_stamp(reading.named), DISORDER_NS)
         if order is Order.RESTARTED:
             self._states.forget(reading.named)
-        self._states.add(stamp_ns, reading)
+        self._restarts.append(order is Order.RESTARTED)
+        if self._states.add(stamp_ns, reading) or self._disorder():
+            self.counts["implausible joint states"] += 1
         self._note_poses()
         return order
 
@@ -232,6 +243,7 @@ class SensorFrames:
         # The newest one is checked even if an older one is used: a robot that reports NaN now must not move now.
         self._read(newest)
         state = self._states.at(stamp_ns)
+        self._check_plausible(newest, state)
         if state.missing:
             ahead_s = (self._states.around(stamp_ns).newest_ns - stamp_ns) / _NS_PER_S
             source = self._source(state.missing if state.entries else 0, " at the oldest image")
@@ -241,6 +253,22 @@ class SensorFrames:
         # After a gap the one before the images can be far older than they are: where the robot was, not is.
         self._check_joints_age(state, stamp_ns, " at the oldest image")
         return self._read(state)
+
+    def _check_plausible(self, newest: Known, state: Known) -> None:
+        """Raises ``Fault`` while joint states contradict each other, or did between ``state`` and now."""
+        since_ns = min([newest.newest_ns - _AGREE_NS, *([state.oldest_ns] if state.entries else [])])
+        if doubt := self._disorder() or self._states.doubt(since_ns, _POSES):
+            raise Fault(
+                IMPLAUSIBLE,
+                f"joint states ({self._contract.joint_state_topic}): {doubt}, and states that agree for "
+                f"{_AGREE_NS / _NS_PER_S} s",
+            )
+
+    def _disorder(self) -> str:
+        """How stamps of joint states fall back again and again, as those of two clocks do; "" if they do not."""
+        count = sum(self._restarts)
+        found = f"found stamps that fell back {count} times in {len(self._restarts)} messages"
+        return f"{found}; expected stamps that rise" if count > 2 else ""
 
     def _check_joints_age(self, known: Known, at_ns: int, when: str = "") -> None:
         source = self._source(0 if known.is_whole else known.oldest, when)

@@ -2,6 +2,7 @@
 
 A message says something of the contract's joints that it names with a position; one that does so of none is no state.
 Each joint is where the newest message that names it says, and all together are as old as the oldest of these messages.
+Messages that contradict each other are found by how far a joint can have moved from one to the next.
 
 Must know neither ROS nor limits of age: what is too old is for ``selfalign_core.robot.frames`` to say.
 """
@@ -17,6 +18,8 @@ from functools import lru_cache
 import numpy as np
 
 from selfalign_core.errors import InputError
+from selfalign_core.robot.contract import Joint
+from selfalign_core.robot.measured import Pose, Reach
 
 # Enough to reach back past the oldest image allowed and the limit for frozen cameras, at a thousand per second.
 _READINGS_KEPT = 1024
@@ -96,11 +99,28 @@ def read_joints(names: Sequence[str], positions: Sequence[float], joint_names: S
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A reading at its stamp; of the joints ``named`` alone, which may be fewer than the reading's."""
+    """A reading at its stamp; of the joints ``named`` alone, which may be fewer than the reading's.
+
+    ``clash``: how it contradicts one of its stamp that came before it. ``jump``: how it contradicts older ones.
+    """
 
     stamp_ns: int
     named: int
     reading: Reading
+    clash: str = ""
+    jump: str = ""
+
+    @property
+    def doubt(self) -> str:
+        return self.clash or self.jump
+
+    def pose(self) -> Pose:
+        """NaN where it says nothing of a joint."""
+        positions = self.reading.positions
+        assert positions is not None
+        if self.named != everything(len(positions)):
+            positions = np.where(_mask(self.named, len(positions)), positions, np.nan)
+        return Pose(self.stamp_ns, positions)
 
 
 @dataclass(frozen=True)
@@ -160,10 +180,10 @@ class Known:
 
 
 class JointStates:
-    """The recent readings of so many ``joints``, in order of stamps."""
+    """The recent readings of a robot's ``joints``, in order of stamps."""
 
-    def __init__(self, joints: int) -> None:
-        self._all = everything(joints)
+    def __init__(self, joints: Sequence[Joint]) -> None:
+        self._all, self._reach = everything(len(joints)), Reach(joints)
         self._entries: deque[_Entry] = deque()
         self._newest: dict[int, int] = {}  # joint -> stamp
 
@@ -174,8 +194,11 @@ class JointStates:
         """Of the readings that name one of these joints; None if there are none."""
         return max((self._newest[column] for column in _columns(named) if column in self._newest), default=None)
 
-    def add(self, stamp_ns: int, reading: Reading) -> None:
-        """In its place among the others; it takes that of those at its stamp which name no other joint."""
+    def add(self, stamp_ns: int, reading: Reading) -> str:
+        """In its place among the others; it takes that of those at its stamp which name no other joint.
+
+        Returns how it contradicts them; "" if it does not.
+        """
         entries, new = self._entries, _Entry(stamp_ns, reading.named, reading)
         for column in _columns(reading.named):
             self._newest[column] = max(stamp_ns, self._newest.get(column, stamp_ns))
@@ -185,14 +208,53 @@ class JointStates:
         behind = place
         while behind and entries[behind - 1].stamp_ns == stamp_ns:
             behind -= 1
+            new = replace(new, clash=new.clash or entries[behind].clash or self._clash(entries[behind], new))
             if not entries[behind].named & ~new.named:
                 del entries[behind]
                 place -= 1
-        if len(entries) < _READINGS_KEPT:
-            entries.insert(place, new)
-        elif place:  # the oldest of a full memory leaves, be it this one
+        if len(entries) >= _READINGS_KEPT:
+            if not place:
+                return ""  # the oldest of a full memory leaves, be it this one
             entries.popleft()
-            entries.insert(place - 1, new)
+            place -= 1
+        entries.insert(place, new)
+        self._judge(place)
+        rest = new.named
+        for later in range(place + 1, len(entries)):
+            if not rest:
+                break
+            if bits := entries[later].named & rest:
+                self._judge(later)
+                rest &= ~bits
+        return entries[place].doubt
+
+    def doubt(self, since_ns: int, least: int) -> str:
+        """How one of the readings contradicts those before it, if any stamped since or of the ``least`` newest does."""
+        for number, entry in enumerate(reversed(self._entries)):
+            if number >= least and entry.stamp_ns < since_ns:
+                break
+            if entry.doubt:
+                return entry.doubt
+        return ""
+
+    def _clash(self, before: _Entry, after: _Entry) -> str:
+        is_readable = before.reading.positions is not None and after.reading.positions is not None
+        return self._reach.beyond(before.pose(), after.pose()) if is_readable else ""
+
+    def _judge(self, place: int) -> None:
+        """Note how the entry there contradicts what was said of its joints before."""
+        entry, behind = self._entries[place], place
+        if entry.reading.positions is None:
+            return
+        jump, missing = "", entry.named
+        while missing and behind and not jump:
+            behind -= 1
+            before = self._entries[behind]
+            if bits := before.named & missing if before.reading.positions is not None else 0:
+                jump = self._reach.beyond(replace(before, named=bits).pose(), entry.pose())
+                missing &= ~bits
+        if jump != entry.jump:
+            self._entries[place] = replace(entry, jump=jump)
 
     def forget(self, named: int) -> None:
         """All that was said of these joints."""

@@ -69,7 +69,7 @@ incidents = st.lists(
     st.tuples(
         st.integers(0, 3),  # of which topic
         st.floats(0.0, LENGTH_S),  # the message that was stamped then
-        st.sampled_from(["lost", "late", "later", "doubled", "silence"]),
+        st.sampled_from(["lost", "late", "later", "doubled", "false", "silence"]),
     ),
     max_size=12,
 )
@@ -120,6 +120,7 @@ def happened(sent: list[Sent], topic: str, stamp_ns: int, what: str) -> list[Sen
         "late": [dataclasses.replace(message, arrival_ns=message.arrival_ns + 90 * MS)],
         # Behind newer ones by more than a topic may be out of order: to the receiver a new time begins.
         "later": [dataclasses.replace(message, arrival_ns=message.arrival_ns + 400 * MS)],
+        "false": [dataclasses.replace(message, number=message.number + 1_000_000)],
         "doubled": [message, dataclasses.replace(message, arrival_ns=message.arrival_ns + MS, number=len(sent) + 1000)],
     }
     return [*sent[:index], *changed[what], *sent[index + 1 :]]
@@ -132,7 +133,7 @@ def picture(number: int) -> tuple[str, np.ndarray]:
 
 
 def positions(message: Sent) -> dict[str, float]:
-    values = {"pan": message.number / 7.0, "lift": -message.number / 3.0, "wheel": 1.0}
+    values = {"pan": message.number * 1e-5, "lift": message.number * -2e-5, "wheel": 1.0}
     return {name: values[name] for name in message.joints}
 
 

@@ -211,6 +211,38 @@ def test_joints_that_come_in_several_messages_are_put_together(tmp_path: Path, c
     assert not {"dropped", "out of order", "duplicate stamp"} & dataset.meta.counters.keys()
 
 
+def test_joint_states_that_contradict_each_other_are_left_out_and_counted(
+    tmp_path: Path, contract: RobotContract
+) -> None:
+    """A second publisher of zeros for a second of six; its last message counts, and the arm's next one."""
+    script = executed(cameras(Script(), end=6.0), end=6.0)
+    script.every("/joint_states", 50.0, lambda ns, n: joint_state(ns, {"pan": np.sin(n / 50), "lift": 1.0}), end=6.0)
+    script.every("/joint_states", 50.0, lambda ns, n: joint_state(ns, {"pan": 0.0, "lift": 0.0}), start=2.01, end=3.0)
+    (report,) = convert([script.write(tmp_path / "bag")], contract, tmp_path / "set", Options(image_size=(8, 8)))
+    dataset, counters = TransitionDataset(tmp_path / "set"), report.counters
+    times = (dataset.stamps - BEGIN) / NS
+    assert (dataset.states[:, 1] == 1.0).all()
+    assert not ((times > 2.01) & (times < 3.4)).any() and (times < 2.0).any() and (times > 3.6).any()
+    assert 98 <= counters["implausible joint states"] <= 100
+    assert 29 <= counters["implausible joint_states"] <= 31
+    assert "implausible joint states" in report.line()
+
+
+def test_a_bag_of_two_publishers_that_contradict_each_other_throughout_is_refused(
+    tmp_path: Path, contract: RobotContract
+) -> None:
+    def all_zero(ns: int, n: int):
+        return joint_state(ns, {"pan": 0.0, "lift": 0.0})
+
+    for name, start, delay in (("alternating", 0.013, 0.0), ("one_stamp", 0.0, 0.001)):
+        script = executed(cameras(Script()))
+        script.every("/joint_states", 50.0, lambda ns, n: joint_state(ns, {"pan": np.sin(n / 20) + 0.5, "lift": 1.0}))
+        script.every("/joint_states", 50.0, all_zero, start=start, delay=delay)
+        bag = script.write(tmp_path / name)
+        with pytest.raises(BagError, match=r"found no usable frame, .* implausible joint states 29"):
+            run([bag], contract, tmp_path / "set")
+
+
 @pytest.mark.parametrize(
     ("lift", "match"),
     [

@@ -6,6 +6,7 @@ Every way of asking is compared with a search from end to end.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from hypothesis import strategies as st
 
 from selfalign_core.errors import InputError
 from selfalign_core.robot.contract import RobotContract
-from selfalign_core.robot.frames import Fault, Order, Pairing, SensorFrames, order_of
+from selfalign_core.robot.frames import IMPLAUSIBLE, Fault, Order, Pairing, SensorFrames, order_of
 from selfalign_core.robot.frozen import FreezeLimits
 from selfalign_core.robot.joint_states import Reading, read_joints
+from selfalign_core.robot.measured import believed_pose
 
 ROOT = Path(__file__).parents[2]
 MS = 1_000_000
@@ -27,9 +29,12 @@ NOW = 1000 * 1000 * MS
 
 @pytest.fixture(scope="module")
 def contract() -> RobotContract:
-    """Two cameras, 20 Hz, images and joint states up to 0.2 s old, images up to 0.1 s apart."""
+    """Two cameras, 20 Hz, images and joint states up to 0.2 s old, images up to 0.1 s apart; no joint is too fast."""
     contract = RobotContract.from_yaml(ROOT / "config" / "contracts" / "sim_arm.yaml")
-    return dataclasses.replace(contract, max_image_age_s=0.2, max_joint_state_age_s=0.2, max_camera_skew_s=0.1)
+    joints = tuple(dataclasses.replace(joint, max_velocity=1e15) for joint in contract.joints)
+    return dataclasses.replace(
+        contract, joints=joints, max_image_age_s=0.2, max_joint_state_age_s=0.2, max_camera_skew_s=0.1
+    )
 
 
 def positions(contract: RobotContract, value: float) -> Reading:
@@ -75,10 +80,10 @@ def test_a_joint_state_that_was_overtaken_is_put_in_its_place(contract: RobotCon
     assert (frames.select(NOW + 50 * MS).state == 0).all()
     assert frames.add_state(NOW + 30 * MS, positions(contract, 30)) is Order.LATE
     assert (frames.select(NOW + 50 * MS).state == 30).all()
-    frames.add_state(NOW + 30 * MS, positions(contract, 31))  # of equal stamps the last counts, late or not
-    assert (frames.select(NOW + 50 * MS).state == 31).all()
+    frames.add_state(NOW + 30 * MS, positions(contract, 30.01))  # of equal stamps the last counts, late or not
+    assert (frames.select(NOW + 50 * MS).state == 30.01).all()
     frames.add_state(NOW + 20 * MS, positions(contract, 20))
-    assert (frames.select(NOW + 50 * MS).state == 31).all()
+    assert (frames.select(NOW + 50 * MS).state == 30.01).all()
     assert (frames.poses()[-1].position == 50).all()
 
 
@@ -333,6 +338,182 @@ def test_each_joint_is_where_the_newest_message_that_names_it_says(
     else:
         assert fresh
         assert selection.state.tolist() == [value for _, value in then]
+
+
+# --- joint states that contradict each other ---
+
+
+@pytest.fixture(scope="module")
+def real(contract: RobotContract) -> RobotContract:
+    """With the joints' own speed: 3 rad/s."""
+    own = RobotContract.from_yaml(ROOT / "config" / "contracts" / "sim_arm.yaml")
+    return dataclasses.replace(contract, joints=own.joints)
+
+
+class Alive:
+    """A robot whose messages come every 10 ms, pictures and joint states of one stamp."""
+
+    def __init__(self, contract: RobotContract) -> None:
+        self.frames, self.now_ns, self._contract = SensorFrames(contract), NOW, contract
+
+    def pass_time(self, ms: int, place: float | None, at_rest: float = 0.0) -> None:
+        """All joints but the last are at ``place``, in radians; None: it says nothing."""
+        for _ in range(0, ms, 10):
+            self.now_ns += 10 * MS
+            if place is not None:
+                self.say(place, at_rest=at_rest)
+            for name in self._contract.camera_names:
+                self.frames.add_picture(name, self.now_ns, "")
+
+    def say(self, place: float, *, at_rest: float = 0.0, ago_ms: int = 0) -> None:
+        self.frames.add_state(self.now_ns - ago_ms * MS, Reading.whole(np.array([place] * 6 + [at_rest])))
+
+    def state(self) -> float | str:
+        """What an observation would say now, or why there is none."""
+        try:
+            return float(self.frames.select(self.now_ns).state[0])
+        except Fault as fault:
+            return fault.cause
+
+
+def test_while_joint_states_contradict_each_other_none_is_believed(real: RobotContract) -> None:
+    """A second publisher says zeros; see what a robot at 0.8 rad does, and that a single false state is enough."""
+    robot = Alive(real)
+    robot.pass_time(100, 0.8)
+    assert robot.state() == 0.8
+    robot.say(0.0, ago_ms=5)
+    assert robot.state() == IMPLAUSIBLE
+    with pytest.raises(
+        Fault, match=r"found shoulder_pan 0\.800 rad further after 0\.005 s; expected at most 0\.050, and"
+    ):
+        robot.frames.select(robot.now_ns)
+    for _ in range(100):  # as long as it goes on
+        robot.pass_time(10, 0.8)
+        robot.say(0.0, ago_ms=5)
+        assert robot.state() == IMPLAUSIBLE
+    robot.pass_time(500, 0.8)
+    assert robot.state() == IMPLAUSIBLE
+    robot.pass_time(10, 0.8)
+    assert robot.state() == 0.8
+    assert robot.frames.counts["implausible joint states"] == 101
+
+
+def test_a_robot_that_is_somewhere_else_is_believed_after_a_moment(real: RobotContract) -> None:
+    robot = Alive(real)
+    robot.pass_time(100, 0.8)
+    robot.pass_time(500, -0.8)
+    assert robot.state() == IMPLAUSIBLE
+    robot.pass_time(20, -0.8)
+    assert robot.state() == -0.8
+    robot.pass_time(300, None)  # nobody has looked for a while: it may have been moved as far as it can
+    robot.pass_time(10, 0.8)
+    assert robot.state() == 0.8
+
+
+def test_a_moment_is_at_least_five_joint_states(real: RobotContract) -> None:
+    contract = dataclasses.replace(real, max_image_age_s=1.0, max_joint_state_age_s=1.0)
+    robot = Alive(contract)
+    robot.pass_time(100, 0.5)
+    robot.pass_time(10, -0.5)
+    for _ in range(4):
+        robot.pass_time(390, None)
+        robot.pass_time(10, -0.5)
+        assert robot.state() == IMPLAUSIBLE
+    robot.pass_time(390, None)
+    robot.pass_time(10, -0.5)
+    assert robot.state() == -0.5
+
+
+def test_two_places_at_one_stamp_are_named_and_noise_is_not(real: RobotContract) -> None:
+    robot = Alive(real)
+    robot.pass_time(100, 0.8)
+    robot.say(0.81)
+    assert robot.state() == 0.81
+    robot.say(0.0)
+    with pytest.raises(Fault, match=r"shoulder_pan 0\.810 rad apart in two messages of one stamp; expected at most"):
+        robot.frames.select(robot.now_ns)
+    robot.say(0.8)
+    assert robot.state() == IMPLAUSIBLE
+    robot.pass_time(600, 0.8)
+    assert robot.state() == 0.8
+
+
+def test_a_false_state_that_an_old_picture_would_be_paired_with_is_no_observation(real: RobotContract) -> None:
+    contract = dataclasses.replace(real, max_image_age_s=2.0, max_joint_state_age_s=2.0)
+    robot = Alive(contract)
+    robot.pass_time(100, 0.8)
+    robot.now_ns += 10 * MS
+    robot.say(0.0)
+    for name in contract.camera_names:
+        robot.frames.add_picture(name, robot.now_ns, "")
+    for _ in range(100):
+        robot.now_ns += 10 * MS
+        robot.say(0.8)
+    assert robot.state() == IMPLAUSIBLE
+    robot.pass_time(10, 0.8)
+    assert robot.state() == 0.8
+
+
+def test_two_clocks_on_the_topic_are_named_and_one_that_begins_anew_is_not(real: RobotContract) -> None:
+    robot = Alive(real)
+    robot.pass_time(100, 0.8)
+    robot.now_ns -= 5000 * MS
+    robot.pass_time(300, 0.8)
+    assert robot.state() == 0.8
+    for _ in range(30):
+        robot.say(0.8, ago_ms=700)
+        robot.pass_time(10, 0.8)
+    with pytest.raises(Fault, match="found stamps that fell back 10 times in 20 messages; expected stamps that rise"):
+        robot.frames.select(robot.now_ns)
+    robot.pass_time(600, 0.8)
+    assert robot.state() == 0.8
+
+
+def test_a_gripper_that_jumps_is_named_by_its_own_messages(real: RobotContract) -> None:
+    """Nor is an arm that moves as fast as it may taken for one that jumps when the gripper's message comes between."""
+    frames = seen(real)
+    for step in range(50):
+        frames.add_state(NOW - (50 - step) * 20 * MS, part(real, ARM, 0.06 * step))
+        frames.add_state(NOW - (50 - step) * 20 * MS + 19 * MS, part(real, GRIPPER, 0.5))
+        if step:
+            believed_pose(frames.poses(), real.joints)
+    assert frames.select(NOW).state[0] == pytest.approx(0.06 * 49)
+    frames.add_state(NOW, part(real, GRIPPER, 1.5))
+    with pytest.raises(Fault, match=r"found gripper 1\.000 rad further after 0\.001 s"):
+        frames.select(NOW)
+
+
+@given(
+    st.lists(st.tuples(st.integers(-200, 200), st.floats(-0.5, 0.5)), max_size=30, unique_by=lambda item: item[0]),
+    st.randoms(use_true_random=False),
+)
+@settings(deadline=None)
+def test_what_is_implausible_does_not_hang_on_the_order_of_arrival(real: RobotContract, said, random) -> None:
+    """Stamps on either side of a moment before the newest; beside a look at every pair."""
+    contract = dataclasses.replace(real, max_image_age_s=2.0, max_joint_state_age_s=2.0)
+    frames = SensorFrames(contract)
+    shuffled = list(said)
+    random.shuffle(shuffled)
+    for name in contract.camera_names:
+        frames.add_picture(name, NOW + 1000 * MS, "")
+    arrived: list[tuple[int, float]] = []
+    for ms, place in shuffled:
+        if arrived and ms < max(arrived)[0] - 60:
+            continue  # 240 ms, with stamps four times as far apart: no new time
+        arrived.append((ms, place))
+        frames.add_state(NOW + 4 * ms * MS, Reading.whole(np.full(7, place)))
+    arrived.sort()
+    jumps = [
+        number
+        for number, ((ms, place), (ms_after, place_after)) in enumerate(itertools.pairwise(arrived), start=1)
+        if abs(place_after - place) > 6.0 * 4 * (ms_after - ms) / 1000 + 0.02
+    ]
+    counted = [n for n in jumps if n >= len(arrived) - 5 or 4 * arrived[n][0] >= 4 * arrived[-1][0] - 500]
+    try:
+        found = float(frames.select(NOW + 1000 * MS).state[0])
+    except Fault as fault:
+        found = fault.cause
+    assert found == (IMPLAUSIBLE if counted else arrived[-1][1] if arrived else "stale joint_states")
 
 
 # --- transitions ---

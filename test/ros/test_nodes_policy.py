@@ -34,6 +34,7 @@ class Behaviour:
     position: tuple[float, ...] = (0.0,) * 7
     apart: bool = False  # the gripper's joint state in a message of its own
     wheels: bool = False  # a mobile base on the same topic, without stamps and positions
+    false_position: tuple[float, ...] = ()  # what a second publisher says of the joints, half a cycle before
     image_age_s: float = 0.0
     joint_age_s: float = 0.0
     frozen: bool = False  # the same image, with the same stamp, again and again
@@ -83,6 +84,10 @@ class FakeRobot:
                 if "gripper" not in do.silent:
                     self._joints.publish(gripper)
             if "joints" not in do.silent:
+                self._joints.publish(joints)
+            if do.false_position:
+                joints = JointState(name=joints.name, position=list(do.false_position))
+                joints.header.stamp = (now - Duration(seconds=0.025)).to_msg()
                 self._joints.publish(joints)
             if do.wheels:
                 self._joints.publish(JointState(name=["wheel_left", "wheel_right"], velocity=[0.1, 0.2]))
@@ -309,6 +314,31 @@ def test_other_joints_on_the_topic_and_joints_in_several_messages_are_no_reason_
     assert_holding(probe, policy, "found age", "is ignored: found joints ['wheel_left', 'wheel_right']")
     robot.behaviour = Behaviour()
     wait_until_moving(probe)
+
+
+def test_joint_states_that_contradict_each_other_hold_the_robot_and_none_is_where_it_starts(
+    policy, probe, robot
+) -> None:
+    robot.behaviour = Behaviour()
+    wait_until_moving(probe)
+    real = (0.8, -0.6, 0.4, 0.0, 0.0, 0.0, 0.0)
+    robot.behaviour = Behaviour(position=real)  # as after homing: named, and believed after a moment
+    probe.wait_for_status(CHUNKS, "holding", "joint states (joint_states): found shoulder_pan 0.800 rad further after")
+    wait_until_moving(probe)
+    robot.behaviour = Behaviour(position=real, false_position=(0.0,) * 7)
+    assert_holding(probe, policy, "found shoulder_pan 0.800 rad further after", "expected at most")
+    probe.wait_for_status(INPUTS, "found shoulder_pan 0.800 rad further after", level=b"\x02")
+    commands = len(probe.messages[COMMANDS])
+    for value in (False, True, False, True):  # each would start motion anew
+        enable(probe, value)
+        probe.wait_for_diagnostics(CHUNKS, 1)
+    assert_holding(probe, policy, "found shoulder_pan 0.800 rad further after")
+    assert len(probe.messages[COMMANDS]) == commands
+    robot.behaviour = Behaviour(position=real)
+    wait_until_moving(probe)
+    wait_for(lambda: len(probe.messages[COMMANDS]) > commands, "a command")
+    assert np.abs(np.array(probe.messages[COMMANDS][commands].data) - real).max() < 0.16
+    assert int({v.key: v.value for v in probe.status(INPUTS).values}["implausible joint states"]) > 10
 
 
 def test_a_picture_that_repeats_under_fresh_stamps_stops_a_robot_that_moves_and_no_other(policy, probe, robot) -> None:
