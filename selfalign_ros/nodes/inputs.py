@@ -7,7 +7,8 @@ pixels. A node that gives limits for frozen cameras has each picture compared wi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from rclpy.event_handler import (
@@ -17,16 +18,18 @@ from rclpy.event_handler import (
 )
 from rclpy.node import Node
 from rclpy.qos import QoSProfile
+from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import CompressedImage, Image, JointState
 
 from selfalign_core.errors import InputError
 from selfalign_core.robot.contract import Camera, RobotContract
-from selfalign_core.robot.frames import Selection, SensorFrames
+from selfalign_core.robot.frames import IMPLAUSIBLE, Fault, Selection, SensorFrames
 from selfalign_core.robot.frozen import FreezeLimits
 from selfalign_core.robot.images import SUPPORTED_ENCODINGS
 from selfalign_core.robot.joint_states import read_joints
 from selfalign_core.robot.measured import Pose
 from selfalign_ros.bridge.conversions import NS_PER_S, decode, to_ns
+from selfalign_ros.bridge.publishers import Publishers, SolePublishers
 from selfalign_ros.bridge.qos import overridable
 from selfalign_ros.life.diagnostics import ERROR, OK, Rate, Status
 
@@ -34,6 +37,14 @@ from selfalign_ros.life.diagnostics import ERROR, OK, Rate, Status
 def decoded(selection: Selection, contract: RobotContract, size: tuple[int, int]) -> dict[str, np.ndarray]:
     """Camera name -> (H, W, 3) uint8 RGB at the model's ``size`` (H, W). Raises ``InputError`` naming the camera."""
     return {camera.name: decode(camera, selection.pictures[camera.name], size) for camera in contract.cameras}
+
+
+def unknown_topics(text: str, contract: RobotContract) -> str | None:
+    """What is wrong with the value ``text`` of the parameter ``allow_several_publishers``, or None."""
+    known = [*(camera.topic for camera in contract.cameras), contract.action.topic, "executed_action", "/clock"]
+    if unknown := [name for name in text.split() if name not in known]:
+        return f"allow_several_publishers: found {', '.join(unknown)}; expected some of {' '.join(known)}"
+    return None
 
 
 class Stream:
@@ -48,7 +59,7 @@ class Stream:
         self.topic = topic
         self.rate = Rate()
         self.lost = 0
-        self._node, self._type = node, message_type
+        self._node, self.message_type = node, message_type
         self._incompatible = ""
         self._on_message = on_message
         events = SubscriptionEventCallbacks(
@@ -62,7 +73,7 @@ class Stream:
         """Why nothing has arrived, as far as it can be known."""
         found = f"no message received on {self._subscription.topic_name}"
         publishers = self._node.get_publishers_info_by_topic(self._subscription.topic_name)
-        expected = f"{self._type.__module__.split('.')[0]}/msg/{self._type.__name__}"
+        expected = f"{self.message_type.__module__.split('.')[0]}/msg/{self.message_type.__name__}"
         if other := sorted({p.topic_type for p in publishers if p.topic_type != expected}):
             return f"{found}: found type {', '.join(other)}; expected {expected}"
         if self._incompatible:
@@ -84,7 +95,9 @@ class SensorInputs:
     """The cameras and joint states of a contract.
 
     ``on_message`` is told the topic of every message. ``freeze_limits`` is asked whenever they count; by default nobody
-    looks whether a camera is frozen.
+    looks whether a camera is frozen. ``sole``: other topics that are meant for one publisher, as cameras are, and the
+    type of their messages; None: nobody looks at publishers (in lock-step, where the player is the only one).
+    ``allowed``: asked for the names of topics that may have several.
     """
 
     def __init__(
@@ -94,6 +107,9 @@ class SensorInputs:
         qos: QoSProfile,
         on_message: Callable[[str], None],
         freeze_limits: Callable[[], FreezeLimits] = FreezeLimits,
+        *,
+        sole: Mapping[str, type] | None = None,
+        allowed: Callable[[], str] = str,
     ) -> None:
         self._contract, self._on_message = contract, on_message
         self._frames = SensorFrames(contract, absence=self._absence, freeze_limits=freeze_limits)
@@ -108,6 +124,17 @@ class SensorInputs:
             for camera in contract.cameras
         }
         self.joint_states = Stream(node, JointState, contract.joint_state_topic, qos, self._on_joint_state)
+        self._senders = Publishers(node, node.resolve_topic_name(contract.joint_state_topic))
+        self._sender_names: list[str] = []
+        self._look_due_s = 0.0
+        self._sole: SolePublishers | None = None
+        if sole is not None:
+            clock = {"/clock": Clock} if node.get_parameter("use_sim_time").value else {}
+            cameras = {stream.topic: stream.message_type for stream in self.cameras.values()}
+            topics = cameras | dict(sole) | clock
+            self._sole = SolePublishers(
+                node, topics, lambda: [node.resolve_topic_name(name) for name in allowed().split()]
+            )
 
     def clear(self) -> None:
         """Forget everything received, for instance after time jumped back."""
@@ -128,10 +155,17 @@ class SensorInputs:
     def select(self, now_ns: int) -> Selection:
         """The messages of an observation at ``now_ns``, as :meth:`SensorFrames.select` chooses them.
 
-        Raises ``InputError`` naming the topic when anything is missing, too old, from the future, misnamed, NaN or
-        frozen.
+        Raises ``InputError`` naming the topic when anything is missing, too old, from the future, misnamed, NaN,
+        implausible or frozen, or comes from several publishers.
         """
-        return self._frames.select(now_ns)
+        if self.rivalry:
+            raise InputError(self.rivalry)
+        try:
+            return self._frames.select(now_ns)
+        except Fault as fault:
+            if fault.cause != IMPLAUSIBLE or len(names := self._names_of_senders()) < 2:
+                raise
+            raise InputError(f"{fault}; found {len(names)} publishers, {', '.join(names)}") from None
 
     def poses(self) -> list[Pose]:
         """The newest measured poses, as :meth:`SensorFrames.poses` gives them. Raises ``InputError``."""
@@ -150,6 +184,18 @@ class SensorInputs:
         values |= self._frames.counts
         fault = self.fault(now_ns)
         return Status("inputs", ERROR if fault else OK, fault or "all inputs fresh", values)
+
+    @property
+    def rivalry(self) -> str:
+        """Which topic has several publishers although it may not; "" if none has."""
+        return self._sole.fault if self._sole is not None else ""
+
+    def _names_of_senders(self) -> list[str]:
+        """Of joint states; looked up at most twice a second."""
+        now_s = time.monotonic()
+        if now_s >= self._look_due_s:
+            self._sender_names, self._look_due_s = self._senders.names(), now_s + 0.5
+        return self._sender_names
 
     def _absence(self, topic: str) -> str:
         return next(stream for stream in self.streams if stream.topic == topic).absence()

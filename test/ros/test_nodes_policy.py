@@ -341,6 +341,96 @@ def test_joint_states_that_contradict_each_other_hold_the_robot_and_none_is_wher
     assert int({v.key: v.value for v in probe.status(INPUTS).values}["implausible joint states"]) > 10
 
 
+@pytest.fixture
+def intruder(probe):
+    """Another node of another name; ends with what it publishes."""
+    import rclpy
+
+    node = rclpy.create_node("intruder")
+    yield node
+    node.destroy_node()
+
+
+@pytest.mark.parametrize("topic", ["camera/wrist/image_raw", COMMANDS])
+def test_a_second_publisher_on_a_camera_or_the_command_topic_is_named_and_holds_the_robot(
+    policy, probe, robot, intruder, topic: str
+) -> None:
+    from sensor_msgs.msg import Image
+    from std_msgs.msg import Float64MultiArray
+
+    robot.behaviour = Behaviour()
+    wait_until_moving(probe)
+    publisher = intruder.create_publisher(Float64MultiArray if topic == COMMANDS else Image, topic, 10)
+    found = f"/{topic}: found 2 publishers, /intruder, /"
+    assert_holding(probe, policy, found)
+    probe.wait_for_status(INPUTS, found, level=b"\x02")
+    refusal = probe.set_parameter("policy", "allow_several_publishers", "/joint_states")
+    assert not refusal.successful and "found /joint_states; expected some of camera/overhead" in refusal.reason
+    assert probe.set_parameter("policy", "allow_several_publishers", f"/clock {topic}").successful
+    wait_until_moving(probe)
+    assert probe.set_parameter("policy", "allow_several_publishers", "").successful
+    assert_holding(probe, policy, found)
+    intruder.destroy_publisher(publisher)
+    wait_until_moving(probe)
+
+
+def test_a_second_publisher_of_joint_states_is_named_if_it_contradicts_the_first(
+    policy, probe, robot, intruder, contract_path
+) -> None:
+    from sensor_msgs.msg import JointState
+
+    from selfalign_core.robot.contract import RobotContract
+
+    robot.behaviour = Behaviour(position=(0.8,) * 7)
+    probe.wait_for_status(CHUNKS, "further after")
+    wait_until_moving(probe)
+    publisher = intruder.create_publisher(JointState, "joint_states", 10)
+    names, texts = list(RobotContract.from_yaml(contract_path).joint_names), set()
+
+    def say(names: list[str], place: float) -> None:
+        message = JointState(name=names, position=[place] * len(names))
+        message.header.stamp = probe.node.get_clock().now().to_msg()
+        publisher.publish(message)
+
+    count = len(probe.messages["action_chunk"])
+    while len(probe.messages["action_chunk"]) < count + 3:  # its own joints are no fault
+        say(["wheel_left"], 1.0)
+        texts.add(probe.status(CHUNKS).message)
+        probe.wait_for_diagnostics(CHUNKS, 1)
+    assert not any("further after" in text or "publishers" in text for text in texts)
+
+    def is_named() -> bool:
+        say(names, 0.0)
+        return "further after" in (text := probe.status(CHUNKS).message) and "found 2 publishers, /intruder, /" in text
+
+    wait_for(is_named, "the contradiction and its publishers are named")
+    wait_until_moving(probe)
+
+
+def test_with_a_second_publisher_of_executed_actions_the_buffer_stores_nothing_and_names_it(
+    policy, probe, robot, intruder, graph, contract_path
+) -> None:
+    from sensor_msgs.msg import JointState
+
+    def frames() -> int:
+        return int({v.key: v.value for v in probe.status("buffer: transitions").values}.get("frames", 0))
+
+    robot.behaviour = Behaviour()
+    buffer = graph.start("buffer", contract=contract_path)
+    wait_for(lambda: probe.status("buffer: transitions") and frames() > 5, "frames are stored")
+    publisher = intruder.create_publisher(JointState, "executed_action", 10)
+    probe.wait_for_status("buffer: transitions", "/executed_action: found 2 publishers, /intruder, /policy")
+    probe.wait_for_status("buffer: inputs", "/executed_action: found 2 publishers", level=b"\x02")
+    probe.wait_for_diagnostics("buffer: transitions", 1)
+    count = frames()
+    probe.wait_for_diagnostics("buffer: transitions", 2)
+    assert frames() == count
+    wait_until_moving(probe)  # the policy reads none
+    intruder.destroy_publisher(publisher)
+    wait_for(lambda: frames() > count, "frames are stored again")
+    assert buffer.stop() == 0
+
+
 def test_a_picture_that_repeats_under_fresh_stamps_stops_a_robot_that_moves_and_no_other(policy, probe, robot) -> None:
     def more_chunks() -> None:
         """That begin later than a picture may repeat."""
