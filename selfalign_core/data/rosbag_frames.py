@@ -26,6 +26,7 @@ from selfalign_core.data.rosbag_options import Options
 from selfalign_core.data.timeline import Track
 from selfalign_core.robot.contract import RobotContract
 from selfalign_core.robot.frames import DISORDER_NS, Fault, Order, Pairing, Selection, SensorFrames, order_of
+from selfalign_core.robot.joint_states import Reading
 
 _PAUSE_NS = 1_000_000_000
 """Without a message for so long, or a frame, the recording paused: nothing belongs together across it."""
@@ -66,9 +67,9 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Joints:
-    """``positions`` (joints,) float64; None if the message did not hold all of them."""
+    """What a joint state says of the contract's joints."""
 
-    positions: np.ndarray | None
+    reading: Reading
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +139,7 @@ class Player:
         self._newest_command_ns: int | None = None
         self._stretches = [_Stretch()]
         self._play(run)
+        self.counters.update(self._frames.counts)
         return [episode for stretch in self._stretches for episode in self._parted(stretch)]
 
     # --- from messages to frames ---
@@ -161,8 +163,7 @@ class Player:
         if isinstance(content, Picture):
             self._count(self._frames.add_picture(content.camera, message.stamp_ns, content.ordinal))
         elif isinstance(content, Joints):
-            problem = "" if content.positions is not None else "found some joints missing"
-            self._count(self._frames.add_state(message.stamp_ns, content.positions, problem))
+            self._count(self._frames.add_state(message.stamp_ns, content.reading))
         elif isinstance(content, Command):
             order = order_of(content.begin_ns, self._newest_command_ns, DISORDER_NS)
             self._count(order)
@@ -172,9 +173,9 @@ class Player:
         elif self._options.prompt is None:
             self._prompt = content.text
 
-    def _count(self, order: Order) -> None:
+    def _count(self, order: Order | None) -> None:
         names = {Order.LATE: "out of order", Order.EQUAL: "duplicate stamp", Order.RESTARTED: "time jumps"}
-        if order in names:
+        if order is not None and order in names:
             self.counters[names[order]] += 1
 
     def _tick(self, now_ns: int) -> None:

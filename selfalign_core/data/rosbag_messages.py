@@ -1,11 +1,10 @@
-"""Messages of a bag as numbers: joint positions and commands in the contract's order.
+"""Messages of a bag as numbers: commands in the contract's order.
 
 Every function takes a decoded message and raises ``InputError`` saying what was found and what was expected.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,23 +21,6 @@ COMMAND_TYPES = {
     "joint_trajectory": "trajectory_msgs/msg/JointTrajectory",
     "forward_command": "std_msgs/msg/Float64MultiArray",
 }
-
-
-def positions_of(message: Any, names: Sequence[str]) -> np.ndarray | None:
-    """Positions of a joint state in the order of ``names``, (names,) float64, other joints left out; None if some are
-    missing.
-    """
-    if len(message.position) != len(message.name):
-        raise InputError(f"found {len(message.position)} positions for {len(message.name)} names, expected as many")
-    position = dict(zip(message.name, message.position.tolist(), strict=True))
-    if len(position) != len(message.name):
-        raise InputError(f"found joints {list(message.name)}, expected each once")
-    if any(name not in position for name in names):
-        return None
-    for name in names:
-        if not math.isfinite(position[name]):
-            raise InputError(f"joint {name}: found {position[name]}, expected a finite position")
-    return np.array([position[name] for name in names])
 
 
 def command_of(message: Any, names: Sequence[str], received_ns: int) -> Command:

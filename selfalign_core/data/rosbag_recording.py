@@ -23,12 +23,12 @@ from selfalign_core.data.rosbag_messages import (
     JOINT_STATE_TYPE,
     PROMPT_TYPE,
     command_of,
-    positions_of,
 )
 from selfalign_core.data.rosbag_options import Options
 from selfalign_core.errors import InputError
 from selfalign_core.robot.contract import RobotContract
 from selfalign_core.robot.frames import DISORDER_NS
+from selfalign_core.robot.joint_states import Reading, names_of, read_joints
 
 EXECUTED_TOPIC = "executed_action"
 PROMPT_TOPIC = "prompt"
@@ -36,6 +36,7 @@ PROMPT_TOPIC = "prompt"
 # the others has vanished. Delays between topics of a working robot are far below.
 _JUMP_NS = NS
 _NO_STAMP = np.iinfo(np.int64).min
+_NO_STATE = Joints(Reading(0, None))
 
 
 class Recording:
@@ -102,24 +103,24 @@ class _Reader:
         self._recording = Recording(self._executed_topic if has_executed else self._command_topic)
         self._clock, self._offset = _Clock(), _Offset(bag.path)
         self._ordinals = dict.fromkeys(self._cameras, 0)
-        self._received: dict[str, list[int]] = {}  # topic -> stamps of its first and of its newest message
+        self._received: dict[str, list[int]] = {}  # topic, or joint of one -> when its first and newest message came
         self._executing_until = 0  # by the newest command
-        self._incomplete: dict[str, str] = {}  # topic -> what its joint states lack, if they all lack something
+        self._incomplete: str | None = None  # what executed actions lack, if they all lack something
+        self._ignored = ""  # why the newest message was no joint state
 
     def read(self) -> Recording:
         take: dict[str, Callable[[str, int, bytes], None]] = {
             **dict.fromkeys(self._cameras, self._take_image),
             self._command_topic: self._take_command,
-            self._executed_topic: self._take_joints,
-            self._joint_topic: self._take_joints,
+            self._executed_topic: self._take_executed,
+            self._joint_topic: self._take_state,
             self._prompt_topic: self._take_prompt,
         }
         for topic, received_ns, raw in self._bag.messages(self._types):
             take[topic](topic, received_ns, raw)
-            self._received.setdefault(topic, [received_ns, 0])[1] = received_ns
-        for topic, found in self._incomplete.items():
-            if found:
-                raise BagError(f"{self._bag.path}: topic {topic}: {found}, in every message")
+        if self._incomplete:
+            raise BagError(f"{self._bag.path}: topic {self._executed_topic}: {self._incomplete}, in every message")
+        self._check_joints()
         self._check_ends()
         for topic in (self._command_topic, self._prompt_topic):
             if topic in self._types and not (topic == self._prompt_topic and self._options.prompt is not None):
@@ -155,33 +156,52 @@ class _Reader:
 
     def _take_image(self, topic: str, received_ns: int, raw: bytes) -> None:
         stamp_ns = self._bag.header_stamp(topic, raw)
+        self._arrived(topic, received_ns)
         content = Picture(self._cameras[topic].name, self._ordinals[topic])
         self._ordinals[topic] += 1
         self._recording.add(content, stamp_ns, received_ns, self._clock.place(topic, stamp_ns))
 
-    def _take_joints(self, topic: str, received_ns: int, raw: bytes) -> None:
-        """Joint states and executed actions."""
+    def _take_state(self, topic: str, received_ns: int, raw: bytes) -> None:
+        message = self._decode(topic, raw)
+        reading = read_joints(message.name, message.position.tolist(), self._names)
+        if not reading.named:  # it says nothing of this robot, and its stamp nothing of this robot's clock
+            self._recording.add(_NO_STATE, None, received_ns, max(self._clock.number, 0))
+            self._ignored = reading.problem
+            return
+        stamp_ns = self._bag.header_stamp(topic, raw)
+        self._check_reading(reading, topic, stamp_ns)
+        for source in (topic, *(f"{topic}, joint {name}" for name in names_of(reading.named, self._names))):
+            self._arrived(source, received_ns)
+        self._offset.add(stamp_ns, received_ns)
+        # Messages of other joints may be of another sender, which is late by itself.
+        stretch = self._clock.place(f"{topic} {reading.named}", stamp_ns)
+        self._recording.add(Joints(reading), stamp_ns, received_ns, stretch)
+
+    def _take_executed(self, topic: str, received_ns: int, raw: bytes) -> None:
         stamp_ns, message = self._bag.header_stamp(topic, raw), self._decode(topic, raw)
-        with self._naming(f"topic {topic}, message stamped {stamp_ns / NS:.3f} s"):
-            positions = positions_of(message, self._names)
-        if positions is None:
-            missing = sorted(set(self._names) - set(message.name))
-            self._incomplete.setdefault(topic, f"found joints {list(message.name)}, expected also {missing}")
-            self._recording.counters["incomplete joint states"] += 1
-        else:
-            self._incomplete[topic] = ""
+        reading = read_joints(message.name, message.position.tolist(), self._names)
+        self._check_reading(reading, topic, stamp_ns)
+        self._arrived(topic, received_ns)
         stretch = self._clock.place(topic, stamp_ns)
-        if topic == self._joint_topic:
-            if positions is not None:
-                self._offset.add(stamp_ns, received_ns)
-            self._recording.add(Joints(positions), stamp_ns, received_ns, stretch)
-        elif positions is not None:  # the buffer, too, stores no action that is not whole
-            action = Command(stamp_ns, np.array([stamp_ns], np.int64), positions[None])
-            self._recording.add(action, stamp_ns, received_ns, stretch)
+        try:
+            positions = reading.all_positions(self._names)
+        except InputError as error:  # the buffer, too, stores no action that is not whole
+            self._incomplete = self._incomplete if self._incomplete is not None else str(error)
+            self._recording.counters["incomplete executed actions"] += 1
+            return
+        self._incomplete = ""
+        action = Command(stamp_ns, np.array([stamp_ns], np.int64), positions[None])
+        self._recording.add(action, stamp_ns, received_ns, stretch)
+
+    def _check_reading(self, reading: Reading, topic: str, stamp_ns: int) -> None:
+        if reading.named and reading.positions is None:
+            where = f"topic {topic}, message stamped {stamp_ns / NS:.3f} s"
+            raise BagError(f"{self._bag.path}: {where}: {reading.problem}")
 
     def _take_command(self, topic: str, received_ns: int, raw: bytes) -> None:
         with self._naming(f"topic {topic}, message received at {received_ns / NS:.3f} s"):
             command = command_of(self._decode(topic, raw), self._names, received_ns)
+        self._arrived(topic, received_ns)
         self._executing_until = command.end_ns
         self._recording.add(command, None, received_ns, max(self._clock.number, 0))
 
@@ -200,12 +220,22 @@ class _Reader:
         except InputError as error:
             raise BagError(f"{self._bag.path}: {where}: {error}") from None
 
+    def _arrived(self, source: str, received_ns: int) -> None:
+        self._received.setdefault(source, [received_ns, 0])[1] = received_ns
+
+    def _check_joints(self) -> None:
+        """Raises ``BagError`` if some joint is named by no joint state."""
+        missing = [name for name in self._names if f"{self._joint_topic}, joint {name}" not in self._received]
+        if missing:
+            problem = self._ignored if len(missing) == len(self._names) else f"found no joints {missing}"
+            raise BagError(f"{self._bag.path}: topic {self._joint_topic}: {problem}, in every message")
+
     def _check_ends(self) -> None:
         if self._options.allow_early_end:
             return
-        received = {topic: ends for topic, ends in self._received.items() if topic != self._prompt_topic}
-        begin, end = min(first for first, _ in received.values()), max(last for _, last in received.values())
-        for topic, (_, last) in received.items():
+        ends = self._received.values()
+        begin, end = min(first for first, _ in ends), max(last for _, last in ends)
+        for topic, (_, last) in self._received.items():
             # A long trajectory is still being executed when no newer command comes.
             until = max(last, self._executing_until) if topic == self._command_topic else last
             if end - until > _JUMP_NS:

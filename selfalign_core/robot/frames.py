@@ -2,6 +2,9 @@
 
 - An *observation* is made at a tick of the control rate, of what has arrived by then: the newest picture of every
   camera, and the newest joint state that is not newer than the oldest of these pictures. Its stamp is that picture's.
+- A *joint state* is put together of the messages that name the contract's joints: of each joint the newest, and the
+  whole as old as the oldest of these. Messages that name none of the contract's joints are ignored. While messages
+  contradict each other (a joint would have moved faster than it can), and for a moment after, none is believed.
 - It becomes a *frame* if it is newer than the last one.
 - A *transition* of K actions begins at a frame and ends at the frame nearest to K control steps later. Action i is the
   one in force in the middle of its step. What is missing is never made up: then there is no transition.
@@ -15,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import itertools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,16 +29,20 @@ from selfalign_core.errors import InputError
 from selfalign_core.robot.contract import Camera, RobotContract
 from selfalign_core.robot.frozen import FreezeLimits, PictureRun
 from selfalign_core.robot.images import BytesLike
+from selfalign_core.robot.joint_states import JointStates, Known, Reading, names_of
 from selfalign_core.robot.measured import Pose
 
 _NS_PER_S = 1_000_000_000
 DISORDER_NS = _NS_PER_S // 4
 """Messages of one topic may overtake each other by this much. One that is older began a new time."""
+IMPLAUSIBLE = "implausible joint_states"
+"""The cause of the fault that joint states contradict each other."""
 
-# Enough joint states to reach back past the oldest image allowed and the limit for frozen cameras, at a thousand per
-# second.
-_STATES_KEPT = 1024
 _POSES = 5  # that have to agree before motion starts: foreign ones come in between, or a few in a row
+_AGREE_NS = (
+    _NS_PER_S // 2
+)  # for so long, and over as many joint states, the joints have to be where they can have come to
+_ORDERLY = 20  # messages on the joint-state topic, of which no more than two may begin a new time
 
 
 # --- order ---
@@ -93,20 +100,6 @@ class _Picture:
     problem: str
 
 
-@dataclass(frozen=True)
-class _State:
-    """``positions`` (joints,) float64, or what is wrong with them."""
-
-    stamp_ns: int
-    positions: np.ndarray | None
-    problem: str
-
-    def read(self) -> np.ndarray:
-        if self.positions is None:
-            raise InputError(self.problem)
-        return self.positions
-
-
 def _nothing_received(topic: str) -> str:
     return f"no message received on {topic}"
 
@@ -115,8 +108,11 @@ class SensorFrames:
     """The newest picture of every camera and the recent joint states of a contract, as messages arrive.
 
     Of a message that was overtaken, a joint state is put in its place among the others; a picture is dropped. When a
-    topic's stamps fall back by more than :data:`DISORDER_NS`, what was kept of that topic is forgotten.
+    topic's stamps fall back by more than :data:`DISORDER_NS`, what was kept of that topic is forgotten; of the joints
+    that the message names, if it is a joint state.
 
+    ``counts``: of messages that are no joint state (``foreign joint states``), and of those that contradict the ones
+    before (``implausible joint states``).
     ``absence``: topic -> why nothing has arrived, for errors. ``freeze_limits`` is asked whenever they count; by
     default nobody looks whether a camera is frozen.
     """
@@ -129,13 +125,16 @@ class SensorFrames:
         freeze_limits: Callable[[], FreezeLimits] = FreezeLimits,
     ) -> None:
         self._contract, self._absence, self._freeze_limits = contract, absence, freeze_limits
+        self.counts: Counter[str] = Counter()
         self.clear()
 
     def clear(self) -> None:
         """Forget everything received, for instance after time jumped back."""
         self._pictures: dict[str, _Picture] = {}
         self._runs = {name: PictureRun() for name in self._contract.camera_names}
-        self._states: deque[_State] = deque(maxlen=_STATES_KEPT)  # in order of stamps, each stamp once
+        self._states = JointStates(self._contract.joints)
+        self._restarts: deque[bool] = deque(maxlen=_ORDERLY)  # of each message, whether it began a new time
+        self._ignored = ""  # why the newest message was no joint state; "" if it was one
 
     def add_picture(
         self, camera: str, stamp_ns: int, payload: Any, *, content: BytesLike = b"", problem: str = ""
@@ -155,18 +154,18 @@ class SensorFrames:
             self._note_poses()
         return order
 
-    def add_state(self, stamp_ns: int, positions: np.ndarray | None, problem: str = "") -> Order:
-        """``positions``: (joints,) float64 in contract order; None if there is a ``problem`` with them."""
-        states, state = self._states, _State(stamp_ns, positions, problem)
-        order = order_of(stamp_ns, states[-1].stamp_ns if states else None, DISORDER_NS)
-        if order is Order.LATE:
-            self._insert(state)
-        else:
-            if order is Order.RESTARTED:
-                states.clear()
-            elif order is Order.EQUAL:
-                states.pop()
-            states.append(state)
+    def add_state(self, stamp_ns: int, reading: Reading) -> Order | None:
+        """Where its stamp lies among those of the joints that it names; None if it names none, and is ignored."""
+        self._ignored = "" if reading.named else reading.problem
+        if not reading.named:
+            self.counts["foreign joint states"] += 1
+            return None
+        order = order_of(stamp_ns, self._states.newest_stamp(reading.named), DISORDER_NS)
+        if order is Order.RESTARTED:
+            self._states.forget(reading.named)
+        self._restarts.append(order is Order.RESTARTED)
+        if self._states.add(stamp_ns, reading) or self._disorder():
+            self.counts["implausible joint states"] += 1
         self._note_poses()
         return order
 
@@ -187,35 +186,23 @@ class SensorFrames:
 
     def poses(self) -> list[Pose]:
         """The newest measured poses, oldest first, back to one that cannot be read. Raises ``InputError``."""
-        newest = self._newest_state()
-        poses = [Pose(newest.stamp_ns, newest.read())]
-        for state in itertools.islice(reversed(self._states), 1, _POSES):
-            if state.positions is None:
+        poses = [self._pose(self._newest_state())]
+        for known in itertools.islice(self._states.recent(_POSES), 1, None):
+            if known.missing or known.problem:
                 break
-            poses.insert(0, Pose(state.stamp_ns, state.positions))
+            poses.insert(0, self._pose(known))
         return poses
 
     def newest_stamps(self) -> dict[str, int]:
-        """Topic -> stamp of its newest message, of those that have one."""
+        """Topic -> stamp of its newest message, of those that have one; of joint states, that of the oldest joint."""
         cameras = {camera.name: camera.topic for camera in self._contract.cameras}
         stamps = {cameras[name]: picture.stamp_ns for name, picture in self._pictures.items()}
-        if self._states:
-            stamps[self._contract.joint_state_topic] = self._states[-1].stamp_ns
+        if len(self._states):
+            stamps[self._contract.joint_state_topic] = self._states.newest().oldest_ns
         return stamps
 
-    def _insert(self, state: _State) -> None:
-        """Into its place behind the newest one; one of the same stamp makes room."""
-        states = self._states
-        place = len(states)
-        while place and states[place - 1].stamp_ns > state.stamp_ns:
-            place -= 1
-        if place and states[place - 1].stamp_ns == state.stamp_ns:
-            states[place - 1] = state
-        elif len(states) < _STATES_KEPT:
-            states.insert(place, state)
-        elif place:  # the oldest of a full memory leaves, be it this one
-            states.popleft()
-            states.insert(place - 1, state)
+    def _pose(self, known: Known) -> Pose:
+        return Pose(known.stamps(len(self._contract.joints)), self._read(known))
 
     def _picture(self, camera: Camera, now_ns: int) -> _Picture:
         source, picture = f"camera {camera.name}", self._pictures.get(camera.name)
@@ -237,49 +224,84 @@ class SensorFrames:
                 f"{self._contract.max_camera_skew_s} s",
             )
 
-    def _newest_state(self) -> _State:
-        if not self._states:
-            raise Fault("stale joint_states", f"joint states: {self._absence(self._contract.joint_state_topic)}")
-        return self._states[-1]
+    def _newest_state(self) -> Known:
+        """Raises ``Fault`` if nothing is known of some joint."""
+        known, topic = self._states.newest(), self._contract.joint_state_topic
+        if known.entries and known.missing:
+            names = ", ".join(self._names(known.missing))
+            found = f"found no message that names {names}; expected all of the contract's"
+            raise Fault("stale joint_states", f"joint states ({topic}): {found}")
+        if known.missing:
+            found = f" ({topic}): {self._ignored}" if self._ignored else f": {self._absence(topic)}"
+            raise Fault("stale joint_states", f"joint states{found}")
+        return known
 
     def _state_for(self, stamp_ns: int, now_ns: int) -> np.ndarray:
         """Where the joints were at ``stamp_ns``, the oldest image's, (joints,) float64."""
-        limit_s, topic = self._contract.max_joint_state_age_s, self._contract.joint_state_topic
         newest = self._newest_state()
-        self._check_age("joint_states", f"joint states ({topic})", newest.stamp_ns, now_ns, limit_s)
+        self._check_joints_age(newest, now_ns)
         # The newest one is checked even if an older one is used: a robot that reports NaN now must not move now.
-        self._check_state(newest)
-        state, source = self._state_at(stamp_ns), f"joint states at the oldest image ({topic})"
-        if state is None:
-            ahead_s = (self._states[0].stamp_ns - stamp_ns) / _NS_PER_S
+        self._read(newest)
+        state = self._states.at(stamp_ns)
+        self._check_plausible(newest, state)
+        if state.missing:
+            ahead_s = (self._states.around(stamp_ns).newest_ns - stamp_ns) / _NS_PER_S
+            source = self._source(state.missing if state.entries else 0, " at the oldest image")
             raise Fault(
                 "stale joint_states", f"{source}: found the first {ahead_s:.3f} s after it; expected one not newer"
             )
         # After a gap the one before the images can be far older than they are: where the robot was, not is.
-        self._check_age("joint_states", source, state.stamp_ns, stamp_ns, limit_s)
-        return self._check_state(state)
+        self._check_joints_age(state, stamp_ns, " at the oldest image")
+        return self._read(state)
 
-    @staticmethod
-    def _check_state(state: _State) -> np.ndarray:
+    def _check_plausible(self, newest: Known, state: Known) -> None:
+        """Raises ``Fault`` while joint states contradict each other, or did between ``state`` and now."""
+        since_ns = min([newest.newest_ns - _AGREE_NS, *([state.oldest_ns] if state.entries else [])])
+        if doubt := self._disorder() or self._states.doubt(since_ns, _POSES):
+            raise Fault(
+                IMPLAUSIBLE,
+                f"joint states ({self._contract.joint_state_topic}): {doubt}, and states that agree for "
+                f"{_AGREE_NS / _NS_PER_S} s",
+            )
+
+    def _disorder(self) -> str:
+        """How stamps of joint states fall back again and again, as those of two clocks do; "" if they do not."""
+        count = sum(self._restarts)
+        found = f"found stamps that fell back {count} times in {len(self._restarts)} messages"
+        return f"{found}; expected stamps that rise" if count > 2 else ""
+
+    def _check_joints_age(self, known: Known, at_ns: int, when: str = "") -> None:
+        source = self._source(0 if known.is_whole else known.oldest, when)
+        limit_s = self._contract.max_joint_state_age_s
+        is_silent = self._ignored and at_ns - known.newest_ns > limit_s * _NS_PER_S
+        note = f"; the newest message is ignored: {self._ignored}" if is_silent else ""
+        for stamp_ns in (known.oldest_ns, known.newest_ns):
+            self._check_age("joint_states", source, stamp_ns, at_ns, limit_s, note)
+
+    def _source(self, bits: int, when: str) -> str:
+        """``bits``: of the joints whose messages are meant; 0: of messages that name them all."""
+        of = f" of {', '.join(self._names(bits))}" if bits else ""
+        return f"joint states{of}{when} ({self._contract.joint_state_topic})"
+
+    def _names(self, bits: int) -> list[str]:
+        return names_of(bits, self._contract.joint_names)
+
+    def _read(self, known: Known) -> np.ndarray:
         try:
-            return state.read()
+            return known.positions()
         except InputError as error:
-            raise Fault("unusable joint_states", str(error)) from None
+            raise Fault("unusable joint_states", f"{self._contract.joint_state_topic}: {error}") from None
 
-    def _check_age(self, name: str, source: str, stamp_ns: int, now_ns: int, limit_s: float) -> None:
+    def _check_age(self, name: str, source: str, stamp_ns: int, now_ns: int, limit_s: float, note: str = "") -> None:
         age_s = (now_ns - stamp_ns) / _NS_PER_S
         if age_s > limit_s:
-            raise Fault(f"stale {name}", f"{source}: found age {age_s:.3f} s; expected at most {limit_s} s")
+            raise Fault(f"stale {name}", f"{source}: found age {age_s:.3f} s; expected at most {limit_s} s{note}")
         if -age_s > (ahead_s := min(limit_s, self._contract.dt)):
             raise Fault(
                 f"future {name}",
                 f"{source}: found a stamp {-age_s:.3f} s in the future; expected synchronised clocks, "
                 f"at most {ahead_s} s apart",
             )
-
-    def _state_at(self, stamp_ns: int) -> _State | None:
-        """The newest joint state that is not newer than ``stamp_ns``."""
-        return next((state for state in reversed(self._states) if state.stamp_ns <= stamp_ns), None)
 
     # --- frozen cameras ---
 
@@ -289,13 +311,16 @@ class SensorFrames:
         So it does not matter which of the two arrived first.
         """
         for run in self._runs.values():
-            if run.waits_for_pose and self._states and self._states[-1].stamp_ns > run.since_ns:
+            if not run.waits_for_pose:
+                continue
+            newest = self._states.newest()
+            if not newest.missing and newest.oldest_ns > run.since_ns:
                 with contextlib.suppress(Fault):  # a state that says nothing; ``select`` names it
                     run.pose = self._positions_at(run.since_ns)
 
     def _positions_at(self, stamp_ns: int) -> np.ndarray:
         """Where the joints were, or where they are first known to have been, (joints,). Raises ``Fault``."""
-        return self._check_state(self._state_at(stamp_ns) or self._states[0])
+        return self._read(self._states.around(stamp_ns))
 
     def _check_pictures(self) -> None:
         limits = self._freeze_limits()

@@ -22,10 +22,34 @@ _LOST = 0.1  # farthest from what it was told that a robot that follows is [rad 
 
 @dataclass(frozen=True)
 class Pose:
-    """Where the robot was measured to be: ``position`` (joints,) float64, contract order and units."""
+    """Where the robot was measured to be: ``position`` (joints,) float64, contract order and units.
 
-    stamp_ns: int
+    ``stamp_ns``: one for all joints, or (joints,) int64, of each the one at which it was measured.
+    """
+
+    stamp_ns: int | np.ndarray
     position: np.ndarray
+
+
+class Reach:
+    """How far joints can have moved between two measurements."""
+
+    def __init__(self, joints: Sequence[Joint]) -> None:
+        self._joints = joints
+        self._speed = np.array([joint.max_velocity for joint in joints])
+
+    def beyond(self, before: Pose, after: Pose) -> str:
+        """Which joint is further from where it was than it can have moved; "" if none is. NaN is not known."""
+        moved = np.abs(after.position - before.position)
+        span_s = np.abs(np.subtract(after.stamp_ns, before.stamp_ns)) / NS_PER_S
+        allowed = _BELIEVED_SPEED * self._speed * span_s + _BELIEVED_NOISE
+        if not (moved > allowed).any():
+            return ""
+        worst = int(np.nan_to_num(moved - allowed, nan=-np.inf).argmax())
+        found = f"{self._joints[worst].name} {moved[worst]:.3f} {self._joints[worst].unit}"
+        after_s = np.broadcast_to(span_s, moved.shape)[worst]
+        where = f"further after {after_s:.3f} s" if after_s else "apart in two messages of one stamp"
+        return f"found {found} {where}; expected at most {allowed[worst]:.3f}"
 
 
 def believed_pose(poses: Sequence[Pose], joints: Sequence[Joint]) -> np.ndarray:
@@ -34,17 +58,10 @@ def believed_pose(poses: Sequence[Pose], joints: Sequence[Joint]) -> np.ndarray:
     Raises:
         InputError: it is not finite, or one of them is further from the one before than the robot can have moved.
     """
-    speed = np.array([joint.max_velocity for joint in joints])
+    reach = Reach(joints)
     for before, after in itertools.pairwise(poses):
-        span_s = abs(after.stamp_ns - before.stamp_ns) / NS_PER_S
-        moved = np.abs(after.position - before.position)
-        allowed = _BELIEVED_SPEED * speed * span_s + _BELIEVED_NOISE
-        worst = int((moved - allowed).argmax())
-        if moved[worst] > allowed[worst]:
-            raise InputError(
-                f"joint states: found {joints[worst].name} {moved[worst]:.3f} {joints[worst].unit} further after "
-                f"{span_s:.3f} s; expected at most {allowed[worst]:.3f}, this is no pose to start from"
-            )
+        if beyond := reach.beyond(before, after):
+            raise InputError(f"joint states: {beyond}, this is no pose to start from")
     pose = poses[-1].position
     if not np.isfinite(pose).all():
         raise InputError(f"joint states: found {pose}; expected finite positions")

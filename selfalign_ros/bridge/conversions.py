@@ -26,6 +26,7 @@ from selfalign_core.errors import InputError
 from selfalign_core.robot.commands import CommandPath
 from selfalign_core.robot.contract import Camera, RobotContract
 from selfalign_core.robot.images import picture
+from selfalign_core.robot.joint_states import read_joints
 from selfalign_core.robot.motion import Halt, Position, Trajectory
 from selfalign_core.robot.types import ActionChunk, EToken, TransitionBatch, token_norm
 
@@ -81,19 +82,10 @@ def positions_in_order(message: JointState, joint_names: Sequence[str], topic: s
 
     Raises ``InputError`` naming the topic and the joint that is missing, doubled or not finite.
     """
-    if len(message.position) != len(message.name):
-        raise InputError(
-            f"{topic}: found {len(message.position)} positions for {len(message.name)} names; expected as many"
-        )
-    position = dict(zip(message.name, message.position, strict=True))
-    if len(position) != len(message.name):
-        doubled = sorted({name for name in message.name if list(message.name).count(name) > 1})
-        raise InputError(f"{topic}: found joints {doubled} more than once; expected each once")
-    if missing := [name for name in joint_names if name not in position]:
-        raise InputError(f"{topic}: found joints {list(message.name)}; expected also {missing}")
-    if bad := [name for name in joint_names if not math.isfinite(position[name])]:
-        raise InputError(f"{topic}: found {position[bad[0]]} for joint {bad[0]}; expected a finite position")
-    return np.array([position[name] for name in joint_names])
+    try:
+        return read_joints(message.name, message.position, joint_names).all_positions(joint_names)
+    except InputError as error:
+        raise InputError(f"{topic}: {error}") from None
 
 
 def joint_state_message(names: Sequence[str], positions: np.ndarray, stamp_ns: int) -> JointState:

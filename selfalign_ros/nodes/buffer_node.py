@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 from sensor_msgs.msg import JointState
 
 from selfalign.srv import SampleTransitions, Step
-from selfalign_core.errors import InputError
+from selfalign_core.errors import ConfigError, InputError
 from selfalign_core.policy.source import image_size_of, transition_horizon_of
 from selfalign_core.robot.buffer import TransitionBuffer
 from selfalign_core.robot.frames import Order, Selection, order_of
@@ -26,7 +26,7 @@ from selfalign_ros.life.managed_node import ManagedNode
 from selfalign_ros.life.node import run
 from selfalign_ros.life.resources import checkpoint_folder
 from selfalign_ros.life.worker import Outcome
-from selfalign_ros.nodes.inputs import SensorInputs, decoded
+from selfalign_ros.nodes.inputs import SensorInputs, decoded, unknown_topics
 
 
 class BufferNode(ManagedNode):
@@ -34,6 +34,8 @@ class BufferNode(ManagedNode):
 
     def __init__(self, cli_args: list[str] | None = None) -> None:
         super().__init__("buffer", cli_args)
+        if problem := unknown_topics(self.parameters["allow_several_publishers"], self.contract):
+            raise ConfigError(f"parameter {problem}")
         self._buffer: TransitionBuffer | None = None  # used in the worker only
         self._image_size = (0, 0)
         self._last_now_ns: int | None = None
@@ -60,7 +62,14 @@ class BufferNode(ManagedNode):
             dt_ns=contract.dt_ns,
             capacity=self.parameters["capacity"],
         )
-        self.inputs = SensorInputs(self, contract, qos.LOCKSTEP if self.lockstep else qos.SENSOR, self.arrived)
+        self.inputs = SensorInputs(
+            self,
+            contract,
+            qos.LOCKSTEP if self.lockstep else qos.SENSOR,
+            self.arrived,
+            sole=None if self.lockstep else {"executed_action": JointState},
+            allowed=lambda: self.parameters["allow_several_publishers"],
+        )
         executed_qos = qos.LOCKSTEP if self.lockstep else qos.EVENTS
         self.create_subscription(
             JointState, "executed_action", self._on_executed_action, **qos.overridable(executed_qos)
@@ -81,6 +90,9 @@ class BufferNode(ManagedNode):
         assert self._buffer is not None
         return self._buffer
 
+    def check_parameters(self, values: dict[str, Any]) -> str | None:
+        return unknown_topics(values["allow_several_publishers"], self.contract)
+
     # --- what goes in ---
 
     def _on_executed_action(self, message: JointState) -> None:
@@ -89,7 +101,8 @@ class BufferNode(ManagedNode):
             self._stored.add_action(to_ns(message.header.stamp), action.astype(np.float32))
 
         self._action_rate.tick()
-        self.worker.submit(add, self._on_added)
+        if not self.inputs.rivalry:  # else nobody can tell which of them the robot executed
+            self.worker.submit(add, self._on_added)
         self.arrived("executed_action")
 
     def _ingest(self, now_ns: int) -> None:

@@ -46,7 +46,7 @@ from selfalign_ros.life.node import run
 from selfalign_ros.life.resources import checkpoint_folder
 from selfalign_ros.life.worker import Outcome
 from selfalign_ros.nodes.inference import Figures, Inference, infer, load_policy
-from selfalign_ros.nodes.inputs import SensorInputs
+from selfalign_ros.nodes.inputs import SensorInputs, unknown_topics
 from selfalign_ros.nodes.persons_word import MovingNode, PersonsWord
 from selfalign_ros.nodes.token_in_use import TOPIC as TOKEN_TOPIC
 from selfalign_ros.nodes.token_in_use import TokenInUse
@@ -97,7 +97,17 @@ class PolicyNode(MovingNode):
         contract = self.contract
         sensor = qos.LOCKSTEP if self.lockstep else qos.SENSOR
         latched = qos.LOCKSTEP_LATCHED if self.lockstep else qos.LATCHED
-        self.inputs = SensorInputs(self, contract, sensor, self.arrived, self._freeze_limits)
+        trajectory = contract.action.interface == "joint_trajectory"
+        command_type = JointTrajectory if trajectory else Float64MultiArray
+        self.inputs = SensorInputs(
+            self,
+            contract,
+            sensor,
+            self.arrived,
+            self._freeze_limits,
+            sole=None if self.lockstep else {contract.action.topic: command_type},
+            allowed=lambda: self.parameters["allow_several_publishers"],
+        )
         self.token.open()
         self._word.open()
         self.create_subscription(String, "prompt", self._on_prompt, **qos.overridable(latched))
@@ -107,10 +117,8 @@ class PolicyNode(MovingNode):
             self._executed_publisher = self.create_publisher(
                 JointState, "executed_action", **qos.overridable(qos.EVENTS)
             )
-            trajectory = contract.action.interface == "joint_trajectory"
-            message_type = JointTrajectory if trajectory else Float64MultiArray
             self._command_publisher = self.create_publisher(
-                message_type, contract.action.topic, **qos.overridable(qos.COMMAND)
+                command_type, contract.action.topic, **qos.overridable(qos.COMMAND)
             )
 
     def _freeze_limits(self) -> FreezeLimits:
@@ -134,6 +142,8 @@ class PolicyNode(MovingNode):
         self.token.forget()
 
     def check_parameters(self, values: dict[str, Any]) -> str | None:
+        if problem := unknown_topics(values["allow_several_publishers"], self.contract):
+            return problem
         if self._policy is not None:
             try:
                 choose_method(values["chunk_handover"], self._policy.config.rtc_max_delay)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bag_scripts import BEGIN, NS, STORE, TYPES, T, header, joint_state, make_contract
+from bag_scripts import BEGIN, JOINTS, NS, STORE, TYPES, T, header, joint_state, make_contract
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from rosbags.rosbag2 import StoragePlugin, Writer
@@ -30,6 +30,7 @@ from selfalign_core.robot.buffer import TransitionBuffer
 from selfalign_core.robot.contract import Camera, RobotContract
 from selfalign_core.robot.frames import Fault, Order, SensorFrames, order_of
 from selfalign_core.robot.images import decode_resized
+from selfalign_core.robot.joint_states import read_joints
 from selfalign_core.robot.types import TransitionBatch
 from selfalign_core.study.bag_losses import transitions_of_bag
 
@@ -43,12 +44,16 @@ CHANNELS = {"rgb8": 3, "bgr8": 3, "mono8": 1, "rgba8": 4, "bgra8": 4}
 
 @dataclasses.dataclass(frozen=True)
 class Sent:
-    """One message: when it was stamped and when it arrived, and a number that nothing else has."""
+    """One message: when it was stamped and when it arrived, and a number that nothing else has.
+
+    ``joints``: those that a joint state names.
+    """
 
     topic: str
     stamp_ns: int
     arrival_ns: int
     number: int
+    joints: tuple[str, ...] = JOINTS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +69,7 @@ incidents = st.lists(
     st.tuples(
         st.integers(0, 3),  # of which topic
         st.floats(0.0, LENGTH_S),  # the message that was stamped then
-        st.sampled_from(["lost", "late", "later", "doubled", "silence"]),
+        st.sampled_from(["lost", "late", "later", "doubled", "false", "silence"]),
     ),
     max_size=12,
 )
@@ -81,10 +86,11 @@ def robots(draw: Any, contract: RobotContract) -> Robot:
         max_joint_state_age_s=limit_s,
         max_camera_skew_s=draw(st.sampled_from([0.05, 0.2]), "skew limit"),
     )
-    topics = [STATES, ACTIONS, *(f"/{camera.topic}" for camera in contract.cameras)]
+    senders = draw(st.sampled_from([[JOINTS], [JOINTS, ("wheel",)], [("pan",), ("wheel", "lift")]]), "joint states")
+    topics = [ACTIONS, *(f"/{camera.topic}" for camera in contract.cameras)]
     rng = np.random.default_rng(draw(st.integers(0, 2**32), "jitter"))
     sent: list[Sent] = []
-    for topic in topics:
+    for topic, joints in [*((STATES, joints) for joints in senders), *((topic, JOINTS) for topic in topics)]:
         rate_hz = draw(st.sampled_from([20.0] if topic == ACTIONS else [9.0, 15.0, 20.0, 30.0, 59.0]), f"{topic} rate")
         delay_s, jitter_s = (
             draw(st.sampled_from([0.0, 0.01, 0.05]), f"{topic} {what}") for what in ("delay", "jitter")
@@ -93,7 +99,8 @@ def robots(draw: Any, contract: RobotContract) -> Robot:
         stamps = stamps + rng.normal(0, 0.004, len(stamps)) * (jitter_s > 0)
         for stamp, lag in zip(stamps, rng.uniform(0, jitter_s, len(stamps)), strict=True):
             stamp_ns = BEGIN + round(stamp * NS)
-            sent.append(Sent(topic, stamp_ns, stamp_ns + round((delay_s + lag) * NS), len(sent)))
+            sent.append(Sent(topic, stamp_ns, stamp_ns + round((delay_s + lag) * NS), len(sent), joints))
+    topics.insert(0, STATES)
     for place, at_s, what in draw(incidents, "incidents"):
         sent = happened(sent, topics[place % len(topics)], BEGIN + round(at_s * NS), what)
     sent.sort(key=lambda message: message.arrival_ns)
@@ -113,6 +120,7 @@ def happened(sent: list[Sent], topic: str, stamp_ns: int, what: str) -> list[Sen
         "late": [dataclasses.replace(message, arrival_ns=message.arrival_ns + 90 * MS)],
         # Behind newer ones by more than a topic may be out of order: to the receiver a new time begins.
         "later": [dataclasses.replace(message, arrival_ns=message.arrival_ns + 400 * MS)],
+        "false": [dataclasses.replace(message, number=message.number + 1_000_000)],
         "doubled": [message, dataclasses.replace(message, arrival_ns=message.arrival_ns + MS, number=len(sent) + 1000)],
     }
     return [*sent[:index], *changed[what], *sent[index + 1 :]]
@@ -124,8 +132,9 @@ def picture(number: int) -> tuple[str, np.ndarray]:
     return encoding, np.random.default_rng(number).integers(0, 256, (8, 8, CHANNELS[encoding]), np.uint8)
 
 
-def positions(number: int) -> dict[str, float]:
-    return {"pan": number / 7.0, "lift": -number / 3.0}
+def positions(message: Sent) -> dict[str, float]:
+    values = {"pan": message.number * 1e-5, "lift": message.number * -2e-5, "wheel": 1.0}
+    return {name: values[name] for name in message.joints}
 
 
 # --- two roads ---
@@ -177,11 +186,14 @@ class Nodes:
         return self.seen
 
     def take(self, message: Sent) -> None:
-        values = np.array(list(positions(message.number).values()))
+        if message.topic in (STATES, ACTIONS):
+            values = positions(message)
+            reading = read_joints(list(values), list(values.values()), self.contract.joint_names)
         if message.topic == STATES:
-            self.inputs.add_state(message.stamp_ns, values)
+            self.inputs.add_state(message.stamp_ns, reading)
         elif message.topic == ACTIONS:
-            self.buffer.add_action(message.stamp_ns, values.astype(np.float32))
+            action = reading.all_positions(self.contract.joint_names)
+            self.buffer.add_action(message.stamp_ns, action.astype(np.float32))
             self.actions[-1].append(message.stamp_ns)
         else:
             self.inputs.add_picture(self.cameras[message.topic], message.stamp_ns, message.number)
@@ -225,7 +237,7 @@ def record(path: Path, messages: tuple[Sent, ...]) -> None:
         connections = {topic: writer.add_connection(topic, types[topic], typestore=STORE) for topic in topics}
         for message in messages:
             if message.topic in (STATES, ACTIONS):
-                content = joint_state(message.stamp_ns, positions(message.number))
+                content = joint_state(message.stamp_ns, positions(message))
             else:
                 encoding, pixels = picture(message.number)
                 content = T["sensor_msgs/msg/Image"](
@@ -242,7 +254,7 @@ def converted(robot: Robot, folder: Path) -> tuple[Seen, Counter[str]]:
     try:
         (report,) = convert([folder / "bag"], robot.contract, folder / "set", options)
     except BagError as error:
-        if "found no" in str(error):  # usable frame, or message of a topic
+        if "found no" in str(error) or "expected some of" in str(error):  # usable frame, message of a topic, joint
             return Seen([], []), Counter()
         raise
     dataset = TransitionDataset(folder / "set")

@@ -188,21 +188,87 @@ def test_joints_are_found_by_name(tmp_path: Path, contract: RobotContract) -> No
     assert (dataset.actions == [0.75, 0.25]).all()
 
 
-def test_joint_states_without_our_joints_are_counted_and_refused(tmp_path: Path, contract: RobotContract) -> None:
-    """As the nodes refuse them, for as long as they are the newest."""
-    script = whole().every("/joint_states", 10.0, lambda ns, n: joint_state(ns - 1, {"wheel": 1.0}), start=0.1)
-    script.every("/joint_states", 10.0, lambda ns, n: joint_state(ns + 1, {"wheel": 1.0}), start=2.0)
+def test_joint_states_of_others_are_counted_and_ignored(tmp_path: Path, contract: RobotContract) -> None:
+    """A mobile base on the same topic, with a clock and faults of its own, which talks longer than the arm."""
+    plain = run([whole().write(tmp_path / "plain")], contract, tmp_path / "without")
+    script = whole().every("/joint_states", 10.0, lambda ns, n: joint_state(ns - 1, {"wheel": np.nan}), start=0.1)
+    script.every("/joint_states", 10.0, lambda ns, n: joint_state(n, {"wheel": 1.0}), start=2.0)
     dataset = run([script.write(tmp_path / "bag")], contract, tmp_path / "set")
     counters = dataset.meta.counters
-    assert counters["incomplete joint states"] == 29 + 10
-    assert counters["unusable joint_states"] == counters["dropped"] == 10
-    assert len(dataset.meta.episodes) == 1
+    assert counters == plain.meta.counters | {"foreign joint states": 29 + 10}
+    np.testing.assert_array_equal(dataset.states, plain.states)
+
+
+def test_joints_that_come_in_several_messages_are_put_together(tmp_path: Path, contract: RobotContract) -> None:
+    script = executed(cameras(Script()))
+    script.every("/joint_states", 50.0, lambda ns, n: joint_state(ns, {"pan": 0.01 * n}))
+    script.every("/joint_states", 50.0, lambda ns, n: joint_state(ns, {"lift": -0.01 * n}), start=0.004)
+    dataset = run([script.write(tmp_path / "bag")], contract, tmp_path / "set")
+    times = (dataset.stamps - BEGIN) / NS
+    assert 57 <= len(dataset) <= 60
+    np.testing.assert_allclose(dataset.states[:, 0], 0.01 * np.floor(times * 50 + 1e-6), atol=1e-6)
+    np.testing.assert_allclose(dataset.states[:, 1], -0.01 * np.floor((times - 0.004) * 50 + 1e-6), atol=1e-6)
+    assert not {"dropped", "out of order", "duplicate stamp"} & dataset.meta.counters.keys()
+
+
+def test_joint_states_that_contradict_each_other_are_left_out_and_counted(
+    tmp_path: Path, contract: RobotContract
+) -> None:
+    """A second publisher of zeros for a second of six; its last message counts, and the arm's next one."""
+    script = executed(cameras(Script(), end=6.0), end=6.0)
+    script.every("/joint_states", 50.0, lambda ns, n: joint_state(ns, {"pan": np.sin(n / 50), "lift": 1.0}), end=6.0)
+    script.every("/joint_states", 50.0, lambda ns, n: joint_state(ns, {"pan": 0.0, "lift": 0.0}), start=2.01, end=3.0)
+    (report,) = convert([script.write(tmp_path / "bag")], contract, tmp_path / "set", Options(image_size=(8, 8)))
+    dataset, counters = TransitionDataset(tmp_path / "set"), report.counters
+    times = (dataset.stamps - BEGIN) / NS
+    assert (dataset.states[:, 1] == 1.0).all()
+    assert not ((times > 2.01) & (times < 3.4)).any() and (times < 2.0).any() and (times > 3.6).any()
+    assert 98 <= counters["implausible joint states"] <= 100
+    assert 29 <= counters["implausible joint_states"] <= 31
+    assert "implausible joint states" in report.line()
+
+
+def test_a_bag_of_two_publishers_that_contradict_each_other_throughout_is_refused(
+    tmp_path: Path, contract: RobotContract
+) -> None:
+    def all_zero(ns: int, n: int):
+        return joint_state(ns, {"pan": 0.0, "lift": 0.0})
+
+    for name, start, delay in (("alternating", 0.013, 0.0), ("one_stamp", 0.0, 0.001)):
+        script = executed(cameras(Script()))
+        script.every("/joint_states", 50.0, lambda ns, n: joint_state(ns, {"pan": np.sin(n / 20) + 0.5, "lift": 1.0}))
+        script.every("/joint_states", 50.0, all_zero, start=start, delay=delay)
+        bag = script.write(tmp_path / name)
+        with pytest.raises(BagError, match=r"found no usable frame, .* implausible joint states 29"):
+            run([bag], contract, tmp_path / "set")
+
+
+@pytest.mark.parametrize(
+    ("lift", "match"),
+    [
+        ({}, r"topic /joint_states: found no joints \['lift'\]"),
+        ({"end": 1.5}, r"topic /joint_states, joint lift: found its last message 1\.\d+ s into .* vanished"),
+    ],
+)
+def test_a_joint_that_is_missing_or_vanishes_is_named(
+    tmp_path: Path, contract: RobotContract, lift: dict[str, float], match: str
+) -> None:
+    script = executed(cameras(Script())).every("/joint_states", 50.0, lambda ns, n: joint_state(ns, {"pan": 0.0}))
+    if lift:
+        script.every("/joint_states", 50.0, lambda ns, n: joint_state(ns, {"lift": 0.0}), **lift)
+    assert_refused(match, script.write(tmp_path / "bag"), contract)
+
+
+def test_a_bag_of_others_joint_states_alone_is_refused(tmp_path: Path, contract: RobotContract) -> None:
+    script = executed(cameras(Script())).every("/joint_states", 50.0, lambda ns, n: joint_state(ns, {"wheel": 0.0}))
+    match = r"topic /joint_states: found joints \['wheel'\]; expected some of \['pan', 'lift'\], in every message"
+    assert_refused(match, script.write(tmp_path / "bag"), contract)
 
 
 def test_executed_actions_without_our_joints_are_counted_and_skipped(tmp_path: Path, contract: RobotContract) -> None:
     script = whole().every("/executed_action", 10.0, lambda ns, n: joint_state(ns + 1, {"wheel": 1.0}))
     dataset = run([script.write(tmp_path / "bag")], contract, tmp_path / "set")
-    assert dataset.meta.counters == {"ticks": len(dataset), "incomplete joint states": 30}
+    assert dataset.meta.counters == {"ticks": len(dataset), "incomplete executed actions": 30}
 
 
 def test_compressed_images_are_decoded(tmp_path: Path) -> None:

@@ -32,6 +32,9 @@ class Behaviour:
     size: int = 64
     names: tuple[str, ...] = ()
     position: tuple[float, ...] = (0.0,) * 7
+    apart: bool = False  # the gripper's joint state in a message of its own
+    wheels: bool = False  # a mobile base on the same topic, without stamps and positions
+    false_position: tuple[float, ...] = ()  # what a second publisher says of the joints, half a cycle before
     image_age_s: float = 0.0
     joint_age_s: float = 0.0
     frozen: bool = False  # the same image, with the same stamp, again and again
@@ -75,8 +78,19 @@ class FakeRobot:
             names = do.names or self._contract.joint_names
             joints = JointState(name=list(names), position=list(do.position))
             joints.header.stamp = (now - Duration(seconds=do.joint_age_s)).to_msg()
+            if do.apart:
+                gripper = JointState(header=joints.header, name=joints.name[-1:], position=joints.position[-1:])
+                joints.name, joints.position = joints.name[:-1], joints.position[:-1]
+                if "gripper" not in do.silent:
+                    self._joints.publish(gripper)
             if "joints" not in do.silent:
                 self._joints.publish(joints)
+            if do.false_position:
+                joints = JointState(name=joints.name, position=list(do.false_position))
+                joints.header.stamp = (now - Duration(seconds=0.025)).to_msg()
+                self._joints.publish(joints)
+            if do.wheels:
+                self._joints.publish(JointState(name=["wheel_left", "wheel_right"], velocity=[0.1, 0.2]))
             for name, publisher in self._cameras.items():
                 image = Image(height=do.size, width=do.size, step=do.size * do.channels, encoding=do.encoding)
                 brightness = 0 if do.repeating else 1 + ticks % 255
@@ -277,6 +291,144 @@ def test_half_the_camera_rate_and_another_encoding_are_no_reason_to_hold(policy,
         wait_for(lambda count=count: len(probe.messages["action_chunk"]) >= count + 4, "chunks go on")
     probe.wait_for_diagnostics(CHUNKS, 1)
     assert holds() == before
+
+
+def test_other_joints_on_the_topic_and_joints_in_several_messages_are_no_reason_to_hold(policy, probe, robot) -> None:
+    def values() -> dict[str, str]:
+        return {v.key: v.value for name in (INPUTS, CHUNKS) for v in probe.status(name).values}
+
+    robot.behaviour = Behaviour()
+    wait_until_moving(probe)
+    before = values()
+    for behaviour in (Behaviour(wheels=True), Behaviour(wheels=True, apart=True)):
+        robot.behaviour = behaviour
+        count = len(probe.messages["action_chunk"])
+        wait_for(lambda count=count: len(probe.messages["action_chunk"]) >= count + 4, "chunks go on")
+    probe.wait_for_diagnostics(CHUNKS, 1)
+    after = values()
+    assert after["holds"] == before["holds"]
+    assert int(after["foreign joint states"]) > int(before.get("foreign joint states", 0))
+    robot.behaviour = Behaviour(wheels=True, apart=True, silent=("gripper",))
+    assert_holding(probe, policy, "joint states of gripper", "found age")
+    robot.behaviour = Behaviour(wheels=True, silent=("joints",))
+    assert_holding(probe, policy, "found age", "is ignored: found joints ['wheel_left', 'wheel_right']")
+    robot.behaviour = Behaviour()
+    wait_until_moving(probe)
+
+
+def test_joint_states_that_contradict_each_other_hold_the_robot_and_none_is_where_it_starts(
+    policy, probe, robot
+) -> None:
+    robot.behaviour = Behaviour()
+    wait_until_moving(probe)
+    real = (0.8, -0.6, 0.4, 0.0, 0.0, 0.0, 0.0)
+    robot.behaviour = Behaviour(position=real)  # as after homing: named, and believed after a moment
+    probe.wait_for_status(CHUNKS, "holding", "joint states (joint_states): found shoulder_pan 0.800 rad further after")
+    wait_until_moving(probe)
+    robot.behaviour = Behaviour(position=real, false_position=(0.0,) * 7)
+    assert_holding(probe, policy, "found shoulder_pan 0.800 rad further after", "expected at most")
+    probe.wait_for_status(INPUTS, "found shoulder_pan 0.800 rad further after", level=b"\x02")
+    commands = len(probe.messages[COMMANDS])
+    for value in (False, True, False, True):  # each would start motion anew
+        enable(probe, value)
+        probe.wait_for_diagnostics(CHUNKS, 1)
+    assert_holding(probe, policy, "found shoulder_pan 0.800 rad further after")
+    assert len(probe.messages[COMMANDS]) == commands
+    robot.behaviour = Behaviour(position=real)
+    wait_until_moving(probe)
+    wait_for(lambda: len(probe.messages[COMMANDS]) > commands, "a command")
+    assert np.abs(np.array(probe.messages[COMMANDS][commands].data) - real).max() < 0.16
+    assert int({v.key: v.value for v in probe.status(INPUTS).values}["implausible joint states"]) > 10
+
+
+@pytest.fixture
+def intruder(probe):
+    """Another node of another name; ends with what it publishes."""
+    import rclpy
+
+    node = rclpy.create_node("intruder")
+    yield node
+    node.destroy_node()
+
+
+@pytest.mark.parametrize("topic", ["camera/wrist/image_raw", COMMANDS])
+def test_a_second_publisher_on_a_camera_or_the_command_topic_is_named_and_holds_the_robot(
+    policy, probe, robot, intruder, topic: str
+) -> None:
+    from sensor_msgs.msg import Image
+    from std_msgs.msg import Float64MultiArray
+
+    robot.behaviour = Behaviour()
+    wait_until_moving(probe)
+    publisher = intruder.create_publisher(Float64MultiArray if topic == COMMANDS else Image, topic, 10)
+    found = f"/{topic}: found 2 publishers, /intruder, /"
+    assert_holding(probe, policy, found)
+    probe.wait_for_status(INPUTS, found, level=b"\x02")
+    refusal = probe.set_parameter("policy", "allow_several_publishers", "/joint_states")
+    assert not refusal.successful and "found /joint_states; expected some of camera/overhead" in refusal.reason
+    assert probe.set_parameter("policy", "allow_several_publishers", f"/clock {topic}").successful
+    wait_until_moving(probe)
+    assert probe.set_parameter("policy", "allow_several_publishers", "").successful
+    assert_holding(probe, policy, found)
+    intruder.destroy_publisher(publisher)
+    wait_until_moving(probe)
+
+
+def test_a_second_publisher_of_joint_states_is_named_if_it_contradicts_the_first(
+    policy, probe, robot, intruder, contract_path
+) -> None:
+    from sensor_msgs.msg import JointState
+
+    from selfalign_core.robot.contract import RobotContract
+
+    robot.behaviour = Behaviour(position=(0.8,) * 7)
+    probe.wait_for_status(CHUNKS, "further after")
+    wait_until_moving(probe)
+    publisher = intruder.create_publisher(JointState, "joint_states", 10)
+    names, texts = list(RobotContract.from_yaml(contract_path).joint_names), set()
+
+    def say(names: list[str], place: float) -> None:
+        message = JointState(name=names, position=[place] * len(names))
+        message.header.stamp = probe.node.get_clock().now().to_msg()
+        publisher.publish(message)
+
+    count = len(probe.messages["action_chunk"])
+    while len(probe.messages["action_chunk"]) < count + 3:  # its own joints are no fault
+        say(["wheel_left"], 1.0)
+        texts.add(probe.status(CHUNKS).message)
+        probe.wait_for_diagnostics(CHUNKS, 1)
+    assert not any("further after" in text or "publishers" in text for text in texts)
+
+    def is_named() -> bool:
+        say(names, 0.0)
+        return "further after" in (text := probe.status(CHUNKS).message) and "found 2 publishers, /intruder, /" in text
+
+    wait_for(is_named, "the contradiction and its publishers are named")
+    wait_until_moving(probe)
+
+
+def test_with_a_second_publisher_of_executed_actions_the_buffer_stores_nothing_and_names_it(
+    policy, probe, robot, intruder, graph, contract_path
+) -> None:
+    from sensor_msgs.msg import JointState
+
+    def frames() -> int:
+        return int({v.key: v.value for v in probe.status("buffer: transitions").values}.get("frames", 0))
+
+    robot.behaviour = Behaviour()
+    buffer = graph.start("buffer", contract=contract_path)
+    wait_for(lambda: probe.status("buffer: transitions") and frames() > 5, "frames are stored")
+    publisher = intruder.create_publisher(JointState, "executed_action", 10)
+    probe.wait_for_status("buffer: transitions", "/executed_action: found 2 publishers, /intruder, /policy")
+    probe.wait_for_status("buffer: inputs", "/executed_action: found 2 publishers", level=b"\x02")
+    probe.wait_for_diagnostics("buffer: transitions", 1)
+    count = frames()
+    probe.wait_for_diagnostics("buffer: transitions", 2)
+    assert frames() == count
+    wait_until_moving(probe)  # the policy reads none
+    intruder.destroy_publisher(publisher)
+    wait_for(lambda: frames() > count, "frames are stored again")
+    assert buffer.stop() == 0
 
 
 def test_a_picture_that_repeats_under_fresh_stamps_stops_a_robot_that_moves_and_no_other(policy, probe, robot) -> None:

@@ -70,7 +70,7 @@ class Simulation:
                 publisher.publish(image_message(rgb, to_stamp(self.now_ns), camera.name))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def simulation(graph, probe) -> Iterator[Simulation]:
     from sensor_msgs.msg import JointState
     from trajectory_msgs.msg import JointTrajectory
@@ -119,4 +119,16 @@ def test_the_policy_lives_by_simulated_time_and_holds_when_it_jumps_back(probe, 
         lambda: [c for c in list(commands) if 0 < to_ns(c.header.stamp) < 1000 * S], "commands of the new time"
     )
     assert commands.index(hold) < commands.index(later[0])
+    probe.wait_for_status(CHUNKS, "moving")
+
+
+def test_a_second_clock_is_named_and_holds_the_robot(probe, simulation: Simulation) -> None:
+    import rclpy
+    from rosgraph_msgs.msg import Clock
+
+    probe.wait_for_status(CHUNKS, "moving")
+    intruder = rclpy.create_node("intruder")
+    intruder.create_publisher(Clock, "/clock", 10)
+    probe.wait_for_status(CHUNKS, "holding", "/clock: found 2 publishers, /intruder, /probe")
+    intruder.destroy_node()
     probe.wait_for_status(CHUNKS, "moving")
