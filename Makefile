@@ -18,7 +18,7 @@ CHECKPOINT ?= policies/tiny_reach
 
 .DEFAULT_GOAL := help
 .PHONY: help build bringup record replay train evaluate tiny-policy train-step held-out ablations adaptation
-.PHONY: adaptation-seeds adaptation-in-graph handover image-path latency align-speed interference pipeline soak faults sros2-policies test test-long lint docs clean clean-all
+.PHONY: adaptation-seeds adaptation-in-graph handover image-path latency align-speed interference pipeline soak faults sros2-policies test test-long motion-property lint docs clean clean-all
 
 help:  ## show this text
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -144,6 +144,10 @@ test: lint  ## lint and every test
 	if [ $$core -ne 0 ] && [ $$core -ne 5 ]; then exit $$core; fi; \
 	$(BOOTSTRAP) run python3 -m pytest -m "ros and not long" $(ARGS); graph=$$?; \
 	if [ $$graph -eq 5 ] && [ $$core -eq 0 ]; then exit 0; fi; exit $$graph
+
+motion-property:  ## what motion promises, over 2,000 random runs of 200 steps (a quarter of an hour)
+	@MOTION_RUNS=2000 MOTION_STEPS=200 $(BOOTSTRAP) run python3 -m pytest test/core/test_motion.py -k TestAnyOrder \
+	  --timeout 0 $(ARGS)
 
 test-long: export ROS_AUTOMATIC_DISCOVERY_RANGE := LOCALHOST
 test-long: export OMP_NUM_THREADS := 1

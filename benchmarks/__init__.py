@@ -1,1 +1,1 @@
-"""Benchmarks: each module is one command (``python -m benchmarks.<name>``) that prints a table and writes JSON."""
+"""Benchmarks: each module of ``speed`` and ``studies`` is one command that prints a table and writes JSON."""

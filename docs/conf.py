@@ -2,6 +2,7 @@
 
 import tomllib
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,7 +29,19 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 # Generated from msg/ and srv/ by the build, documented on a page of their own.
 autodoc_mock_imports = ["selfalign"]
-napoleon_google_docstring = True
+napoleon_google_docstring, napoleon_numpy_docstring = True, False
 myst_heading_anchors = 3
 # The pages link to files of the repository that are no pages of the site.
 suppress_warnings = ["myst.xref_missing"]
+
+
+def setup(app: Any) -> None:
+    """Have napoleon take what stands before the first colon of an attribute's docstring for words, not for a type."""
+
+    def begin_with_empty_comment(
+        app: Any, what: str, name: str, value: object, options: object, lines: list[str]
+    ) -> None:
+        if what in ("attribute", "data", "property"):
+            lines[:0] = ["..", ""]
+
+    app.connect("autodoc-process-docstring", begin_with_empty_comment, priority=499)

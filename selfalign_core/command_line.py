@@ -1,9 +1,11 @@
 """A command line from a function: its parameters are the options, and what it raises is told in one line.
 
+::
+
     def info(*datasets: Annotated[Path, "dataset directories"], json: File = None) -> None:
         \"\"\"What datasets hold.\"\"\"
 
-    main = command("selfalign_core.data.info", info)
+    main = command("package.module", info)
 
 What may stand before ``*`` is positional (``*names``: one or more words), what stands after it is an option ``--name``,
 which must be given if it has no default. ``bool`` is a switch, ``tuple[T, ...]`` takes one or more words, ``Literal``

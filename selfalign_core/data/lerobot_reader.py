@@ -140,7 +140,7 @@ def import_lerobot(
     """Write the dataset ``output`` from the LeRobotDataset v3 folder ``root``.
 
     ``cameras``: names without ``observation.images.``; None: all but depth. ``embodiment``: None: what
-    :func:`export_lerobot` kept, or the robot_type. ``absolute_actions``: statistics of the actions as they are, for
+    ``export_lerobot`` kept, or the robot_type. ``absolute_actions``: statistics of the actions as they are, for
     actions that are not positions of the state's joints. Tasks become prompts; where the task changes, an episode ends.
 
     Raises:

@@ -110,7 +110,7 @@ class AlignmentLayout:
         return torch.cat([tokens for _, tokens in parts], dim=1)
 
     def attention_mask(self, device: torch.device | str | None = None) -> Tensor:
-        """(length, length) bool, [query, key], the suffix part of design.md's table.
+        """(length, length) bool, [query, key], of the suffix alone.
 
         Everyone sees E; perception is seen by both task blocks and sees neither; the two task blocks are
         invisible to each other, so no clean label of one can travel to the other through any number of layers.

@@ -14,13 +14,21 @@ from selfalign_core.policy.untrained import is_untrained
 def package_folder() -> Path:
     """The folder that holds ``config`` and ``policies``: that of the source if there is one, else the package's share
     folder.
+
+    Raises ``ConfigError`` if there is neither, as after ``pip install`` alone.
     """
     source = Path(__file__).resolve().parents[2]
     if (source / "config").is_dir():
         return source
-    from ament_index_python.packages import get_package_share_directory
+    try:
+        from ament_index_python.packages import get_package_share_directory
 
-    return Path(get_package_share_directory("selfalign"))
+        return Path(get_package_share_directory("selfalign"))
+    except (ImportError, LookupError, OSError) as error:
+        raise ConfigError(
+            f"found no ROS 2 package selfalign ({error}); expected one: colcon build --packages-select selfalign in a "
+            "workspace, then source its setup file (pip install gives the library alone, without config and policies)"
+        ) from error
 
 
 def config_folder() -> Path:

@@ -8,7 +8,7 @@ import pytest
 
 from selfalign_core.errors import ConfigError
 from selfalign_ros.life import resources
-from selfalign_ros.life.resources import checkpoint_folder
+from selfalign_ros.life.resources import checkpoint_folder, package_folder
 
 
 @pytest.fixture(autouse=True)
@@ -43,3 +43,10 @@ def test_both_places_are_named_when_it_is_in_neither(places: tuple[Path, Path]) 
         checkpoint_folder("policies/other")
     for part in ("checkpoint 'policies/other'", f"nor {places[1] / 'policies/other'}", "'tiny'"):
         assert part in str(raised.value)
+
+
+def test_a_library_without_its_ros_package_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "__file__", str(tmp_path / "site" / "selfalign_ros" / "life" / "resources.py"))
+    monkeypatch.setenv("AMENT_PREFIX_PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"found no ROS 2 package selfalign .*; expected one: colcon build"):
+        package_folder.__wrapped__()
