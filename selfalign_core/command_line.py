@@ -59,8 +59,8 @@ def command(
             for name, one in work.items():
                 _add_parameters(commands.add_parser(name, help=_summary(one)), one)
         parsed = vars(parser.parse_args(arguments))
+        chosen, words = parsed.pop("work"), list[Any]()
         options = {name: tuple(value) if isinstance(value, list) else value for name, value in parsed.items()}
-        chosen, words = options.pop("work"), list[Any]()
         for name, parameter in inspect.signature(chosen).parameters.items():
             if parameter.kind is not parameter.KEYWORD_ONLY:
                 words += options.pop(name, ()) if parameter.kind is parameter.VAR_POSITIONAL else [options.pop(name)]

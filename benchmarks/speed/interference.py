@@ -32,7 +32,7 @@ from selfalign_core.model.torch_state import check_device
 from selfalign_core.policy import Policy
 from selfalign_core.robot.contract import RobotContract
 from selfalign_core.robot.types import Observation
-from selfalign_ros.life.parameters import load_specs
+from selfalign_ros.life.parameter_specs import load_specs
 from selfalign_ros.life.process import give_way
 from selfalign_ros.life.resources import config_file
 

@@ -38,7 +38,7 @@ from selfalign_core.robot.contract import RobotContract
 from selfalign_ros.bridge import qos
 from selfalign_ros.bridge.conversions import to_ns
 from selfalign_ros.graph.shared_memory import remove_orphaned_segments
-from selfalign_ros.life.parameters import load_specs
+from selfalign_ros.life.parameter_specs import load_specs
 from selfalign_ros.life.resources import config_file
 
 WORKING = {

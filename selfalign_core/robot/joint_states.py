@@ -166,6 +166,7 @@ class Known:
         together = parts[0][1]
         assert together is not None
         for bits, positions in parts[1:]:
+            assert positions is not None
             together = np.where(_mask(bits, len(together)), positions, together)
         return together
 

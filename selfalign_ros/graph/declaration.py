@@ -17,7 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
 
+from selfalign_core.errors import ConfigError
 from selfalign_core.records import load_document
+from selfalign_ros.graph.parameter_file import ParameterFile
+from selfalign_ros.life.parameter_specs import kinds
 from selfalign_ros.life.resources import config_folder
 
 PACKAGE = "selfalign"
@@ -41,7 +44,10 @@ class GraphError(ValueError):
 
 @dataclass(frozen=True)
 class LaunchArgument:
-    """One ``name:=value`` argument. ``kind`` is text, flag (true or false), seconds or file."""
+    """One ``name:=value`` argument. ``kind`` is text, flag (true or false), seconds or file.
+
+    A flag whose default is empty may be left empty.
+    """
 
     name: str
     description: str
@@ -55,7 +61,11 @@ class LaunchArgument:
         self.parse(self.default)
 
     def parse(self, text: str) -> ParameterValue:
-        """The value of ``text``: bool for a flag, float for seconds, an absolute path for a file, else str."""
+        """The value of ``text``: bool for a flag, float for seconds, an absolute path for a file, else str; "" for what
+        is empty by default.
+        """
+        if text == self.default == "":
+            return ""
         if self.choices and text not in self.choices:
             self._refuse(text, f"one of {', '.join(self.choices)}")
         if self.kind == "flag":
@@ -195,15 +205,17 @@ class GraphDeclaration:
     def __call__(self, given: Mapping[str, str]) -> Graph:
         """The graph for ``name -> text``; what is not given has its default.
 
-        Raises ``GraphError`` naming an unknown argument or one that cannot be read.
+        Raises ``GraphError`` naming an unknown argument, one that cannot be read, or the fault of a parameter file.
         """
         known = {argument.name: argument for argument in self.arguments}
         for name in given:
             if name not in known:
                 raise GraphError(f"argument {name}: not known; expected one of {', '.join(known)}")
-        return self.assemble(
+        graph = self.assemble(
             {name: argument.parse(given.get(name, argument.default)) for name, argument in known.items()}
         )
+        _check_parameter_files(graph)
+        return graph
 
     def show_arguments(self) -> str:
         """The arguments for people, in the layout of ``ros2 launch --show-args``."""
@@ -213,6 +225,18 @@ class GraphDeclaration:
             choices = f" Valid choices are: {list(argument.choices)}" if argument.choices else ""
             lines += [f"        {argument.description}{choices}", f"        (default: {argument.default!r})"]
         return "\n".join(lines)
+
+
+def _check_parameter_files(graph: Graph) -> None:
+    """One file serves every graph and every machine: it may speak of all nodes there are, whichever of them start."""
+    namespaces = dict.fromkeys(node.namespace.rstrip("/") for node in graph.nodes)
+    nodes = {f"{namespace}/{kind}": kind for namespace in namespaces for kind in kinds()}
+    given = {node.full_name: node.parameters for node in graph.nodes}
+    try:
+        for path in dict.fromkeys(path for node in graph.nodes for path in node.parameter_files):
+            ParameterFile.read(path).check(nodes, given)
+    except ConfigError as error:
+        raise GraphError(f"parameter file {error}") from None
 
 
 # --- arguments that several graphs share ---
@@ -225,7 +249,9 @@ CONTRACT = LaunchArgument(
     f"parameters, {_DECLARED['contract']['default']} by default.",
 )
 PARAMS_FILE = LaunchArgument(
-    "params_file", "ROS parameter file handed to every node. Empty: the defaults.", kind="file"
+    "params_file",
+    "ROS parameter file handed to every node; a key in it that names none of them is refused. Empty: the defaults.",
+    kind="file",
 )
 CHECKPOINT = LaunchArgument(
     "checkpoint",
@@ -279,6 +305,13 @@ _BRINGUP_ARGUMENTS = (
     TOKEN_FOLDER,
     LaunchArgument("use_sim", "Start the simulated robot. False: a real one is there.", "true", "flag"),
     LaunchArgument("use_sim_time", "Use /clock; the simulated robot publishes it.", "false", "flag"),
+    LaunchArgument(
+        "enable",
+        "Let the policy move the robot. False: it holds until ~/enable is called or the parameter is set. Empty: "
+        "as in the parameters, true by default.",
+        "",
+        "flag",
+    ),
     DEVICE,
     LOG_LEVEL,
     LaunchArgument("respawn", "Start a node again that died.", "true", "flag"),
@@ -358,7 +391,7 @@ def _assemble_bringup(values: Mapping[str, ParameterValue]) -> Graph:
         NodeProcess(
             "policy",
             "policy_node",
-            parameters=_parameters(values, "contract", "checkpoint", "device") | kept | clock,
+            parameters=_parameters(values, "contract", "checkpoint", "device", "enable") | kept | clock,
             **common,
         ),
         NodeProcess(

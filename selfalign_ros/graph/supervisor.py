@@ -14,7 +14,6 @@ import random
 import re
 import selectors
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -23,10 +22,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 from selfalign_ros.graph.declaration import Graph, GraphError, NodeProcess
 from selfalign_ros.graph.shared_memory import remove_orphaned_segments
+from selfalign_ros.graph.terminal import Terminal
 from selfalign_ros.life.exit_codes import CONFIGURATION
 
 # A line ended by a carriage return alone is a status line: kept at the bottom of a terminal, dropped elsewhere.
@@ -34,9 +33,10 @@ STATUS_LINE_ENVIRONMENT = "SELFALIGN_STATUS_LINE"
 
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)  # loaded here because a forked child must not load libraries
-_COLOURS = ("36", "32", "35", "33", "34", "96", "92", "95")
 _TERM_GRACE_S = 5.0
 _DEADLINE_GRACE_S = 60.0
+_READER_GRACE_S = 1.0
+_LONGEST_LINE = 65536  # [bytes] as much as a pipe holds
 _LOCAL_PARTICIPANTS = 32  # how many rmw_fastrtps looks for on one machine when it may not use multicast
 
 
@@ -172,11 +172,10 @@ class Supervisor:
         *,
         command: Callable[[NodeProcess], list[str]] = default_command,
         respawn: RespawnPolicy | None = None,
-        output: TextIO | None = None,
     ) -> None:
         self._graph = graph
         self._respawn = respawn or RespawnPolicy()
-        self._terminal = _Terminal(output or sys.stdout)
+        self._terminal = Terminal()
         self._environment = node_environment(graph, is_tty=self._terminal.is_tty)
         self._processes = [
             _Process(node, f"{node.name}-{number}", command(node)) for number, node in enumerate(graph.processes, 1)
@@ -185,6 +184,7 @@ class Supervisor:
         self._exit_code = 0
         self._stopping = False
         self._signals_received = 0
+        self._was_signalled = False
 
     def run(self) -> int:
         """Start everything, watch it, and return when it has ended or was told to end (SIGINT, SIGTERM, SIGHUP)."""
@@ -193,24 +193,28 @@ class Supervisor:
         wakeup_read, wakeup_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._selector.register(wakeup_read, selectors.EVENT_READ, None)
         previous_wakeup = signal.set_wakeup_fd(wakeup_write, warn_on_full_buffer=False)
-        handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        # Stopped by Ctrl-Z, it could neither read what the nodes write nor stop them: SIGTSTP has no effect.
+        handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP)
         previous = {number: signal.signal(number, self._on_signal) for number in handled}
         try:
             self._loop(wakeup_read)
         finally:
             for process in self._processes:
                 process.kill_group()
+            for claim in claims:
+                claim.close()
+            # A node that was ended right after its start has made some a moment ago.
+            remove_orphaned_segments(wait=True)
+            self._terminal.end_status()
+            # Told to end, it does not wait for whoever does not read; else nothing is lost on a slow reader.
+            while not self._terminal.wait(_READER_GRACE_S) and not self._was_signalled:
+                pass
             for number, handler in previous.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(previous_wakeup)
             self._selector.close()
             os.close(wakeup_read)
             os.close(wakeup_write)
-            for claim in claims:
-                claim.close()
-            # A node that was ended right after its start has made some a moment ago.
-            remove_orphaned_segments(wait=True)
-            self._terminal.close()
         return self._exit_code
 
     # --- the loop ---
@@ -258,7 +262,7 @@ class Supervisor:
 
     def _read(self, process: _Process) -> None:
         for line, is_status in process.read_lines():
-            self._terminal.write(process, line, is_status)
+            self._terminal.write(process.label, line, is_status)
         if process.output_ended and process.pipe in self._selector.get_map():
             self._selector.unregister(process.pipe)
 
@@ -320,7 +324,9 @@ class Supervisor:
 
     def _on_signal(self, number: int, frame: object) -> None:
         # select() is not interrupted by Python handlers but by the wake-up pipe; here is only the count.
-        self._signals_received += 1
+        if number != signal.SIGTSTP:
+            self._was_signalled = True
+            self._signals_received += 1
 
     def _handle_signals(self) -> None:
         received, self._signals_received = self._signals_received, 0
@@ -333,9 +339,9 @@ class Supervisor:
 
     def _stop(self, reason: str) -> None:
         self._stopping = True
-        self._terminal.write_plain("INFO", f"{reason}: stopping all nodes")
         for process in self._processes:
             process.request_stop()
+        self._terminal.write_plain("INFO", f"{reason}: stopping all nodes")
 
     def _fail(self, code: int, message: str = "", process: _Process | None = None) -> None:
         code = 128 - code if code < 0 else code
@@ -410,7 +416,9 @@ class _Process:
 
     def read_lines(self) -> list[tuple[str, bool]]:
         """Complete lines written since, each with whether it is a status line."""
-        while True:
+        has_ended = self.poll() is not None
+        # A node that never stops writing must not keep the others waiting; the last words of one that has ended fit in.
+        for _ in range(16 if has_ended else 1):
             try:
                 data = os.read(self.pipe, 65536)
             except BlockingIOError:
@@ -419,11 +427,10 @@ class _Process:
                 self.output_ended = True
                 break
             self._pending += data
-            if len(data) < 65536:
-                break
-        if self.poll() is not None and self._pending and not self._pending.endswith((b"\n", b"\r")):
-            self._pending += b"\n"  # last words of a process that has ended
         *parts, self._pending = re.split(rb"(\r?\n|\r)", self._pending)
+        if self._pending and (has_ended or len(self._pending) >= _LONGEST_LINE):
+            parts += [self._pending, b""]
+            self._pending = b""
         return [
             (text.decode(errors="replace"), end == b"\r") for text, end in zip(parts[::2], parts[1::2], strict=True)
         ]
@@ -476,53 +483,3 @@ def _die_with(parent: int) -> Callable[[], None]:
             os._exit(1)
 
     return prepare
-
-
-class _Terminal:
-    """Where log lines go: prefixed, coloured on a terminal, with one status line kept at the bottom there."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self.is_tty = stream.isatty()
-        self._status = ""
-
-    def write(self, process: _Process, line: str, is_status: bool) -> None:
-        if is_status:
-            if self.is_tty:
-                self._status = line
-                self._redraw()
-            return
-        self._write_line(f"{self._prefix(process.label)} {line}")
-
-    def write_plain(self, level: str, message: str, label: str = "supervisor") -> None:
-        self._write_line(f"[{level}] {self._prefix(label)}: {message}")
-
-    def close(self) -> None:
-        if self._status:
-            self._print("\n")
-        self._status = ""
-
-    def _prefix(self, label: str) -> str:
-        if not self.is_tty:
-            return f"[{label}]"
-        number = label.rpartition("-")[2]
-        colour = _COLOURS[int(number) % len(_COLOURS)] if number.isdecimal() else "1"
-        return f"\x1b[{colour}m[{label}]\x1b[0m"
-
-    def _write_line(self, line: str) -> None:
-        if self._status:
-            self._print(f"\r\x1b[K{line}\n")
-            self._redraw()
-        else:
-            self._print(f"{line}\n")
-
-    def _redraw(self) -> None:
-        width = shutil.get_terminal_size().columns
-        self._print(f"\r\x1b[K{self._status[: width - 1]}")
-
-    def _print(self, text: str) -> None:
-        try:
-            self._stream.write(text)
-            self._stream.flush()
-        except (BrokenPipeError, ValueError):
-            self._status = ""  # nobody reads any more: go on quietly and let the nodes end in order

@@ -1,5 +1,4 @@
-"""ROS parameters, declared from ``config/parameters.yaml`` and, of the aligner, from its settings in the core
-(``alignment.config``): between them the one place that knows type, default, range and text.
+"""ROS parameters of a node, declared as ``life.parameter_specs`` says.
 
 Values are checked before they are set (the refusal names the parameter, what was found and what is allowed)
 and applied after, through one callback. What a parameter means is the node's business, not this module's.
@@ -7,11 +6,8 @@ and applied after, through one callback. What a parameter means is the node's bu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 from rcl_interfaces.msg import (
     FloatingPointRange,
@@ -24,121 +20,37 @@ from rclpy.exceptions import ParameterException
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 
-from selfalign_core.alignment.config import declared
 from selfalign_core.errors import ConfigError
-from selfalign_core.records import Record, load_document, named, read
-from selfalign_ros.life.resources import config_folder
+from selfalign_ros.life.parameter_specs import ParameterSpec, is_known, load_specs
 
-TypeName = Literal["bool", "int", "double", "string"]
-
-_TYPES: dict[TypeName, tuple[type, int]] = {
-    "bool": (bool, ParameterType.PARAMETER_BOOL),
-    "int": (int, ParameterType.PARAMETER_INTEGER),
-    "double": (float, ParameterType.PARAMETER_DOUBLE),
-    "string": (str, ParameterType.PARAMETER_STRING),
+_TYPES = {
+    "bool": ParameterType.PARAMETER_BOOL,
+    "int": ParameterType.PARAMETER_INTEGER,
+    "double": ParameterType.PARAMETER_DOUBLE,
+    "string": ParameterType.PARAMETER_STRING,
 }
-_NAMES = {python_type: name for name, (python_type, _) in _TYPES.items()}
 
 
-@dataclass(frozen=True)
-class ParameterSpec(Record):
-    """One parameter as it is declared. ``range`` is (lowest, highest), both allowed."""
+def _descriptor(spec: ParameterSpec) -> ParameterDescriptor:
+    """What ``ros2 param describe`` shows.
 
-    name: str
-    type: TypeName
-    default: Any
-    description: str
-    unit: str = ""
-    range: tuple[float, float] | None = None
-    one_of: tuple[str, ...] = ()
-    read_only: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.range is not None and self.type == "int":
-            object.__setattr__(self, "range", tuple(map(int, self.range)))
-        if (problem := self.problem(self.default)) is not None:
-            raise ConfigError(f"ParameterSpec.default: {problem}")
-
-    @property
-    def allowed(self) -> str:
-        """What the parameter may be, in words."""
-        unit = f" {self.unit}" if self.unit else ""
-        if self.range is not None:
-            return f"{self.type} from {self.range[0]} to {self.range[1]}{unit}"
-        return f"one of {', '.join(self.one_of)}" if self.one_of else f"{self.type}{unit}"
-
-    def problem(self, value: Any) -> str | None:
-        """None if ``value`` is allowed, otherwise what was found and what is allowed."""
-        python_type = _TYPES[self.type][0]
-        valid = type(value) is python_type
-        if valid and python_type is float:
-            valid = math.isfinite(value)
-        if valid and self.range is not None:
-            valid = self.range[0] <= value <= self.range[1]
-        if valid and self.one_of:
-            valid = value in self.one_of
-        return None if valid else f"found {value!r}; allowed: {self.allowed}"
-
-    def descriptor(self) -> ParameterDescriptor:
-        """What ``ros2 param describe`` shows.
-
-        The range is shown and left for tools to use, but rclpy refuses values outside it with a text of its
-        own.
-        """
-        descriptor = ParameterDescriptor(
-            name=self.name,
-            type=_TYPES[self.type][1],
-            description=self.description + (f" [{self.unit}]" if self.unit else ""),
-            additional_constraints=self.allowed,
-            read_only=self.read_only,
-        )
-        if self.range is not None and self.type == "double":
-            lowest, highest = (float(bound) for bound in self.range)
-            descriptor.floating_point_range = [FloatingPointRange(from_value=lowest, to_value=highest)]
-        elif self.range is not None:
-            lowest, highest = (int(bound) for bound in self.range)
-            descriptor.integer_range = [IntegerRange(from_value=lowest, to_value=highest, step=1)]
-        return descriptor
-
-
-@cache
-def _document() -> dict[str, dict[str, Any]]:
-    return load_document(config_folder() / "parameters.yaml", "the parameters of each kind of node")
-
-
-@cache
-def _settings() -> dict[str, ParameterSpec]:
-    """The parameters of the aligner that the core declares."""
-    return {
-        one.name: ParameterSpec(
-            name=one.name,
-            type=_NAMES[one.kind],
-            default=one.default,
-            description=one.text,
-            unit=one.unit,
-            range=one.range,
-            one_of=one.choices,
-        )
-        for one in declared()
-    }
-
-
-@cache
-def _known_names() -> frozenset[str]:
-    """Every name a parameter file may hold: those of all our nodes, and those rclpy declares."""
-    return frozenset({"use_sim_time", "start_type_description_service"}.union(_settings(), *_document().values()))
-
-
-@cache
-def load_specs(kind: str) -> dict[str, ParameterSpec]:
-    """The parameters of one kind of node (``policy``, ``buffer``, ``aligner``, ``robot_sim``), by name."""
-    specs = dict(_settings()) if kind == "aligner" else {}
-    with named(config_folder() / "parameters.yaml"):
-        for name, values in _document()[kind].items():
-            same = values == "aligner"
-            specs[name] = _settings()[name] if same else read(ParameterSpec, {**values, "name": name}, f"{kind}.{name}")
-    return specs
+    The range is shown and left for tools to use, but rclpy refuses values outside it with a text of its
+    own.
+    """
+    descriptor = ParameterDescriptor(
+        name=spec.name,
+        type=_TYPES[spec.type],
+        description=spec.description + (f" [{spec.unit}]" if spec.unit else ""),
+        additional_constraints=spec.allowed,
+        read_only=spec.read_only,
+    )
+    if spec.range is not None and spec.type == "double":
+        lowest, highest = (float(bound) for bound in spec.range)
+        descriptor.floating_point_range = [FloatingPointRange(from_value=lowest, to_value=highest)]
+    elif spec.range is not None:
+        lowest, highest = (int(bound) for bound in spec.range)
+        descriptor.integer_range = [IntegerRange(from_value=lowest, to_value=highest, step=1)]
+    return descriptor
 
 
 class Parameters:
@@ -156,13 +68,14 @@ class Parameters:
         self._check: Callable[[dict[str, Any]], str | None] = lambda values: None
         self._accept_integers_for_doubles(node)
         for name, spec in self._specs.items():
+            if name in node._parameter_overrides and node._parameter_overrides[name].value is None:
+                raise ConfigError(f"parameter {name}: found an empty list, which is no value; allowed: {spec.allowed}")
             try:
-                node.declare_parameter(name, spec.default, spec.descriptor())
+                node.declare_parameter(name, spec.default, _descriptor(spec))
             except ParameterException:
                 found = node._parameter_overrides[name].value
                 raise ConfigError(f"parameter {name}: found {found!r}; allowed: {spec.allowed}") from None
-        given = {name for name in node._parameter_overrides if not name.startswith("qos_overrides.")}
-        if unknown := sorted(given - _known_names()):
+        if unknown := sorted(name for name in node._parameter_overrides if not is_known(name)):
             # Not refused: a file for all nodes (/**) may hold what only nodes of other packages know.
             node.get_logger().warning(f"parameters {', '.join(unknown)}: not known to {kind}; ignored")
         self.values: dict[str, Any] = {name: node.get_parameter(name).value for name in self._specs}

@@ -480,7 +480,8 @@ class AlignerNode(ManagedNode):
         elif self._kept.problem:
             yield Status("align", WARN, self._kept.problem, values)
         elif not self.parameters["enable"]:
-            yield Status("align", OK, "disabled: the parameter enable is false", values)
+            rest = "the round under way is the last" if self._busy else "disabled"
+            yield Status("align", OK, f"{rest}: the parameter enable is false", values)
         else:
             yield Status("align", OK, self._last_text, values)
 

@@ -33,7 +33,7 @@ from selfalign_core.study.statistics import finite
 from selfalign_ros.bridge import qos
 from selfalign_ros.bridge.conversions import NS_PER_S, to_stamp
 from selfalign_ros.bridge.topics import Topic, camera_topics, graph_topics
-from selfalign_ros.life.parameters import load_specs
+from selfalign_ros.life.parameter_specs import load_specs
 from selfalign_ros.life.tool_node import ToolNode, check_report_path, run_tool, write_report
 
 NODES = ("buffer", "policy", "aligner")  # the order of their steps

@@ -28,6 +28,7 @@ FULL = {
             "body": "b.yaml",
             "token_folder": "t",
             "device": "cpu",
+            "enable": "false",
             "report": "r.json",
         },
     ),
@@ -57,6 +58,7 @@ def test_default_graph_is_the_three_nodes_and_the_simulated_robot() -> None:
 
 
 def test_arguments_that_are_not_given_leave_parameter_files_in_force(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("/**: {ros__parameters: {seed: 3}}")
     graph = BRINGUP({"params_file": str(tmp_path / "mine.yaml")})
     for node in graph.nodes:
         assert node.parameter_files == (str(tmp_path / "mine.yaml"),)

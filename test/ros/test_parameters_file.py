@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from selfalign_core.alignment import AlignConfig
-from selfalign_ros.life.parameters import ParameterSpec, load_specs
+from selfalign_core.errors import ConfigError
+from selfalign_ros.life.parameter_specs import ParameterSpec, load_specs
 from selfalign_ros.life.resources import config_folder
 from selfalign_ros.nodes.aligner_node import align_config
 
@@ -126,5 +127,23 @@ def test_a_sites_settings_of_one_topic_change_that_topic_alone(ros_domain: int) 
             assert joints.qos_profile.reliability == ReliabilityPolicy.RELIABLE
             assert other.qos_profile.reliability == qos.SENSOR.reliability == ReliabilityPolicy.BEST_EFFORT
             assert joints.qos_profile.depth == qos.SENSOR.depth
+    finally:
+        rclpy.try_shutdown(context=context)
+
+
+def test_an_empty_list_is_no_value(ros_domain: int) -> None:
+    import rclpy
+    from rclpy.context import Context
+
+    from selfalign_ros.life.parameters import Parameters
+
+    context = Context()
+    rclpy.init(args=["--ros-args", "-p", "enable:=[]"], context=context)
+    try:
+        node = rclpy.create_node("policy", context=context, enable_rosout=False)
+        with pytest.raises(
+            ConfigError, match="parameter enable: found an empty list, which is no value; allowed: bool"
+        ):
+            Parameters(node, "policy")
     finally:
         rclpy.try_shutdown(context=context)

@@ -24,7 +24,7 @@ from selfalign_core.errors import ConfigError
 from selfalign_core.policy import Policy
 from selfalign_core.sim import BodyConfig
 from selfalign_core.study.processes import policy_of
-from selfalign_ros.life.parameters import load_specs
+from selfalign_ros.life.parameter_specs import load_specs
 from selfalign_ros.life.resources import checkpoint_folder
 
 UNSEEN, UNSEEN_S = "unseen", 60.0
