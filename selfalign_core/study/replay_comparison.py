@@ -7,7 +7,7 @@ object:
 =============== =======================================================================================================
 key             content
 =============== =======================================================================================================
-schema, version ``"selfalign/replay_comparison"``, 1
+schema, version ``"selfalign/replay_comparison"``, 2
 bag, contract   what was replayed, on which robot; ``duration_s`` of the bag, ``joints`` (name and unit)
 parameters      those that differ: ``node.name`` -> [value in the first, value in the second]
 chunks          ``paired``: how many were made from the same observation; over these, ``joints``: mean and maximum
@@ -42,7 +42,7 @@ from selfalign_core.study.run_record import TASKS, AlignRound, Chunk, RunRecord
 from selfalign_core.text_table import align_columns
 
 SCHEMA = "selfalign/replay_comparison"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _SAME = ("bag", "contract", "joints", "dt_ns", "start_ns", "end_ns")
 
 

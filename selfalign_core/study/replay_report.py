@@ -17,7 +17,7 @@ from selfalign_core.errors import ConfigError
 from selfalign_core.study.run_record import AlignRound, Chunk, RunRecord, Token
 
 SCHEMA = "selfalign/replay"
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 COMPARED = ("chunks", "e_tokens", "aligns")
 _ALIGN = (
     "stamp_ns", "version_before", "version_after", "state", "text", "returned", "attempted", "accepted", "start",

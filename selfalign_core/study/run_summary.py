@@ -5,7 +5,7 @@ Pure functions over a run's record; this module must not know ROS. The report is
 ==================== ==================================================================================================
 key                  content
 ==================== ==================================================================================================
-schema, version      ``"selfalign/run_report"``, 3
+schema, version      ``"selfalign/run_report"``, 4
 ok, reason           whether the run made chunks, and why not
 duration_s           how long was listened; all ``t`` below are seconds since then started
 contract             name of the robot contract
@@ -42,7 +42,7 @@ from selfalign_core.study.run_record import LOSSES, SETS, AlignRound, Chunk, Run
 from selfalign_core.study.statistics import statistics
 
 SCHEMA = "selfalign/run_report"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 LEVELS = {0: "ok", 1: "warn", 2: "error", 3: "stale"}
 
 

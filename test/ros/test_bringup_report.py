@@ -108,7 +108,7 @@ def test_jitter_of_the_stamps_is_no_dropped_frame() -> None:
 def test_report_holds_what_happened() -> None:
     report = summarise(records())
     assert report["ok"] and report["reason"] == ""
-    assert (report["schema"], report["version"]) == ("selfalign/run_report", 3)
+    assert (report["schema"], report["version"]) == ("selfalign/run_report", 4)
     assert report["chunks"] == {"count": 10, "rate_hz": pytest.approx(2.5), "first_t": 0.0, "horizon": 16, "dim": 7}
     expected = {"rounds": 4, "attempts": 2, "accepted": 1, "refused": 1, "returned": 0, "drifts": 1, "duration_s": None}
     assert report["align"] | {"duration_s": None} == expected
