@@ -16,6 +16,19 @@ ARGS ?=
 CONFIG ?= config/training/example.yaml
 CHECKPOINT ?= policies/tiny_reach
 
+# These are text, whatever is in it: make does not expand it, and the shell gets it in quotes as one word. (ARGS is words
+# for the shell.) An option is there if its text is.
+TEXTS := BAG DURATION REPORT PARAMS AGAINST AGAINST_CHECKPOINT CONFIG CHECKPOINT
+define NEWLINE
+
+
+endef
+CHECKPOINT_IS_GIVEN := $(filter command environment,$(origin CHECKPOINT))
+$(foreach name,$(TEXTS),$(eval override $(name) := $$(value $(name))))
+$(foreach name,$(TEXTS),$(if $(findstring $(NEWLINE),$($(name))),$(error $(name): found several lines, expected one)))
+quoted = '$(subst ','\'',$($(1)))'
+option = $(if $($(2)),$(1)$(call quoted,$(2)))
+
 .DEFAULT_GOAL := help
 .PHONY: help build bringup record replay train evaluate tiny-policy train-step held-out ablations adaptation
 .PHONY: adaptation-seeds adaptation-in-graph handover image-path latency align-speed interference pipeline soak faults sros2-policies test test-long motion-property lint docs clean clean-all
@@ -29,8 +42,8 @@ help:  ## show this text
 	@echo "  BAG=directory     bag to record or to replay"
 	@echo "  AGAINST=my.yaml   replay a second time with this parameter file, or with the policy AGAINST_CHECKPOINT=DIR,"
 	@echo "                    and print, write and draw what differs (REPORT, default runs/replay/comparison.json)"
-	@echo "  CONFIG=my.yaml    what to train (default: $(CONFIG))"
-	@echo "  CHECKPOINT=DIR    policy to evaluate (default: $(CHECKPOINT)) or to replay"
+	@echo "  CONFIG=my.yaml    what to train (default: "$(call quoted,CONFIG)")"
+	@echo "  CHECKPOINT=DIR    policy to evaluate (default: "$(call quoted,CHECKPOINT)") or to replay"
 	@echo "  ARGS='...'        more arguments: NAME:=VALUE for bringup (checkpoint:=DIR runs another policy),"
 	@echo "                    KEY=VALUE for train, options for the others"
 
@@ -38,25 +51,25 @@ build:  ## prepare the environment and build the interfaces
 	@$(BOOTSTRAP)
 
 bringup:  ## start the simulated robot and the three nodes
-	@$(BOOTSTRAP) launch bringup $(if $(DURATION),duration:=$(DURATION)) $(if $(REPORT),report:=$(REPORT)) \
-	  $(if $(PARAMS),params_file:=$(PARAMS)) $(ARGS)
+	@$(BOOTSTRAP) launch bringup $(call option,duration:=,DURATION) $(call option,report:=,REPORT) \
+	  $(call option,params_file:=,PARAMS) $(ARGS)
 
 record:  ## record a run as a bag: BAG=directory DURATION=20
 	@$(if $(BAG),,$(error make record needs BAG=directory))$(BOOTSTRAP) run python3 -m selfalign_ros.tools.record \
-	  --output $(BAG) $(if $(DURATION),--duration $(DURATION)) $(if $(PARAMS),--params $(PARAMS)) $(ARGS)
+	  $(call option,--output=,BAG) $(call option,--duration=,DURATION) $(call option,--params=,PARAMS) $(ARGS)
 
 # CHECKPOINT counts only when it was given: otherwise that of the parameters is replayed.
 replay:  ## play a bag through the same nodes, in lock-step: BAG=directory, AGAINST=other.yaml compares
 	@$(if $(BAG),,$(error make replay needs BAG=directory))$(BOOTSTRAP) run python3 -m selfalign_ros.tools.replay \
-	  $(BAG) $(if $(REPORT),--report $(REPORT)) $(if $(PARAMS),--params $(PARAMS)) \
-	  $(if $(filter command environment,$(origin CHECKPOINT)),--checkpoint $(CHECKPOINT)) \
-	  $(if $(AGAINST),--against $(AGAINST)) $(if $(AGAINST_CHECKPOINT),--against-checkpoint $(AGAINST_CHECKPOINT)) $(ARGS)
+	  $(call option,bag:=,BAG) $(call option,--report=,REPORT) $(call option,--params=,PARAMS) \
+	  $(if $(CHECKPOINT_IS_GIVEN),$(call option,--checkpoint=,CHECKPOINT)) \
+	  $(call option,--against=,AGAINST) $(call option,--against-checkpoint=,AGAINST_CHECKPOINT) $(ARGS)
 
 train:  ## train a policy: CONFIG=my.yaml ARGS='--resume data.path=DATASET'
-	@$(BOOTSTRAP) run python3 -m selfalign_core.train --config $(CONFIG) $(ARGS)
+	@$(BOOTSTRAP) run python3 -m selfalign_core.train --config $(call quoted,CONFIG) $(ARGS)
 
 evaluate:  ## closed-loop episodes in the simulator: CHECKPOINT=directory
-	@$(BOOTSTRAP) run python3 -m selfalign_core.evaluate $(CHECKPOINT) $(ARGS)
+	@$(BOOTSTRAP) run python3 -m selfalign_core.evaluate $(call quoted,CHECKPOINT) $(ARGS)
 
 tiny-policy:  ## make the shipped policy from nothing (about two and a half hours on 2 cores), in runs/tiny_policy
 	@$(BOOTSTRAP) run tools/tiny_policy.sh
@@ -80,7 +93,7 @@ ablations:  ## training without its parts, one after another (about 2 hours); st
 
 adaptation: export OMP_NUM_THREADS := 1
 adaptation:  ## unseen bodies with and without alignment: CHECKPOINT=directory
-	@$(BOOTSTRAP) run python3 -m benchmarks.studies.adaptation $(CHECKPOINT) --output runs/adaptation $(ARGS)
+	@$(BOOTSTRAP) run python3 -m benchmarks.studies.adaptation $(call quoted,CHECKPOINT) --output runs/adaptation $(ARGS)
 
 adaptation-seeds: export OMP_NUM_THREADS := 1
 adaptation-seeds:  ## the study's arms for three seeds of the training, in a reduced setting (two to three hours of a core)
@@ -95,27 +108,27 @@ image-path:  ## time per camera frame from message to model input, against plain
 
 latency: export OMP_NUM_THREADS := 1
 latency:  ## time of an action chunk stage by stage, plain and fast, beside the least time: ARGS='--device cuda'
-	@$(BOOTSTRAP) run python3 -m benchmarks.speed.latency --checkpoint $(CHECKPOINT) --json runs/latency.json $(ARGS)
+	@$(BOOTSTRAP) run python3 -m benchmarks.speed.latency --checkpoint $(call quoted,CHECKPOINT) --json runs/latency.json $(ARGS)
 
 align-speed: export OMP_NUM_THREADS := 1
 align-speed:  ## time and memory of an alignment step, against a joint pass of the whole model
-	@$(BOOTSTRAP) run python3 -m benchmarks.speed.align_speed --checkpoint $(CHECKPOINT) --json runs/align_speed.json $(ARGS)
+	@$(BOOTSTRAP) run python3 -m benchmarks.speed.align_speed --checkpoint $(call quoted,CHECKPOINT) --json runs/align_speed.json $(ARGS)
 
 interference: export OMP_NUM_THREADS := 1
 interference:  ## latencies of the policy with alignment off, at 1 Hz and without pause
-	@$(BOOTSTRAP) run python3 -m benchmarks.speed.interference --checkpoint $(CHECKPOINT) \
+	@$(BOOTSTRAP) run python3 -m benchmarks.speed.interference --checkpoint $(call quoted,CHECKPOINT) \
 	  --json runs/interference.json $(ARGS)
 
 pipeline: export OMP_NUM_THREADS := 1
 pipeline:  ## from a camera's message to the robot's command: what is not the model
-	@$(BOOTSTRAP) run python3 -m benchmarks.speed.pipeline --checkpoint $(CHECKPOINT) --json runs/pipeline.json $(ARGS)
+	@$(BOOTSTRAP) run python3 -m benchmarks.speed.pipeline --checkpoint $(call quoted,CHECKPOINT) --json runs/pipeline.json $(ARGS)
 
 soak:  ## simulated operation at real rates, an hour unless DURATION=seconds: memory flat, no chunk missed
-	@$(BOOTSTRAP) run python3 -m benchmarks.studies.soak $(if $(DURATION),--duration $(DURATION)) $(ARGS)
+	@$(BOOTSTRAP) run python3 -m benchmarks.studies.soak $(call option,--duration=,DURATION) $(ARGS)
 
 handover: export OMP_NUM_THREADS := 1
 handover:  ## jerk, stalls and success per hand-over between chunks, at injected latencies: CHECKPOINT=directory
-	@$(BOOTSTRAP) run python3 -m benchmarks.studies.handover $(CHECKPOINT) --json runs/handover.json $(ARGS)
+	@$(BOOTSTRAP) run python3 -m benchmarks.studies.handover $(call quoted,CHECKPOINT) --json runs/handover.json $(ARGS)
 
 faults:  ## SIGKILL and SIGSTOP of every node at random times, 50 kills: judged at the simulated robot
 	@$(BOOTSTRAP) run python3 -m benchmarks.studies.faults $(ARGS)

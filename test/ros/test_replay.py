@@ -19,7 +19,7 @@ import pytest
 import yaml
 from graph_assertions import assert_identical, assert_replay_report
 from graph_fixtures import GraphRun
-from node_testing import NodeGraph, Probe, wait_for
+from node_testing import ROOT, NodeGraph, Probe, wait_for
 from PIL import Image
 from rosbags.rosbag2 import Reader
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore
@@ -482,3 +482,17 @@ def test_unknown_types_are_refused_when_recording(tmp_path: Path) -> None:
         BagWriter(tmp_path / "bag", {}) as writer,
     ):
         writer.add_topic("/x", "my_msgs/msg/Thing", [])
+
+
+def test_a_bag_that_is_none_is_named_with_its_blanks_through_make(ros_domain: int, tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    # In the place of Python and tools/bootstrap.py.
+    (tmp_path / "python").write_text(f'#!/bin/sh\nshift 3; exec {sys.executable} "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "ARGS"))}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    for name in ("no such bag", "no; touch harm", "`touch harm`$(touch harm)"):
+        words = ["make", "replay", f"BAG={name}", f"PYTHON={tmp_path / 'python'}"]
+        refused = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        assert refused.returncode != 0 and f"{tmp_path / name}: found nothing" in refused.stderr, refused.stderr
+        assert not (tmp_path / "harm").exists()
