@@ -236,7 +236,9 @@ def test_two_token_publishers_of_one_name_are_two_once_neither_can_be_a_killed_o
     import time
 
     def publisher(number: int) -> Any:
-        return SimpleNamespace(node_namespace="/", node_name="aligner", endpoint_gid=[number] * 16)
+        return SimpleNamespace(
+            node_namespace="/", node_name="aligner", endpoint_gid=[number] * 16, topic_type="selfalign/msg/EToken"
+        )
 
     found = [publisher(1)]
     stage.node.get_publishers_info_by_topic = lambda topic: found
