@@ -466,7 +466,7 @@ def test_a_bag_that_does_not_fit_the_contract_is_refused(
 def test_a_report_that_is_none_cannot_be_compared_with(ros_domain: int, tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text('{"schema": "something else"}')
     bag = write_bag(tmp_path / "bag")
-    assert "expected ('selfalign/replay', 4)" in _refusing_replay(bag, "-p", f"compare:={tmp_path}/other.json")
+    assert "expected ('selfalign/replay', 5)" in _refusing_replay(bag, "-p", f"compare:={tmp_path}/other.json")
 
 
 def test_a_report_that_cannot_be_written_is_refused_before_the_replay(ros_domain: int, tmp_path: Path) -> None:
